@@ -1,0 +1,80 @@
+"""vtc: visual-token reducers for Hugging Face vision-language models.
+
+>>> import vtc
+>>> model, processor = vtc.load_pocket()
+>>> with vtc.patch(model, "fastv", keep=49) as handle:
+...     output = model.generate(**inputs)
+>>> handle.stats.last.images[0].avg_tokens
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vtc.core import Budget, Compose, Layout, Merger, Need, Reducer, Schedule, Scorer, Selection, Signals, Stage
+from vtc.errors import (
+    BudgetError,
+    NotReducedError,
+    UnknownArgumentError,
+    UnknownReducerError,
+    UnsupportedFeatureError,
+    UnsupportedModelError,
+    UnsupportedSignalError,
+    VtcError,
+)
+from vtc.registry import create, info, list_reducers, register
+
+if TYPE_CHECKING:
+    from vtc.engine.patch import Handle, patch, unpatch
+    from vtc.families import list_families
+    from vtc.pocket import load_pocket
+
+from vtc._version import __version__
+
+# these need transformers: imported when first used, so that `import vtc` stays light
+_LAZY = {
+    "patch": "vtc.engine.patch",
+    "unpatch": "vtc.engine.patch",
+    "Handle": "vtc.engine.patch",
+    "list_families": "vtc.families",
+    "load_pocket": "vtc.pocket",
+}
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Compose",
+    "Handle",
+    "Layout",
+    "Merger",
+    "Need",
+    "NotReducedError",
+    "Reducer",
+    "Schedule",
+    "Scorer",
+    "Selection",
+    "Signals",
+    "Stage",
+    "UnknownArgumentError",
+    "UnknownReducerError",
+    "UnsupportedFeatureError",
+    "UnsupportedModelError",
+    "UnsupportedSignalError",
+    "VtcError",
+    "create",
+    "info",
+    "list_families",
+    "list_reducers",
+    "load_pocket",
+    "patch",
+    "register",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the parts that need transformers on first use."""
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'vtc' has no attribute '{name}'")

@@ -1,0 +1,32 @@
+"""The only file that looks at transformers versions. Supported: 4.57 up to, and not including, 6."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+OLDEST = "4.57"
+NEWEST_EXCLUSIVE = "6"
+
+
+@functools.cache
+def transformers_version() -> tuple[int, int, int]:
+    """Return the installed transformers version as three integers."""
+    import transformers
+
+    head = transformers.__version__.split(".dev")[0].split("rc")[0].split(".")
+    return tuple(int(p) for p in (head + ["0", "0"])[:3])  # type: ignore[return-value]
+
+
+@functools.cache
+def static_cache_tracks_length() -> bool:
+    """Whether static cache layers count their own tokens (newer releases); older ones write at a logical ``cache_position``."""
+    from transformers.cache_utils import StaticLayer
+
+    return "cache_kwargs" not in inspect.signature(StaticLayer.update).parameters
+
+
+@functools.cache
+def generate_continues_with_images() -> bool:
+    """Whether ``generate`` accepts new images on top of a non-empty cache (4.57 drops ``pixel_values`` then)."""
+    return transformers_version() >= (5, 0, 0)

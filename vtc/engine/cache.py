@@ -1,0 +1,209 @@
+"""KV-cache layers that hold fewer tokens than they say.
+
+Everything outside the decoder layers (``generate``, mask builders, position ids) works with the **logical** sequence, every
+placeholder included; a decoder layer and its cache hold only the **physical** one. Transformers sizes masks by
+``cache.get_mask_sizes`` and positions by ``cache.get_seq_length``, so a layer that reports its logical length while storing less
+keeps every caller right. All per-sequence state lives here, in the cache object: nothing is kept on the model between steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from vtc import compat
+from vtc.engine.segment import Segment
+from vtc.errors import UnsupportedFeatureError
+
+
+class _Pruned:
+    """Mixin for a cache layer whose first ``cols.shape[1]`` physical slots stand for the logical columns ``cols``.
+
+    Attributes
+    ----------
+    cols : Tensor or None
+        ``(B, P)`` logical column of each mapped physical slot; later slots follow one to one.
+    valid : Tensor or None
+        ``(B, P)``, False on padding slots; ``None`` when there is none.
+    shift : Tensor or None
+        ``(B,)`` number subtracted from later tokens' position ids in this layer (compact positions); ``None`` means 0.
+    end : int
+        Logical length at the end of the mapped prefix.
+    """
+
+    cols: Tensor | None = None
+    valid: Tensor | None = None
+    shift: Tensor | None = None
+    end: int = 0
+
+    @property
+    def dropped(self) -> int:
+        """How many logical columns of the longest row have no physical slot."""
+        return 0 if self.cols is None else self.end - self.cols.shape[1]
+
+    def stored(self) -> int:
+        """Physical length."""
+        if not self.is_initialized or self.keys is None or self.keys.numel() == 0:
+            return 0
+        return self.keys.shape[-2]
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Logical length."""
+        return self.stored() + self.dropped if self.stored() else 0
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Logical key length for ``query`` new tokens (a count, or 4.57's ``cache_position``)."""
+        return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
+
+    def columns(self, new: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Return ``(cols, valid)`` of all physical slots plus ``new`` coming ones; ``valid`` is None without padding."""
+        n = self.stored() + new - self.cols.shape[1]
+        tail = torch.arange(self.end, self.end + n, device=self.cols.device).expand(self.cols.shape[0], -1)
+        valid = None
+        if self.valid is not None:
+            valid = torch.cat([self.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
+        return torch.cat([self.cols, tail], 1), valid
+
+    def begin(self, seg: Segment, q: int) -> None:
+        """Prepare for a forward of ``q`` logical tokens that will append ``seg.rows`` physical ones."""
+        seen = self.get_seq_length()
+        if self.cols is None:  # everything so far is one to one (or the last slots of a sliding window)
+            cols = torch.arange(seen - self.stored(), seen, device=seg.rows.device).expand(seg.rows.shape[0], -1)
+            valid = None
+        else:
+            cols, valid = self.columns()
+        if valid is not None or seg.valid is not None:
+            old = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
+            new = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
+            valid = torch.cat([old, new], 1)
+        self.cols = torch.cat([cols, seg.rows + seen], 1) if cols.shape[1] else seg.rows
+        self.valid, self.end = valid, seen + q
+        if seg.shift is not None:
+            self.shift = seg.shift if self.shift is None else self.shift + seg.shift
+
+    def _each(self, fn: Any) -> None:
+        for name in ("cols", "valid", "shift"):
+            value = getattr(self, name)
+            if value is not None:
+                setattr(self, name, fn(value))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder rows (beam search)."""
+        super().reorder_cache(beam_idx)
+        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda t: t.repeat_interleave(repeats, 0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep some rows."""
+        super().batch_select_indices(indices)
+        self._each(lambda t: t[indices])
+
+    def crop(self, max_length: int) -> None:
+        """Remove the last tokens (negative: how many; positive: logical length to keep), as assisted decoding does."""
+        n = -max_length if max_length <= 0 else max(self.get_seq_length() - max_length, 0)
+        if n <= 0:
+            return
+        into = self.cols.shape[1] - (self.stored() - n)  # how far the cut reaches into the mapped prefix
+        if into > 0:
+            tail = torch.arange(self.end - into, self.end, device=self.cols.device)
+            if not (self.cols[:, -into:] == tail).all():
+                raise UnsupportedFeatureError(
+                    "cannot crop a KV cache back into visual tokens that were reduced: start from a fresh cache"
+                )
+            self.cols, self.end = self.cols[:, :-into], self.end - into
+            self.valid = None if self.valid is None else self.valid[:, :-into]
+        self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.cols = self.valid = self.shift = None
+        self.end = 0
+
+
+class PrunedLayer(_Pruned, DynamicLayer):
+    """A ``DynamicLayer`` with fewer slots than logical tokens."""
+
+
+class PrunedSlidingLayer(_Pruned, DynamicLayer):
+    """A sliding-window layer: never evicts, since the logical mask does the windowing."""
+
+    is_sliding = True
+
+
+class PrunedStaticLayer(_Pruned, StaticLayer):
+    """A static layer: one reducing prefill, buffers allocated smaller; tensors only after that, so that decode compiles."""
+
+    def begin(self, seg: Segment, q: int) -> None:
+        """Shrink the buffers before they are allocated."""
+        if self.is_initialized:
+            raise UnsupportedFeatureError(
+                "reducing visual tokens on top of a non-empty or pre-allocated static cache is not supported: use DynamicCache"
+            )
+        p = seg.rows.shape[1]
+        self.gone, self.logical_max, self.max_cache_len = q - p, self.max_cache_len, self.max_cache_len - (q - p)
+        tail = torch.arange(p, self.max_cache_len, device=seg.rows.device).expand(seg.rows.shape[0], -1)
+        self.cols = torch.cat([seg.rows, tail + self.gone], 1)
+        self.valid = None if seg.valid is None else torch.cat([seg.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
+        self.shift, self.end = seg.shift, q
+
+    def get_seq_length(self, *_: Any) -> Any:
+        """Logical length (a tensor once the layer runs)."""
+        return self.cumulative_length + self.gone if self.is_initialized else 0
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Full logical length."""
+        return self.logical_max, 0
+
+    def columns(self, new: int = 0) -> tuple[Tensor, Tensor | None]:
+        """All columns, allocated from the start."""
+        return self.cols, self.valid
+
+
+def _classes() -> dict[type, type]:
+    known: dict[type, type] = {DynamicLayer: PrunedLayer, DynamicSlidingWindowLayer: PrunedSlidingLayer}
+    if compat.static_cache_tracks_length():
+        known[StaticLayer] = PrunedStaticLayer
+    return known
+
+
+def check_cache(cache: Any) -> None:
+    """Raise :class:`UnsupportedFeatureError`, before anything runs, if a layer of ``cache`` cannot be shortened."""
+    if cache is None:
+        return
+    if not isinstance(cache, Cache):
+        raise UnsupportedFeatureError(
+            f"past_key_values is a {type(cache).__name__}: pass a transformers DynamicCache, or nothing"
+        )
+    kinds = {type(layer) for layer in cache.layers}
+    replicate = getattr(cache, "layer_class_to_replicate", None)
+    if replicate is not None:
+        kinds.add(replicate)
+    for kind in kinds:
+        if not issubclass(kind, _Pruned) and kind not in _classes():
+            raise UnsupportedFeatureError(
+                f"cache layers of type {kind.__name__} cannot hold a reduced sequence: use the default DynamicCache"
+                + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, StaticLayer) else "")
+            )
+    if getattr(cache, "offloading", False):
+        raise UnsupportedFeatureError("an offloaded KV cache cannot hold a reduced sequence: use the default DynamicCache")
+
+
+def pruned_layer(cache: Cache, i: int) -> _Pruned:
+    """Return layer ``i`` of ``cache`` as a pruned layer, replacing it in place by one with the same contents if needed."""
+    while len(cache.layers) <= i and getattr(cache, "layer_class_to_replicate", None) is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer = cache.layers[i]
+    if not isinstance(layer, _Pruned):
+        check_cache(cache)
+        new = object.__new__(_classes()[type(layer)])
+        new.__dict__.update(layer.__dict__)
+        cache.layers[i] = layer = new
+    return layer

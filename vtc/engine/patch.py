@@ -1,0 +1,291 @@
+"""``patch``, ``unpatch`` and the handle that undoes one patch."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import nn
+
+from vtc import compat
+from vtc.core import Facts, Reducer, Stage
+from vtc.engine.text import TextSide
+from vtc.engine.tower import TowerSide
+from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError
+from vtc.families import family_of, unwrap
+from vtc.families.base import Family
+from vtc.registry import create, entries, resolve
+from vtc.stats import StatsLog
+
+_ATTRIBUTE = "_vtc_handle"
+_CACHES = {"quantized", "offloaded", "offloaded_static", "hybrid", "sliding_window", "mamba"}
+
+
+class Handle:
+    """One patch on one model. Also a context manager that removes it on exit.
+
+    Attributes
+    ----------
+    reducer : Reducer
+        The reducer in force, resolved for this model.
+    family : Family
+        What vtc knows about the model.
+    stats : StatsLog
+        What every call did.
+    strict : bool
+        Whether a reducer that did not act raises :class:`vtc.errors.NotReducedError`.
+    """
+
+    def __init__(self, model: nn.Module, family: Family, reducer: Reducer, strict: bool) -> None:
+        self._model = weakref.ref(model)
+        self.family, self.reducer, self.strict = family, reducer, strict
+        self.stats = StatsLog()
+        parts = tuple(reducer.parts())  # made once: the engine tells parts apart by identity
+        self.tower = TowerSide(family, parts)
+        self.text = TextSide(family, parts, self.tower, self.stats, strict)
+        self._undo: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+        self._running = 0
+
+    # ------------------------------------------------------------------------------------------------------ lifecycle
+    def install(self, model: nn.Module) -> None:
+        """Put everything on the model, or nothing."""
+        try:
+            self.tower.install()
+            self.text.install()
+            for name, guard in (("generate", self.guard_generate), ("generate_batch", self.refuse_generate_batch)):
+                original = getattr(model, name, None)
+                if original is not None:
+                    wrapper = functools.wraps(original)(functools.partial(guard, original))
+                    object.__setattr__(model, name, wrapper)
+                    self._undo.append(functools.partial(_drop_attribute, model, name, wrapper))
+            object.__setattr__(model, _ATTRIBUTE, self)
+        except BaseException:
+            self._take_off(model)
+            raise
+
+    def _take_off(self, model: nn.Module) -> None:
+        while self._undo:
+            self._undo.pop()()
+        self.text.remove()
+        self.tower.remove()
+        if vars(model).get(_ATTRIBUTE) is self:
+            object.__delattr__(model, _ATTRIBUTE)
+
+    @property
+    def active(self) -> bool:
+        """Whether the patch is on."""
+        model = self._model()
+        return model is not None and vars(model).get(_ATTRIBUTE) is self
+
+    def remove(self) -> None:
+        """Take the patch off; doing it twice is harmless.
+
+        Raises
+        ------
+        PatchError
+            While a call of the model is running.
+        """
+        model = self._model()
+        if model is None or not self.active:
+            return
+        self.check_idle()
+        self._take_off(model)
+
+    def check_idle(self) -> None:
+        """Raise :class:`PatchError` while a call is running."""
+        if self._running or self.text.running:
+            raise PatchError("the model is running: patch and unpatch between calls, not during one")
+
+    def __enter__(self) -> Handle:
+        """Return the handle."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove the patch."""
+        self.remove()
+
+    def __repr__(self) -> str:
+        """Show reducer, family and state."""
+        return f"<vtc.Handle {self.reducer} on {self.family.name}, {'active' if self.active else 'removed'}>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """Copy the handle together with its model, so that a copied model can be un-patched on its own."""
+        import copy
+
+        new = object.__new__(type(self))
+        memo[id(self)] = new
+        for key, value in vars(self).items():
+            if key == "_lock":
+                new._lock = threading.Lock()
+            elif key == "_running":
+                new._running = 0
+            elif key == "_model":
+                model = self._model()
+                new._model = weakref.ref(memo.get(id(model), model))
+            else:
+                setattr(new, key, copy.deepcopy(value, memo))
+        return new
+
+    # --------------------------------------------------------------------------------------------------------- guards
+    def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
+        config = kwargs.get("generation_config") or getattr(self._model(), "generation_config", None)
+
+        def asked(name: str) -> Any:
+            value = kwargs.get(name)
+            return value if value is not None else getattr(config, name, None)
+
+        if asked("prefill_chunk_size"):
+            raise UnsupportedFeatureError(
+                "prefill_chunk_size cannot be used with a reducer, since a chunk holds only part of an image: drop the option"
+            )
+        cache = asked("cache_implementation")
+        if cache in _CACHES or (cache == "static" and not compat.static_cache_tracks_length()):
+            raise UnsupportedFeatureError(
+                f"cache_implementation='{cache}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
+            )
+        check_attention(self.family)
+        with self._lock:
+            self._running += 1
+        try:
+            return original(*args, **kwargs)
+        finally:
+            with self._lock:
+                self._running -= 1
+
+    @staticmethod
+    def refuse_generate_batch(_original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
+        """Continuous batching keeps a paged cache that cannot be shortened."""
+        raise UnsupportedFeatureError("continuous batching (generate_batch) cannot be used with a reducer: use generate()")
+
+
+def patch(
+    model: nn.Module,
+    reducer: str | Reducer | Sequence[str | Reducer],
+    *,
+    strict: bool = True,
+    **options: Any,
+) -> Handle:
+    """Attach a visual-token reducer to one model instance.
+
+    The model keeps its interface: prompts, ``generate``, logits and labels stay as they are; only the decoder layers (and, for
+    reducers that act there, the vision tower) run on fewer tokens, and the KV cache is really shorter. Patching a patched model
+    replaces the reducer. Other instances of the class are not affected.
+
+    Parameters
+    ----------
+    model : Module
+        A Hugging Face vision-language model (PEFT, DDP and ``torch.compile`` wrappers are looked through).
+    reducer : str, Reducer or list
+        A method's name, ``"method.preset"``, a :class:`vtc.Reducer`, or a list of reducers of different stages.
+    strict : bool, default True
+        Raise :class:`vtc.errors.NotReducedError` when a call with images was not reduced; ``False`` warns instead.
+    **options
+        The reducer's options: ``keep=64`` (tokens per image) or ``keep=0.25`` (share), ``avg_tokens``, ``positions``,
+        ``newlines`` and those of the method (``vtc info NAME``).
+
+    Returns
+    -------
+    Handle
+        With :attr:`~Handle.stats` and :meth:`~Handle.remove`; usable in a ``with`` statement.
+
+    Raises
+    ------
+    UnsupportedModelError, UnsupportedSignalError, UnsupportedFeatureError
+        The model, a signal of it, or its attention implementation cannot serve the reducer.
+    UnknownReducerError, UnknownArgumentError, BudgetError
+        The request makes no sense; the message says what would.
+    PatchError
+        The model is running.
+    """
+    model = unwrap(model)
+    wanted = resolve(reducer, **options)  # type: ignore[arg-type]
+    old: Handle | None = vars(model).get(_ATTRIBUTE)
+    if old is not None:
+        old.check_idle()
+    family = family_of(model)
+    bound = bind(wanted, family.facts)
+    check_attention(family)
+    if old is not None:
+        old.remove()
+    handle = Handle(model, family, bound, strict)
+    try:
+        handle.install(model)
+    except BaseException:
+        if old is not None:  # nothing half-done: the previous patch is back
+            old.install(model)
+        raise
+    return handle
+
+
+def bind(reducer: Reducer, facts: Facts) -> Reducer:
+    """Resolve a reducer for a model; raise where stage, layer, signal or positions cannot be served."""
+    bound = reducer.bind(facts)
+    for part in bound.parts():
+        reason = facts.stages.get(part.stage, "not known to this adapter")
+        if reason:
+            raise UnsupportedFeatureError(f"'{part.name}' acts at the stage '{part.stage.value}', which this model refuses: {reason}")
+        if part.stage is Stage.DECODER and not facts.first_layer <= part.layer < facts.layers:
+            raise UnknownArgumentError(
+                f"'{part.name}': layer {part.layer} is out of range, use {facts.first_layer}..{facts.layers - 1} (reducers before "
+                "the first layer act at the boundary)"
+            )
+        if part.position_policy == "compact" and facts.mrope:
+            raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")
+        for need in part.needs:
+            try:
+                need.resolve(facts.provides)
+            except UnsupportedSignalError as error:
+                raise UnsupportedSignalError(
+                    f"'{part.name}': {error}; these reducers work here: {', '.join(usable(facts))}"
+                ) from None
+    return bound
+
+
+def usable(facts: Facts) -> list[str]:
+    """Return the names of the registered reducers whose stages and signals a model with these facts can serve."""
+    names = []
+    for name in entries():
+        try:
+            bound = create(name, keep=0.5).bind(facts)
+            for part in bound.parts():
+                if facts.stages.get(part.stage, "unknown"):
+                    raise UnsupportedFeatureError(part.stage.value)
+                for need in part.needs:
+                    need.resolve(facts.provides)
+        except Exception:  # noqa: BLE001, S112  any refusal means: not usable here
+            continue
+        names.append(name)
+    return names
+
+
+def check_attention(family: Family) -> None:
+    """Refuse attention implementations whose masks cannot be shortened."""
+    implementation = getattr(family.text.config, "_attn_implementation", None) or "eager"
+    if "flex" in implementation or "paged" in implementation:
+        raise UnsupportedFeatureError(
+            f"attn_implementation='{implementation}' cannot be shortened: load the model with attn_implementation='sdpa'"
+        )
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is."""
+    inner = unwrap(model)
+    handle: Handle | None = vars(inner).get(_ATTRIBUTE)
+    if handle is not None:
+        handle.remove()
+    return model
+
+
+def handle_of(model: nn.Module) -> Handle | None:
+    """Return the handle of a patched model, or None."""
+    return vars(unwrap(model)).get(_ATTRIBUTE)
+
+
+def _drop_attribute(owner: nn.Module, name: str, wrapper: Any) -> None:
+    if vars(owner).get(name) is wrapper:
+        object.__delattr__(owner, name)

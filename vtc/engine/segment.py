@@ -1,0 +1,165 @@
+"""Which of a forward's tokens a run of decoder layers holds, and the gathers that get there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.errors import UnsupportedFeatureError
+
+
+@dataclass(eq=False)
+class Segment:
+    """The tokens a run of decoder layers holds.
+
+    Attributes
+    ----------
+    rows : Tensor
+        ``(B, P)`` ascending indices into this forward's ``q`` logical tokens, padding on the left.
+    valid : Tensor or None
+        ``(B, P)`` False on padding; ``None`` when every row keeps the same number.
+    delta : Tensor or None
+        ``(B, P)`` number subtracted from each token's position id (compact positions); ``None`` means 0.
+    shift : Tensor or None
+        ``(B,)`` the same for tokens that come later.
+    inverse : Tensor
+        ``(B, q)`` physical index of every logical token, -1 where it is dropped.
+    """
+
+    rows: Tensor
+    valid: Tensor | None
+    delta: Tensor | None
+    shift: Tensor | None
+    inverse: Tensor = field(repr=False)
+
+
+def cut(keep: Tensor, real: Tensor, prev: Segment | None, compact: bool) -> tuple[Segment, Tensor]:
+    """Build the segment that holds the tokens marked in ``keep``.
+
+    Parameters
+    ----------
+    keep : Tensor
+        ``(B, q)`` bool over the logical tokens of this forward.
+    real : Tensor
+        ``(B, q)`` bool, False on padding (padding is thrown away).
+    prev : Segment or None
+        What the layers before held; ``None`` = everything.
+    compact : bool
+        Renumber positions ``0..n-1``, or keep those of ``prev``.
+
+    Returns
+    -------
+    segment : Segment
+    relative : Tensor
+        ``(B, P)`` index of the segment's tokens inside ``prev``.
+    """
+    keep = keep & real
+    current = keep
+    if prev is not None:
+        current = keep.gather(1, prev.rows)
+        if prev.valid is not None:
+            current = current & prev.valid
+    n = current.sum(1)
+    p = int(n.max())  # the one host synchronisation of a cut
+    if p == 0:
+        raise UnsupportedFeatureError(
+            "nothing is left of this forward: reducers do not go together with chunked prefill (prefill_chunk_size)"
+        )
+    # a stable sort of the keep table right-aligns the survivors in order: logits[:, -1] stays the last token
+    relative = torch.argsort(current.to(torch.int8), dim=1, stable=True)[:, current.shape[1] - p :]
+    rows = relative if prev is None else prev.rows.gather(1, relative)
+    ragged = bool((n != p).any())
+    valid = torch.arange(p, device=n.device) >= (p - n)[:, None] if ragged else None
+
+    delta, shift = None, None
+    if compact:
+        held = torch.zeros_like(real).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool) if valid is None else valid)
+        gone = real & ~held
+        delta, shift = (gone.cumsum(1) - gone.long()).gather(1, rows), gone.sum(1)
+    elif prev is not None and prev.delta is not None:
+        delta, shift = prev.delta.gather(1, relative), prev.shift
+
+    inverse = torch.full_like(rows[:, :1].expand(-1, real.shape[1]), -1).contiguous()
+    index = torch.arange(p, device=rows.device).expand_as(rows)
+    inverse.scatter_(1, rows, index if valid is None else torch.where(valid, index, -1))
+    return Segment(rows, valid, delta, shift, inverse), relative
+
+
+def take(t: Tensor, index: Tensor, dim: int) -> Tensor:
+    """Gather along ``dim`` with a ``(B, P)`` index; the batch is the dimension before ``dim`` (broadcast if it is 1)."""
+    batch = dim - 1
+    shape = list(t.shape)
+    shape[batch], shape[dim] = index.shape
+    view = [1] * t.dim()
+    view[batch], view[dim] = index.shape
+    if t.shape[batch] != index.shape[0]:
+        full = list(t.shape)
+        full[batch] = index.shape[0]
+        t = t.expand(full)
+    return t.gather(dim, index.to(t.device).view(view).expand(shape))
+
+
+def remap_mask(
+    mask: Any,
+    seg: Segment | None,
+    cols: Tensor,
+    valid: Tensor | None,
+    *,
+    total: int,
+    q: int,
+    implementation: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    static: bool = False,
+) -> Tensor | None:
+    """Turn the logical attention mask into that of a layer whose keys are ``cols`` and whose queries are ``seg.rows`` (or all).
+
+    Parameters
+    ----------
+    mask : Tensor or None
+        4-D boolean or additive mask, 2-D padding mask (FlashAttention), or ``None`` (causal, nothing padded).
+    cols, valid : Tensor
+        ``(B, K)`` logical columns of the layer's physical keys and their validity.
+    total : int
+        Logical key length; a sliding window's mask covers only its last columns.
+    q : int
+        Logical query length.
+    """
+    kv = cols.shape[1]
+    nq = q if seg is None else seg.rows.shape[1]
+    own = torch.arange(nq, device=device) + (0 if static else kv - nq)  # key slots of the queries themselves
+    if mask is None:
+        if valid is None:
+            return None
+        if "flash" in implementation:
+            return valid
+        out = valid[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
+    elif not isinstance(mask, Tensor):
+        raise UnsupportedFeatureError(
+            f"attention masks of type {type(mask).__name__} (flex_attention) cannot be shortened: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    else:
+        index = cols.to(mask.device) - (total - mask.shape[-1])
+        ok = index >= 0 if valid is None else (index >= 0) & valid.to(mask.device)
+        index = index.clamp(min=0)
+        if mask.dim() == 2:
+            return mask.gather(1, index) & ok
+        out = mask.expand(cols.shape[0], -1, -1, -1)
+        if seg is not None:
+            at = seg.rows.to(out.device)[:, None, :, None]
+            out = out.gather(2, at.expand(-1, out.shape[1], -1, out.shape[3]))
+        out = out.gather(3, index[:, None, None, :].expand(-1, out.shape[1], out.shape[2], -1))
+        ok = ok[:, None, None, :]
+        out = out & ok if out.dtype == torch.bool else out.masked_fill(~ok, torch.finfo(out.dtype).min)
+    if seg is not None and seg.valid is not None:  # padding queries see themselves: no empty softmax row
+        pad = torch.zeros(len(cols), nq, kv, dtype=torch.bool, device=out.device)
+        pad[:, torch.arange(nq, device=out.device), own.to(out.device)] = ~seg.valid.to(out.device)
+        pad = pad[:, None]
+        out = out | pad if out.dtype == torch.bool else out.masked_fill(pad, 0.0)
+    if implementation == "eager" and out.dtype == torch.bool:
+        out = torch.zeros((), dtype=dtype, device=out.device).masked_fill(~out, torch.finfo(dtype).min)
+    return out

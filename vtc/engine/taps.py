@@ -1,0 +1,87 @@
+"""Reading q, k, v of single attention layers while the model runs SDPA, FlashAttention or eager attention as configured.
+
+One attention module gets a thin proxy as its ``config``, whose attention implementation is called ``vtc_tap_<the real one>``. The
+function registered under that name looks at the final q, k, v (after bias, norms, RoPE, cache update) and then calls the real
+attention. Nothing changes for other modules or other models; taking it off is one assignment. No layer runs twice, no attention
+map is made.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vtc.errors import PatchError, UnsupportedFeatureError
+
+# "flash" must survive in the name: transformers looks for that substring
+PREFIX = "vtc_tap_"
+
+Observer = Callable[[nn.Module, Tensor, Tensor, Tensor, Any, float, Any], None]
+
+
+class _TappedConfig:
+    """Everything the real config says, except the name of the attention implementation."""
+
+    def __init__(self, real: Any, observe: Observer) -> None:
+        self.__dict__.update(_real=real, _observe=observe)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_real" not in self.__dict__:  # copying and pickling protocols probe a bare object
+            raise AttributeError(name)
+        if name == "_attn_implementation":
+            name = PREFIX + (self._real._attn_implementation or "eager")
+            if name not in ALL_ATTENTION_FUNCTIONS:
+                ALL_ATTENTION_FUNCTIONS.register(name, _observe_and_attend)
+            return name
+        return getattr(self._real, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._real, name, value)
+
+
+class _RealModule:
+    """The attention module as the real attention function must see it: with its real config."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.__dict__.update(_module=module, config=module.config._real)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _observe_and_attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+) -> Any:
+    ctx = kwargs.pop("_vtc", None)
+    config = module.config
+    implementation = config._real._attn_implementation or "eager"
+    if implementation == "eager":
+        attend = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+    scaling = kwargs.get("scaling")
+    config._observe(module, query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, ctx)
+    return attend(_RealModule(module), query, key, value, attention_mask, **kwargs)
+
+
+def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
+    """Tap one attention module; return the function that takes the tap off again."""
+    if isinstance(attention.config, _TappedConfig):
+        raise PatchError("this attention layer is tapped already: call vtc.unpatch(model) first")
+    implementation = attention.config._attn_implementation or "eager"
+    if "flex" in implementation or "paged" in implementation:
+        raise UnsupportedFeatureError(
+            f"attn_implementation='{implementation}' cannot be tapped or shortened: load the model with "
+            "attn_implementation='sdpa'"
+        )
+    attention.config = _TappedConfig(attention.config, observe)
+
+    def detach() -> None:
+        if isinstance(attention.config, _TappedConfig):
+            attention.config = attention.config._real
+
+    return detach

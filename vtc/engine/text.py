@@ -1,0 +1,600 @@
+"""The language-model side: BOUNDARY and DECODER reducers, and the one owner of compaction.
+
+Outside the decoder layers everything stays logical; inside, hidden states, RoPE rows, masks and KV caches hold the survivors only
+(see :mod:`vtc.engine.cache`). Per-forward state is a :class:`Context` that travels down to the layers as a keyword argument, so
+threads, gradient checkpointing and compiled forwards see one consistent decision.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
+
+from vtc.core import Kind, Layout, Need, Reducer, Selection, Signals, Stage
+from vtc.engine import taps
+from vtc.engine.cache import _Pruned, check_cache, pruned_layer
+from vtc.engine.segment import Segment, cut, remap_mask, take
+from vtc.engine.tower import TowerSide, VisionRecord, add_newlines
+from vtc.errors import NotReducedError, UnsupportedFeatureError
+from vtc.families.base import Family
+from vtc.signals import AttentionTap
+from vtc.stats import CallStats, Clock, ImageStats, StageStats, StatsLog
+
+_CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
+_FEATURE_ARGUMENTS = ("pixel_values", "pixel_values_videos", "image_patches")
+
+
+@dataclass(eq=False)
+class Instance:
+    """One image in one batch row (beams repeat rows, so one image may have several instances).
+
+    Attributes
+    ----------
+    row : int
+        Batch row.
+    image : int
+        Index into the vision record.
+    columns : Tensor
+        ``(slots,)`` logical column of every slot.
+    layout : Layout
+        Slot layout.
+    entries : Tensor
+        ``(n,)`` slots still alive, ascending.
+    stages : list of StageStats
+        What reducers did to it.
+    """
+
+    row: int
+    image: int
+    columns: Tensor
+    layout: Layout
+    entries: Tensor
+    stages: list[StageStats]
+
+
+@dataclass(eq=False)
+class Context:
+    """State of one forward of the text model."""
+
+    visual: Tensor | None = None  # (B, q) bool; None: no new visual tokens in this forward
+    real: Tensor | None = None  # (B, q) bool, not padding
+    q: int = 0
+    record: VisionRecord | None = None
+    instances: list[Instance] = field(default_factory=list)
+    keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
+    writes: dict[int, list[tuple[Reducer, Any]]] = field(default_factory=dict)
+    current: Segment | None = None
+    memo: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
+    tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
+    fired: set[int] = field(default_factory=set)
+    per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
+    clock: Clock = field(default_factory=Clock)
+    text: tuple[Tensor, Tensor] | None = None
+
+    def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
+        for k, r, value in self.memo:
+            if k == key and all(a is b for a, b in zip(r, refs, strict=True)):
+                return value
+        self.memo.append((key, refs, make()))
+        return self.memo[-1][2]
+
+
+class TextSide:
+    """Hooks on one model's multimodal base, text model and decoder layers."""
+
+    def __init__(
+        self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool
+    ) -> None:
+        self.family, self.facts, self.tower, self.stats, self.strict = family, family.facts, tower, stats, strict
+        self.parts = parts
+        self.running: dict[int, bool] = {}  # threads inside a forward with images
+        self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
+        self.decoder: dict[int, list[Reducer]] = {}
+        for p in parts:
+            if p.stage is Stage.DECODER:
+                self.decoder.setdefault(p.layer, []).append(p)
+        self.needs: dict[int, list[Need]] = {}
+        self.notes: dict[int, str] = {}  # part -> substituted signals
+        for p in parts:
+            for need in p.needs:
+                used = need.resolve(self.facts.provides)
+                if used != need:
+                    self.notes[id(p)] = f"{need.name}: this tower lacks '{need.requires}', {used.measure.__name__.strip('_')} used"
+                if need.source == "text":
+                    layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
+                    if used not in self.needs.setdefault(layer, []):
+                        self.needs[layer].append(used)
+        self.image_ids = torch.tensor(family.image_token_ids)
+        self.undo: list[Callable[[], None]] = []
+
+    # ----------------------------------------------------------------------------------------------------- installing
+    def install(self) -> None:
+        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
+        family = self.family
+        self.tower.on_record = self.on_record
+        hooks = [
+            family.base.register_forward_pre_hook(self.before_base, with_kwargs=True),
+            family.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
+            family.text.register_forward_pre_hook(self.before_text, with_kwargs=True),
+            family.text.register_forward_hook(self.after_text, with_kwargs=True),
+        ]
+        hooks += [
+            layer.register_forward_pre_hook(functools.partial(self.before_layer, i), with_kwargs=True)
+            for i, layer in enumerate(family.layers)
+        ]
+        self.undo += [h.remove for h in hooks]
+        for i in self.needs:
+            self.undo.append(taps.attach(family.text_attention[i], functools.partial(self.observe, i)))
+
+    def remove(self) -> None:
+        """Take all hooks off, in reverse order."""
+        while self.undo:
+            self.undo.pop()()
+
+    @staticmethod
+    def on_record(record: VisionRecord) -> None:
+        """Take the vision record of a forward that encodes its own images."""
+        ctx = _CURRENT.get()
+        if ctx is not None:
+            ctx.record = record
+
+    # ------------------------------------------------------------------------------------------ multimodal base model
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
+        call = kwargs
+        if args:
+            call = dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)) | kwargs
+        encoded = call.get("mm_encoder_outputs")
+        encoded = encoded if isinstance(encoded, dict) else {}
+        if not any(call.get(k) is not None for k in _FEATURE_ARGUMENTS) and not any(v is not None for v in encoded.values()):
+            return  # a decode step or a text-only prompt (an image token *generated* in decode is not visual)
+        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        if ids is None and embeds is None:
+            return
+        if ids is not None:
+            visual = torch.isin(ids, self.image_ids.to(ids.device))
+        else:  # as the models themselves find placeholders
+            table = self.family.text.get_input_embeddings()
+            marks = [table(torch.tensor(t, device=embeds.device)) for t in self.family.image_token_ids]
+            visual = torch.stack([(embeds == m).all(-1) for m in marks]).any(0)
+        check_cache(call.get("past_key_values"))
+        if any(k.startswith("cu_seq_lens") and v is not None for k, v in call.items()):
+            raise UnsupportedFeatureError("packed sequences (cu_seq_lens_*) cannot be shortened: pass padded batches")
+        real = self.real_tokens(call, visual)
+        if not bool(visual.any()):
+            return
+        ctx = Context(visual & real, real, visual.shape[1])
+        records = [getattr(v, "vtc", None) for v in encoded.values() if v is not None]
+        if records and records[0] is not None:
+            ctx.record = records[0]  # encoded by generate before this forward
+        self.running[threading.get_ident()] = True
+        _CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
+
+    @staticmethod
+    def real_tokens(call: dict[str, Any], visual: Tensor) -> Tensor:
+        """Boolean ``(B, q)``: not padding."""
+        mask, cache, q = call.get("attention_mask"), call.get("past_key_values"), visual.shape[1]
+        if isinstance(mask, dict):
+            mask = mask.get("full_attention")
+        if not isinstance(mask, Tensor):
+            return torch.ones_like(visual)
+        if mask.dim() == 2:
+            return mask[:, -q:].bool()
+        seen = int(cache.get_seq_length()) if cache is not None else 0  # 4-D: what the last token may attend to
+        last = mask[:, 0, -1, seen : seen + q]
+        last = last if mask.dtype == torch.bool else last > -1
+        return (last | ~last.any(1, keepdim=True)).expand(visual.shape)
+
+    def after_base(self, _module: nn.Module, _args: Any, _kwargs: Any, _out: Any) -> None:
+        """Leave no context behind, also when the forward raised."""
+        if self.running:
+            self.running.pop(threading.get_ident(), None)
+        if _CURRENT.get() is not None:
+            _CURRENT.set(None)
+
+    # ---------------------------------------------------------------------------------------------------- text model
+    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the BOUNDARY reducers and hand the context down to the layers."""
+        ctx = _CURRENT.get()
+        embeds = kwargs.get("inputs_embeds")
+        if ctx is None:
+            tokens = embeds if embeds is not None else (args[0] if args else kwargs["input_ids"])
+            cache = kwargs.get("past_key_values")
+            if tokens.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
+                self.stats.append(CallStats(text_only=True))
+            if self.passes_through(kwargs, tokens.shape[1]):
+                return None
+            ctx = Context(q=tokens.shape[1])
+        else:
+            _CURRENT.set(None)
+            kwargs = dict(kwargs)
+            ctx.visual, ctx.real = ctx.visual.to(embeds.device), ctx.real.to(embeds.device)
+            kwargs["inputs_embeds"] = self.reduce_inputs(ctx, embeds)
+        return args, {**kwargs, "_vtc": ctx}
+
+    def passes_through(self, kwargs: dict[str, Any], q: int) -> bool:
+        """Whether a forward without new images needs nothing of us: no reduced cache, or one whose masks are trivial."""
+        cache = kwargs.get("past_key_values")
+        layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, _Pruned)]
+        if not layers:
+            return True
+        plain = kwargs.get("attention_mask") is None and q == 1 and not isinstance(layers[0], StaticLayer)
+        implementation = self.family.text.config._attn_implementation or "eager"
+        return (
+            plain
+            and ("sdpa" in implementation or "flash" in implementation)
+            and all(layer.valid is None and layer.shift is None and not getattr(layer, "is_sliding", False) for layer in layers)
+        )
+
+    def find_instances(self, ctx: Context) -> None:
+        """Match the images of the vision record with the runs of placeholder tokens."""
+        record = ctx.record
+        if record is None:
+            raise UnsupportedFeatureError(
+                "the image features of this call were not made by the patched model (encoded before vtc.patch, or a prompt "
+                "processed in chunks): pass pixel_values, or encode after patching"
+            )
+        visual = ctx.visual
+        total, found = sum(record.lengths), int(visual.sum())
+        if total == 0 or found % total:
+            raise UnsupportedFeatureError(
+                f"the prompt has {found} visual tokens and the images {total}: padding must not hide image tokens"
+            )
+        repeat = found // total  # beams and num_return_sequences repeat rows
+        rows, columns = visual[::repeat].nonzero(as_tuple=True)
+        row_list = rows.tolist()
+        start = 0
+        for image, layout in enumerate(record.slots):
+            end = start + len(layout)
+            if end == start:
+                continue
+            if row_list[start] != row_list[end - 1]:
+                raise UnsupportedFeatureError("an image's placeholder tokens are spread over two batch rows: check the prompt")
+            for r in range(repeat):
+                ctx.instances.append(
+                    Instance(
+                        row_list[start] * repeat + r,
+                        image,
+                        columns[start:end],
+                        layout,
+                        record.entries[image].to(visual.device),
+                        list(record.stages[image]),
+                    )
+                )
+            start = end
+        ctx.fired |= record.fired
+        ctx.clock.add(record.clock)
+
+    def reduce_inputs(self, ctx: Context, embeds: Tensor) -> Tensor:
+        """Apply what the tower decided and the BOUNDARY reducers; return the (possibly merged) input embeddings."""
+        self.find_instances(ctx)
+        compact = any(p.position_policy == "compact" for p in self.parts if p.stage.in_tower)
+        for part in self.boundary:
+            with ctx.clock.span(embeds.device):
+                writes = self.reduce(ctx, part, embeds, 0)
+            embeds = write(embeds, writes)
+            compact = compact or part.position_policy == "compact"
+        keep = self.keep_table(ctx)
+        if not bool((keep | ~ctx.real).all()):
+            ctx.current, relative = cut(keep, ctx.real, None, compact)
+            ctx.keep[0] = (ctx.current, relative)
+        return embeds
+
+    def keep_table(self, ctx: Context) -> Tensor:
+        """Boolean ``(B, q)``: text, and the visual tokens still alive."""
+        keep = ~ctx.visual
+        for it in ctx.instances:
+            keep[it.row, it.columns[it.entries]] = True
+        return keep
+
+    def reduce(self, ctx: Context, part: Reducer, hidden: Tensor, layer: int) -> list[tuple[int, Tensor, Tensor]]:
+        """Ask one reducer about all images, one batch per geometry and count; update the instances.
+
+        Returns ``(row, physical positions, new values)`` for every merged image.
+        """
+        groups: dict[tuple[int, int], list[Instance]] = {}
+        shown: dict[int, Tensor] = {}
+        for it in ctx.instances:
+            candidates = it.entries
+            asked = part.count(len(it.layout), self.facts)
+            if not part.decides_itself and asked >= len(candidates):  # newlines included: nothing to do
+                whole = "" if len(candidates) == len(it.layout) == asked else "fewer tokens than the budget: kept whole"
+                n = len(candidates)
+                it.stages.append(StageStats(part.name, part.stage.value, layer, n, n, asked, whole))
+                continue
+            if part.newline_policy != "compete" and it.layout.has_newlines:
+                candidates = candidates[it.layout.kind.to(candidates.device)[candidates] == Kind.PATCH]
+            shown[id(it)] = candidates
+            groups.setdefault((id(it.layout), len(candidates)), []).append(it)
+        writes = []
+        for (_, n), members in groups.items():
+            entries = torch.stack([shown[id(it)] for it in members])
+            rows = torch.tensor([it.row for it in members], device=hidden.device)
+            columns = torch.stack([it.columns for it in members]).gather(1, entries)
+            where = columns if ctx.current is None else ctx.current.inverse[rows[:, None], columns]
+            slots = len(members[0].layout)
+            signals = Signals(
+                features=hidden[rows[:, None], where],
+                layout=members[0].layout,
+                entries=entries,
+                budget=min(n, part.count(slots, self.facts)),
+                slots=slots,
+                taps=self.signals_of(ctx, part, members, rows, columns, entries),
+                text=self.text_of(ctx, hidden)[0][rows] if part.wants_text else None,
+                text_mask=self.text_of(ctx, hidden)[1][rows] if part.wants_text else None,
+                fingerprint=tuple(ctx.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
+            )
+            selection = part.select(signals.check(where_of(part, layer))) if n else Selection(entries[:, :0])
+            for j, it in enumerate(members):
+                at = selection.index[j]
+                if selection.valid is not None:
+                    at = at[selection.valid[j]]
+                if selection.features is not None:
+                    values = selection.features[j]
+                    values = values if selection.valid is None else values[selection.valid[j]]
+                    writes.append((it.row, where[j][at], values))
+                before, kept = len(it.entries), shown[id(it)][at]
+                it.entries = add_newlines(it.layout, kept, it.entries, part.newline_policy) if len(at) else kept
+                asked = None if part.decides_itself else part.count(slots, self.facts)
+                note = "; ".join(x for x in (self.notes.get(id(part), ""), selection.note) if x)
+                it.stages.append(StageStats(part.name, part.stage.value, layer, before, len(it.entries), asked, note))
+        ctx.fired.add(id(part))
+        return writes
+
+    def signals_of(
+        self, ctx: Context, part: Reducer, members: list[Instance], rows: Tensor, columns: Tensor, entries: Tensor
+    ) -> dict[str, Tensor]:
+        """Narrow every signal the part needs to the candidates of ``members``."""
+        out: dict[str, Tensor] = {}
+        for need in part.needs:
+            if need.source == "vision":
+                stacked = torch.stack([ctx.record.signals[need.resolve(self.facts.provides).key][it.image] for it in members]).to(entries.device)
+                index = entries.view(*entries.shape, *[1] * (stacked.dim() - 2)).expand(-1, -1, *stacked.shape[2:])
+                out[need.name] = stacked.gather(1, index)
+                continue
+            if need.key not in ctx.tapped:
+                raise NotReducedError(
+                    f"'{part.name}' needs '{need.name}' of decoder layer {need.layer}, which was not computed in this forward"
+                )
+            value, seg, offset = ctx.tapped[need.key]
+            if need.axis == "row":
+                out[need.name] = value[rows]
+                continue
+            at = columns if seg is None else seg.inverse[rows[:, None], columns]
+            out[need.name] = value[rows[:, None], at + offset]
+        return out
+
+    def text_of(self, ctx: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, T, D)`` text embeddings of the prompt, left-aligned, and their validity."""
+        if ctx.text is None:
+            text = ctx.real & ~ctx.visual
+            order = torch.argsort((~text).to(torch.int8), dim=1, stable=True)[:, : int(text.sum(1).max())]
+            ctx.text = (take(hidden, order, 1), text.gather(1, order))
+        return ctx.text
+
+    def after_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+        """Expand the last hidden states to logical length, and account for what happened.
+
+        A dropped slot shows the last kept token before it: the one that predicts the next text token.
+        """
+        ctx = kwargs.get("_vtc")
+        if ctx is None or ctx.visual is None:
+            return out
+        self.account(ctx)
+        seg = ctx.current
+        if seg is None:
+            return out
+        p = seg.rows.shape[1]
+        held = seg.inverse >= 0
+        first = 0 if seg.valid is None else p - seg.valid.sum(1, keepdim=True)
+        index = (held.cumsum(1) - 1 + first).clamp(min=0)
+        if isinstance(out, tuple):
+            return (take(out[0], index, 1), *out[1:])
+        out.last_hidden_state = take(out.last_hidden_state, index, 1)
+        return out
+
+    def account(self, ctx: Context) -> None:
+        """Write the statistics; complain about a part that did not act."""
+        missing = [p for p in self.parts if id(p) not in ctx.fired]
+        call = CallStats(_clock=ctx.clock)
+        for n, it in enumerate(ctx.instances):
+            per_layer = [counts[n] for counts in ctx.per_layer]
+            kept = per_layer[-1] if per_layer else len(it.entries)
+            call.images.append(ImageStats(it.row, len(it.layout), kept, per_layer, it.stages, not missing))
+        self.stats.append(call)
+        if missing:
+            message = (
+                f"{', '.join(sorted({repr(p.name) for p in missing}))} did not act on a call with images "
+                f"(stage {missing[0].stage.value}): the model ran without the expected hook; report this, or pass strict=False"
+            )
+            if self.strict:
+                raise NotReducedError(message)
+            warnings.warn(message, stacklevel=2)
+
+    # -------------------------------------------------------------------------------------------------- decoder layers
+    def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the DECODER reducers of layer ``i``; give the layer its shorter inputs, mask, RoPE rows and cache entry."""
+        ctx = kwargs.get("_vtc")
+        if ctx is None:
+            return None
+        kwargs = dict(kwargs)
+        if i not in self.needs:  # only tapped attentions want it
+            del kwargs["_vtc"]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        cache = kwargs.get("past_key_values")
+        seg: Segment | None = None
+        if ctx.visual is not None:
+            hidden, seg = self.enter(ctx, i, hidden)
+        layer = None
+        if seg is not None and cache is not None:
+            layer = pruned_layer(cache, i)
+            before = layer.shift
+            layer.begin(seg, ctx.q)
+            cols, valid, total = layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
+        elif seg is not None:
+            before, cols, valid, total = None, seg.rows, seg.valid, ctx.q
+        elif cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
+            layer = cache.layers[i]
+            before = layer.shift
+            total = layer.get_mask_sizes(ctx.q)[0]
+            if kwargs.get("attention_mask") is None and layer.valid is None:
+                cols, valid = layer.cols, None  # nothing to remap: the columns are not looked at
+            else:
+                cols, valid = ctx.once(("columns", layer.stored()), (layer.cols,), functools.partial(layer.columns, ctx.q))
+        else:
+            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        mask = kwargs.get("attention_mask")
+        if mask is not None or valid is not None:
+            implementation = self.family.text.config._attn_implementation or "eager"
+            static = isinstance(layer, StaticLayer)
+            if static and "flash" in implementation:
+                raise UnsupportedFeatureError(
+                    "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
+                )
+            kwargs["attention_mask"] = ctx.once(
+                ("mask", hidden.device),
+                (mask, cols, seg),
+                lambda: remap_mask(
+                    mask,
+                    seg,
+                    cols.to(hidden.device),
+                    None if valid is None else valid.to(hidden.device),
+                    total=total,
+                    q=ctx.q,
+                    implementation=implementation,
+                    dtype=hidden.dtype,
+                    device=hidden.device,
+                    static=static,
+                ),
+            )
+        self.rotate(ctx, i, kwargs, hidden, seg, before)
+        kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def enter(self, ctx: Context, i: int, hidden: Tensor) -> tuple[Tensor, Segment | None]:
+        """Decide (or replay) what layer ``i`` holds; return its hidden states and segment."""
+        replay = i in ctx.keep and i < len(ctx.per_layer)
+        if not replay:
+            if i in self.decoder:
+                compact = False
+                for part in self.decoder[i]:
+                    with ctx.clock.span(hidden.device):
+                        writes = self.reduce(ctx, part, hidden, i)
+                    if writes:
+                        hidden = write(hidden, writes)
+                        ctx.writes.setdefault(i, []).append((part, writes))
+                    compact = compact or part.position_policy == "compact"
+                ctx.keep[i] = (ctx.current, None)
+                keep = self.keep_table(ctx)
+                held = ctx.current
+                table = ctx.real if held is None else held.inverse >= 0
+                if bool((table & ~keep).any()):
+                    ctx.current, relative = cut(keep, ctx.real, held, compact)
+                    ctx.keep[i] = (ctx.current, relative)
+            elif i not in ctx.keep:
+                ctx.keep[i] = (ctx.current, None)
+            if len(ctx.per_layer) == i:
+                ctx.per_layer.append([len(it.entries) for it in ctx.instances])
+        elif i in ctx.writes:
+            raise UnsupportedFeatureError(
+                "gradient checkpointing with a reducer that merges tokens inside the decoder needs transformers >= 5.2, where "
+                "hooks are not run again: upgrade, or disable gradient checkpointing"
+            )
+        seg, relative = ctx.keep[i]
+        if relative is not None:
+            hidden = take(hidden, relative, 1)
+        return hidden, seg
+
+    def rotate(
+        self, ctx: Context, i: int, kwargs: dict[str, Any], hidden: Tensor, seg: Segment | None, before: Tensor | None
+    ) -> None:
+        """Give the layer the RoPE rows of its tokens: gathered, or recomputed where positions are compacted."""
+        tables = [k for k in kwargs if k.startswith("position_embeddings") and kwargs[k] is not None]
+        if not tables:
+            raise UnsupportedFeatureError("the decoder layers take no position_embeddings: this text model is not supported")
+        delta = None if seg is None else seg.delta
+        if before is None and delta is None:
+            if seg is not None:
+                for k in tables:
+                    table = kwargs[k]
+                    kwargs[k] = ctx.once(
+                        ("rope", hidden.device),
+                        (table, seg),
+                        lambda table=table: tuple(take(t, seg.rows.to(t.device), t.dim() - 2) for t in table),
+                    )
+            return
+        if len(tables) > 1:
+            raise UnsupportedFeatureError("positions='compact' needs transformers >= 5 for models with several RoPE tables")
+        text = self.family.text
+        kind = (getattr(text.config, "layer_types", None) or [None] * (i + 1))[i]
+        extra = (kind,) if "layer_type" in _rope_parameters(type(text.rotary_emb)) else ()
+        positions = kwargs["position_ids"]
+
+        def make() -> tuple[Tensor, Tensor]:
+            pos = positions.expand(hidden.shape[0], -1).to(hidden.device)
+            if before is not None:  # tokens dropped in earlier forwards
+                pos = pos - before[:, None].to(pos.device)
+            if seg is not None:
+                pos = pos.gather(1, seg.rows.to(pos.device))
+                if delta is not None:
+                    pos = pos - delta.to(pos.device)
+            return text.rotary_emb(hidden, pos.clamp(min=0), *extra)
+
+        kwargs[tables[0]] = ctx.once(("compact", kind, hidden.device), (seg, before), make)
+
+    # ------------------------------------------------------------------------------------------------------ tapping
+    def observe(
+        self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, ctx: Context | None
+    ) -> None:
+        """Compute the signals wanted of decoder layer ``i`` (prefill with images only)."""
+        if ctx is None or ctx.visual is None:
+            return
+        with torch.no_grad(), ctx.clock.span(query.device):
+            b, q = query.shape[0], query.shape[2]
+            seg = ctx.keep[i][0] if i in ctx.keep else None
+            if seg is None:
+                valid, visual = ctx.real, ctx.visual
+            else:
+                valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
+                visual = ctx.visual.gather(1, seg.rows) & valid
+            index = torch.arange(q, device=query.device).expand(b, -1)
+            last = torch.where(valid, index, -1).max(1).values
+            keys = key.shape[2]
+            full = mask
+            if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only
+                causal = torch.arange(keys, device=query.device)[None] <= (torch.arange(q, device=query.device) + keys - q)[:, None]
+                full = mask.bool()[:, None, None, :] & causal
+            tap = AttentionTap(query, key, value, scaling, full, causal=True, last=last, visual=visual, valid=valid)
+            for need in self.needs[i]:
+                ctx.tapped[need.key] = (need.measure(tap), seg, keys - q)
+
+
+def where_of(part: Reducer, layer: int) -> str:
+    """Name a place for an error message."""
+    return f"decoder layer {layer} ('{part.name}')" if part.stage is Stage.DECODER else f"the {part.stage.value} ('{part.name}')"
+
+
+def write(hidden: Tensor, writes: list[tuple[int, Tensor, Tensor]]) -> Tensor:
+    """Return ``hidden`` with merged values at their places (out of place: gradients flow to both)."""
+    if not writes:
+        return hidden
+    rows = torch.cat([torch.full_like(at, row) for row, at, _ in writes])
+    at = torch.cat([at for _, at, _ in writes])
+    values = torch.cat([v for _, _, v in writes]).to(hidden.dtype)
+    return hidden.index_put((rows, at), values)
+
+
+@functools.cache
+def _rope_parameters(kind: type) -> tuple[str, ...]:
+    return tuple(inspect.signature(kind.forward).parameters)

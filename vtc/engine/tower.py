@@ -1,0 +1,483 @@
+"""Everything before the language model: recording signals in the vision tower and shortening it (IMAGE, ENCODER, VISION).
+
+One :class:`TowerRun` lives for one call of ``get_image_features``. Whatever was dropped, the projector's output is scattered back to
+full length, so that packing, placeholder checks and everything else of the model see what they expect; the record then tells the
+text side which slots are real. The record travels with the returned features, since ``generate`` encodes images before the
+first forward.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.core import EncoderReducer, EncoderState, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
+from vtc.engine import taps
+from vtc.errors import UnsupportedFeatureError
+from vtc.families.base import Family, VisionCall
+from vtc.signals import AttentionTap
+from vtc.stats import Clock, StageStats
+
+Key = tuple[str, str, int]
+_RUN: contextvars.ContextVar[TowerRun | None] = contextvars.ContextVar("vtc_tower_run", default=None)
+
+
+@dataclass(eq=False)
+class VisionRecord:
+    """What the tower hands to the text side.
+
+    Attributes
+    ----------
+    slots : list of Layout
+        Slot layout of each image.
+    entries : list of Tensor
+        Per image, ``(n,)`` ascending indices of the slots that hold a token.
+    signals : dict
+        Tapped vision signals by need key: per image ``(slots, ...)``; newline slots hold zeros.
+    stages : list of list of StageStats
+        Per image, what the tower-side reducer did.
+    fired : set of int
+        ``id`` of the tower-side parts that acted.
+    fingerprint : list of int
+        Per image, an exact function of its pixels.
+    selection : list of Selection or None
+        Per image, the tower-side selection (batch of one), for pictures.
+    clock : Clock
+        Time spent on signals and selection.
+    """
+
+    slots: list[Layout]
+    entries: list[Tensor]
+    signals: dict[Key, list[Tensor]]
+    stages: list[list[StageStats]]
+    fired: set[int]
+    fingerprint: list[int]
+    selection: list[Selection | None]
+    clock: Clock
+
+    @property
+    def lengths(self) -> list[int]:
+        """Visual slots of each image."""
+        return [len(s) for s in self.slots]
+
+
+@dataclass(eq=False)
+class TowerRun:
+    """State of one call of ``get_image_features``."""
+
+    call: VisionCall
+    recorded: dict[Key, Tensor] = field(default_factory=dict)  # need -> (views, patches, ...)
+    layer_taps: dict[str, Tensor] = field(default_factory=dict)  # ENCODER: signals of the layer that has just run
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None  # (views, n) patch ids alive, ascending; None = all
+    valid: Tensor | None = None  # (views, n)
+    target: Tensor | None = None
+    cls: Tensor | None = None
+    small: tuple[int, int] | None = None  # IMAGE: the grid the tower ran on
+    chosen: list[Selection] | None = None  # VISION: per image
+    fired: set[int] = field(default_factory=set)
+    clock: Clock = field(default_factory=Clock)
+
+
+class TowerSide:
+    """Hooks on one model's vision side."""
+
+    def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
+        self.family = family
+        self.fingerprint = any(p.wants_fingerprint for p in parts)
+        self.part = next((p for p in parts if p.stage.in_tower), None)
+        provides = family.facts.provides
+        wanted = [n.resolve(provides) for p in parts for n in p.needs if n.source == "vision"]
+        self.needs = list(dict.fromkeys(wanted))
+        self.undo: list[Callable[[], None]] = []
+        self.on_record: Callable[[VisionRecord], None] | None = None
+
+    # ----------------------------------------------------------------------------------------------------- installing
+    def install(self) -> None:
+        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
+        base, part = self.family.base, self.part
+        original = base.get_image_features
+        wrapper = functools.wraps(original)(functools.partial(self.get_image_features, original))
+        object.__setattr__(base, "get_image_features", wrapper)
+        self.undo.append(functools.partial(_restore, base, "get_image_features", wrapper))
+        by_layer: dict[int, list[Need]] = {}
+        for need in self.needs:
+            by_layer.setdefault(self.index(need.layer), []).append(need)
+        stepping: dict[int, tuple[Need, ...]] = {}
+        if isinstance(part, EncoderReducer):
+            used = self.family.facts.feature_layer
+            provides = self.family.facts.provides
+            stepping = {i: tuple(n.resolve(provides) for n in part.encoder_needs(i)) for i in range(used)}
+            for i in range(1, len(self.family.encoder_layers)):
+                hook = self.family.encoder_layers[i].register_forward_pre_hook(
+                    functools.partial(self.before_layer, i), with_kwargs=True
+                )
+                self.undo.append(hook.remove)
+        for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
+            observe = functools.partial(self.observe, by_layer.get(i, []), stepping.get(i, ()))
+            self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
+        if part is not None:
+            if isinstance(part, ImageReducer):
+                hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
+                self.undo.append(hook.remove)
+            if part.stage is Stage.VISION and part.wants_cls and self.family.facts.has_cls:
+                layer = self.family.encoder_layers[self.family.facts.feature_layer]
+                self.undo.append(layer.register_forward_hook(self.remember_cls).remove)
+            projector = self.family.projector
+            self.undo.append(projector.register_forward_pre_hook(self.before_projector).remove)
+            self.undo.append(projector.register_forward_hook(self.after_projector).remove)
+
+    def remove(self) -> None:
+        """Take all hooks off, in reverse order."""
+        while self.undo:
+            self.undo.pop()()
+
+    def index(self, layer: int) -> int:
+        """Non-negative tower layer."""
+        return layer if layer >= 0 else len(self.family.encoder_layers) + layer
+
+    # -------------------------------------------------------------------------------------------------- one call
+    def get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own method with a record open, and attach the record to what it returns."""
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        call = {**call, **call.get("kwargs", {})}
+        run = TowerRun(self.family.describe(call))
+        token = _RUN.set(run)
+        try:
+            out = original(*args, **kwargs)
+        finally:
+            _RUN.reset(token)
+        features = getattr(out, "pooler_output", out)
+        lengths = [f.reshape(-1, f.shape[-1]).shape[0] for f in features]
+        record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
+        if lengths != record.lengths:
+            raise UnsupportedFeatureError(
+                f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
+                "image settings are not supported"
+            )
+        if hasattr(out, "pooler_output"):
+            out.vtc = record  # generate encodes images before the first forward: the record rides along
+        if self.on_record is not None:
+            self.on_record(record)
+        return out
+
+    def observe(
+        self,
+        record: list[Need],
+        stepping: tuple[Need, ...],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        _ctx: Any,
+    ) -> None:
+        """Compute the signals wanted of one tower layer."""
+        run = _RUN.get()
+        if run is None:
+            return
+        with torch.no_grad(), run.clock.span(query.device):
+            cls = self.family.facts.has_cls
+            key_mask = None
+            if run.valid is not None:  # padded views: the same mask for every query row
+                key_mask = run.valid
+                if cls:
+                    key_mask = torch.cat([torch.ones_like(key_mask[:, :1]), key_mask], 1)
+                key_mask = key_mask[:, None, None, :]
+            tap = AttentionTap(query, key, value, scaling, mask=key_mask, cls=cls)
+            for need in record:
+                run.recorded[need.key] = self.spread(run, need.measure(tap))
+            run.layer_taps = {need.name: need.measure(tap) for need in stepping}
+
+    def spread(self, run: TowerRun, values: Tensor) -> Tensor:
+        """Put values of the patches alive back on the full grid, zeros elsewhere."""
+        if run.ids is None:
+            return values
+        per = self.family.facts.grid[0] * self.family.facts.grid[1]
+        full = values.new_zeros(values.shape[0], per, *values.shape[2:])
+        ids = run.ids.view(*run.ids.shape, *[1] * (values.dim() - 2)).expand_as(values)
+        if run.valid is not None:  # padding repeats a living id: let the real one win
+            return full.scatter_add(1, ids, values * run.valid.view(*run.valid.shape, *[1] * (values.dim() - 2)))
+        return full.scatter(1, ids, values)
+
+    # ----------------------------------------------------------------------------------------------------- IMAGE
+    def shrink_pixels(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Hand the tower smaller pictures."""
+        run, part = _RUN.get(), self.part
+        if run is None or not isinstance(part, ImageReducer):
+            return None
+        pixels = args[0] if args else kwargs["pixel_values"]
+        grid = self.family.facts.grid
+        patch = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
+        with run.clock.span(pixels.device):
+            run.fired.add(id(part))
+            small = part.target_grid(grid, self.family.facts)
+            if small == grid:
+                return None
+            run.small = small
+            size = run.small[0] * patch[0], run.small[1] * patch[1]
+            pixels = part.resize(pixels, size)
+        kwargs = {**kwargs, "interpolate_pos_encoding": True}
+        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+
+    # --------------------------------------------------------------------------------------------------- ENCODER
+    def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Between layer ``i - 1`` and layer ``i`` of the tower: let the reducer drop patches, mask the padding."""
+        run, part = _RUN.get(), self.part
+        if run is None or not isinstance(part, EncoderReducer):
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        head = int(self.family.facts.has_cls)
+        if run.layer_taps:
+            views, n = hidden.shape[0], hidden.shape[1] - head
+            with torch.no_grad(), run.clock.span(hidden.device):
+                if run.target is None:
+                    per = self.family.facts.grid[0] * self.family.facts.grid[1]
+                    run.target = torch.full((views,), part.view_budget(per, self.family.facts), device=hidden.device)
+                image = torch.repeat_interleave(
+                    torch.arange(len(run.call.views), device=hidden.device),
+                    torch.tensor(run.call.views, device=hidden.device),
+                )
+                valid = run.valid
+                if valid is None:
+                    valid = torch.ones(views, n, dtype=torch.bool, device=hidden.device)
+                state = EncoderState(i - 1, run.layer_taps, valid, image, run.carry, run.target)
+                run.carry, alive = part.step(state)
+                run.layer_taps = {}
+                run.fired.add(id(part))
+                index = None if alive is None else self.narrow(run, alive & valid)
+            if index is not None:
+                gather = index if not head else torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
+                hidden = hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[2]))
+        if run.valid is not None:
+            mask = run.valid
+            if head:
+                mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
+            implementation = getattr(self.family.encoder_attention[i].config, "_attn_implementation", None) or "eager"
+            if "flash" not in implementation:
+                full = torch.zeros(mask.shape[0], 1, 1, mask.shape[1], dtype=hidden.dtype, device=hidden.device)
+                full = full.masked_fill(~mask[:, None, None, :], torch.finfo(hidden.dtype).min)
+                mask = full.expand(-1, 1, mask.shape[1], -1)
+            if len(args) > 1:
+                args = (args[0], mask, *args[2:])
+            else:
+                kwargs = {**kwargs, "attention_mask": mask}
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def narrow(self, run: TowerRun, alive: Tensor) -> Tensor | None:
+        """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped."""
+        count = alive.sum(1)
+        longest = int(count.max())
+        if longest == alive.shape[1]:
+            return None
+        # survivors first, in order; padding repeats entry 0 of the leftovers
+        index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, :longest]
+        ragged = bool((count != longest).any())
+        ids = run.ids if run.ids is not None else torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+        run.ids = ids.gather(1, index)
+        run.valid = torch.arange(longest, device=alive.device) < count[:, None] if ragged else None
+        run.carry = {
+            k: v.gather(1, index.view(*index.shape, *[1] * (v.dim() - 2)).expand(-1, -1, *v.shape[2:]))
+            for k, v in run.carry.items()
+        }
+        return index
+
+    # ---------------------------------------------------------------------------------------- VISION and the projector
+    def remember_cls(self, _module: nn.Module, _args: Any, out: Any) -> None:
+        """Keep the class token of the layer whose output feeds the projector."""
+        run = _RUN.get()
+        if run is not None:
+            run.cls = (out[0] if isinstance(out, tuple) else out)[:, 0]
+
+    def before_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """VISION: choose (and merge) before the projector, so that it runs on the survivors only."""
+        run, part = _RUN.get(), self.part
+        if run is None or part is None or part.stage is not Stage.VISION:
+            return None
+        features = args[0]
+        run.chosen, packed = self.choose(run, part, features)
+        return (packed, *args[1:])
+
+    def choose(self, run: TowerRun, part: Reducer, features: Tensor) -> tuple[list[Selection], Tensor]:
+        """Ask a VISION reducer, one batch per geometry; return selections per image and ``(images, K, D)`` features."""
+        starts = [0]
+        for v in run.call.views:
+            starts.append(starts[-1] + v)
+        groups: dict[int, list[int]] = {}
+        for n, layout in enumerate(run.call.patches):
+            groups.setdefault(id(layout), []).append(n)
+        chosen: list[Selection | None] = [None] * len(run.call.views)
+        tokens: list[Tensor | None] = [None] * len(run.call.views)
+        for members in groups.values():
+            views, layout = run.call.views[members[0]], run.call.patches[members[0]]
+            asked = part.count(len(run.call.slots[members[0]]), self.family.facts)
+            whole = asked >= len(run.call.slots[members[0]])
+            rows = torch.tensor([starts[m] + v for m in members for v in range(views)], device=features.device)
+            mine = features[rows].reshape(len(members), -1, features.shape[-1])
+            with run.clock.span(features.device):
+                own = {}
+                for need in part.needs:
+                    value = run.recorded[need.key][rows]
+                    own[need.name] = value.reshape(len(members), mine.shape[1], *value.shape[2:])
+                slots = len(run.call.slots[members[0]])
+                if whole:
+                    selection = Selection.all(mine.shape[1], len(members), mine.device)
+                signals = Signals(
+                    features=mine,
+                    layout=layout,
+                    entries=torch.arange(mine.shape[1], device=mine.device).expand(len(members), -1),
+                    budget=asked,
+                    slots=slots,
+                    taps=own,
+                    cls=None if run.cls is None else run.cls[rows].reshape(len(members), views, -1),
+                    fingerprint=tuple(fingerprint(run.call, m) for m in members) if part.wants_fingerprint else (),
+                )
+                if not whole:
+                    selection = part.select(signals.check(f"the vision tower's output ('{part.name}')"))
+            merged = selection.features
+            if merged is None:
+                merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))
+            for j, m in enumerate(members):
+                at = selection.index[j : j + 1]
+                owner = None if selection.owner is None else selection.owner[j : j + 1]
+                chosen[m], tokens[m] = Selection(at, None, owner, note=selection.note), merged[j]
+        run.fired.add(id(part))
+        longest = max(t.shape[0] for t in tokens)
+        packed = features.new_zeros(len(tokens), longest, features.shape[-1])
+        return chosen, torch.stack(  # stack, not in-place writes: gradients flow to every merged token
+            [t if len(t) == longest else torch.cat([t, packed[0, : longest - len(t)]]) for t in tokens]
+        )
+
+    def after_projector(self, _module: nn.Module, _args: Any, out: Tensor) -> Any:
+        """Scatter short projector output back to ``(views, patches, D)``; slots without a token hold zeros."""
+        run, part = _RUN.get(), self.part
+        if run is None or part is None:
+            return None
+        rows, cols = self.family.facts.grid
+        per, total = rows * cols, sum(run.call.views)
+        if part.stage is Stage.VISION and run.chosen is not None:
+            full = out.new_zeros(total * per, out.shape[-1])
+            index, source, start = [], [], 0
+            for image, selection in enumerate(run.chosen):
+                at = selection.index[0]
+                index.append(at + start * per)
+                source.append(out[image, : len(at)])
+                start += run.call.views[image]
+            index_all = torch.cat(index)
+            full = full.index_copy(0, index_all, torch.cat(source))
+            return full.view(total, per, -1)
+        if part.stage is Stage.IMAGE and run.small is not None:
+            ids = nearest_cells(run.small, (rows, cols)).to(out.device).expand(total, -1)
+        elif run.ids is not None:
+            ids = run.ids
+        else:
+            return None
+        if out.shape[1] != ids.shape[1]:
+            raise UnsupportedFeatureError(
+                f"the projector returned {out.shape[1]} tokens per view where {ids.shape[1]} survived: this model's features do "
+                "not come from one tower layer"
+            )
+        index = ids[..., None].expand(-1, -1, out.shape[-1])
+        full = out.new_zeros(total, per, out.shape[-1])
+        if run.valid is not None:
+            return full.scatter_add(1, index, out * run.valid[..., None])
+        return full.scatter(1, index, out)
+
+    # ------------------------------------------------------------------------------------------------------- record
+    def finish(self, run: TowerRun, device: torch.device) -> VisionRecord:
+        """Translate what happened per view into slots of each image."""
+        part, facts = self.part, self.family.facts
+        per = facts.grid[0] * facts.grid[1]
+        entries, stages, selections, start = [], [], [], 0
+        acted = part is not None and id(part) in run.fired
+        for image, (slots, patches, views) in enumerate(zip(run.call.slots, run.call.patches, run.call.views, strict=True)):
+            alive = None
+            note, selection = "", None
+            if acted and run.chosen is not None:
+                selection = run.chosen[image]
+                alive, note = selection.index[0], selection.note
+            elif acted and run.small is not None:
+                cells = nearest_cells(run.small, facts.grid).to(device)
+                alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
+            elif acted and run.ids is not None:
+                ids = run.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
+                alive = ids.flatten() if run.valid is None else ids[run.valid[start : start + views]]
+            if alive is None:
+                kept = torch.arange(len(slots), device=device)
+            else:
+                at = patches.slot.to(device)[alive]
+                kept = at[at >= 0].sort().values
+                every = torch.arange(len(slots), device=device)
+                whole = len(alive) == views * per
+                kept = every if whole else add_newlines(slots, kept, every, part.newline_policy)
+            entries.append(kept)
+            selections.append(selection)
+            row: list[StageStats] = []
+            if acted:
+                asked = part.count(len(slots), facts)
+                row.append(StageStats(part.name, part.stage.value, 0, len(slots), len(kept), asked, note))
+            stages.append(row)
+            start += views
+        signals = {key: self.on_slots(run, value) for key, value in run.recorded.items()}
+        prints = [fingerprint(run.call, i) for i in range(len(run.call.views))] if self.fingerprint else []
+        return VisionRecord(run.call.slots, entries, signals, stages, set(run.fired), prints, selections, run.clock)
+
+    def on_slots(self, run: TowerRun, values: Tensor) -> list[Tensor]:
+        """Rearrange ``(views, patches, ...)`` into one ``(slots, ...)`` tensor per image."""
+        out, start = [], 0
+        cols, per = self.family.facts.grid[1], self.family.facts.grid[0] * self.family.facts.grid[1]
+        for slots, views in zip(run.call.slots, run.call.views, strict=True):
+            flat = values[start : start + views].reshape(views * values.shape[1], *values.shape[2:])
+            patch = slots.kind == Kind.PATCH
+            source = torch.where(patch, slots.view * per + slots.row * cols + slots.col, 0).to(values.device)
+            mine = flat[source.clamp(max=flat.shape[0] - 1)]
+            patch = patch.to(values.device).view(-1, *[1] * (values.dim() - 2))
+            out.append(torch.where(patch, mine, torch.zeros_like(mine)))
+            start += views
+        return out
+
+
+def add_newlines(slots: Layout, kept: Tensor, alive: Tensor, policy: str) -> Tensor:
+    """Return ascending patch slots ``kept`` together with the newline slots among ``alive`` that the policy keeps.
+
+    ``"compete"`` and ``"none"`` add nothing.
+    """
+    if policy not in ("all", "with_row"):
+        return kept
+    newline = alive[(slots.kind == Kind.NEWLINE).to(alive.device)[alive]]
+    if policy == "with_row":
+        y, view = slots.y.to(kept.device), slots.view.to(kept.device)
+        crops = kept[view[kept] > 0] if slots.thumbnail else kept
+        newline = newline[torch.isin(y[newline], y[crops])]
+    return torch.cat([kept, newline]).sort().values
+
+
+def nearest_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Patch ids of ``grid`` closest to the cell centres of a coarser grid, ``(small rows * small cols,)``, ascending."""
+    rows = ((torch.arange(small[0]) + 0.5) * grid[0] / small[0]).long()
+    cols = ((torch.arange(small[1]) + 0.5) * grid[1] / small[1]).long()
+    return (rows[:, None] * grid[1] + cols[None]).flatten()
+
+
+def fingerprint(call: VisionCall, image: int) -> int:
+    """Return an integer that depends on the image's pixels exactly, whatever the batch: a wrapping sum of weighted bit patterns."""
+    start = sum(call.views[:image])
+    pixels = call.pixels[start : start + call.views[image]].detach().contiguous()
+    size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[pixels.element_size()]
+    bits = pixels.view(size).flatten().long()
+    weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647
+    return int((bits * weight).sum()) & 0x7FFFFFFFFFFFFFFF
+
+
+def _restore(owner: nn.Module, name: str, wrapper: Any) -> None:
+    """Delete an instance attribute we set (unless somebody wrapped it again)."""
+    if vars(owner).get(name) is wrapper:
+        object.__delattr__(owner, name)
