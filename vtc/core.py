@@ -271,9 +271,7 @@ class Selection:
         if self.index.dim() != 2 or self.index.dtype != torch.int64:
             raise ValueError(f"Selection.index must be (B, K) int64, got {tuple(self.index.shape)} {self.index.dtype}")
         if self.features is not None and self.features.shape[:2] != self.index.shape:
-            raise ValueError(
-                f"Selection.features {tuple(self.features.shape)} does not match index {tuple(self.index.shape)}"
-            )
+            raise ValueError(f"Selection.features {tuple(self.features.shape)} does not match index {tuple(self.index.shape)}")
 
     @staticmethod
     def all(n: int, batch: int, device: torch.device | str = "cpu") -> Selection:

@@ -142,9 +142,7 @@ def info(name: str) -> Entry:
     """
     known = entries()
     if name not in known:
-        raise UnknownReducerError(
-            f"no reducer named '{name}'{did_you_mean(name, known)} (`vtc list` shows all {len(known)})"
-        )
+        raise UnknownReducerError(f"no reducer named '{name}'{did_you_mean(name, known)} (`vtc list` shows all {len(known)})")
     return known[name]
 
 

@@ -228,7 +228,9 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
     for part in bound.parts():
         reason = facts.stages.get(part.stage, "not known to this adapter")
         if reason:
-            raise UnsupportedFeatureError(f"'{part.name}' acts at the stage '{part.stage.value}', which this model refuses: {reason}")
+            raise UnsupportedFeatureError(
+                f"'{part.name}' acts at the stage '{part.stage.value}', which this model refuses: {reason}"
+            )
         if part.stage is Stage.DECODER and not facts.first_layer <= part.layer < facts.layers:
             raise UnknownArgumentError(
                 f"'{part.name}': layer {part.layer} is out of range, use {facts.first_layer}..{facts.layers - 1} (reducers before "

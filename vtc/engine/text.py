@@ -93,9 +93,7 @@ class Context:
 class TextSide:
     """Hooks on one model's multimodal base, text model and decoder layers."""
 
-    def __init__(
-        self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool
-    ) -> None:
+    def __init__(self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool) -> None:
         self.family, self.facts, self.tower, self.stats, self.strict = family, family.facts, tower, stats, strict
         self.parts = parts
         self.running: dict[int, bool] = {}  # threads inside a forward with images
@@ -110,7 +108,9 @@ class TextSide:
             for need in p.needs:
                 used = need.resolve(self.facts.provides)
                 if used != need:
-                    self.notes[id(p)] = f"{need.name}: this tower lacks '{need.requires}', {used.measure.__name__.strip('_')} used"
+                    self.notes[id(p)] = (
+                        f"{need.name}: this tower lacks '{need.requires}', {used.measure.__name__.strip('_')} used"
+                    )
                 if need.source == "text":
                     layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
                     if used not in self.needs.setdefault(layer, []):
@@ -213,8 +213,9 @@ class TextSide:
             cache = kwargs.get("past_key_values")
             if tokens.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
                 self.stats.append(CallStats(text_only=True))
-            if self.passes_through(kwargs, tokens.shape[1]):
-                return None
+            shortcut = self.shortcut(kwargs, tokens)
+            if shortcut is not None:
+                return args, shortcut
             ctx = Context(q=tokens.shape[1])
         else:
             _CURRENT.set(None)
@@ -223,19 +224,34 @@ class TextSide:
             kwargs["inputs_embeds"] = self.reduce_inputs(ctx, embeds)
         return args, {**kwargs, "_vtc": ctx}
 
-    def passes_through(self, kwargs: dict[str, Any], q: int) -> bool:
-        """Whether a forward without new images needs nothing of us: no reduced cache, or one whose masks are trivial."""
+    def shortcut(self, kwargs: dict[str, Any], tokens: Tensor) -> dict[str, Any] | None:
+        """Return keyword arguments with which a forward without new images needs no work in the layers, or None.
+
+        That is the case without a reduced cache, and in the usual decode step: one token, no padding, and either original positions
+        or one shift for all layers, which is then applied here once.
+        """
         cache = kwargs.get("past_key_values")
         layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, _Pruned)]
         if not layers:
-            return True
-        plain = kwargs.get("attention_mask") is None and q == 1 and not isinstance(layers[0], StaticLayer)
+            return kwargs
+        first = layers[0]
         implementation = self.family.text.config._attn_implementation or "eager"
-        return (
-            plain
-            and ("sdpa" in implementation or "flash" in implementation)
-            and all(layer.valid is None and layer.shift is None and not getattr(layer, "is_sliding", False) for layer in layers)
-        )
+        if (
+            tokens.shape[1] != 1
+            or kwargs.get("attention_mask") is not None
+            or not ("sdpa" in implementation or "flash" in implementation)
+            or isinstance(first, StaticLayer)
+            or any(layer.valid is not None or getattr(layer, "is_sliding", False) for layer in layers)
+        ):
+            return None
+        if all(layer.shift is None for layer in layers):
+            return kwargs
+        if len(layers) != len(cache.layers) or any(layer.shift is not first.shift for layer in layers):
+            return None
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.full((tokens.shape[0], 1), first.get_seq_length(), device=tokens.device)
+        return {**kwargs, "position_ids": positions - first.shift[:, None].to(positions.device)}
 
     def find_instances(self, ctx: Context) -> None:
         """Match the images of the vision record with the runs of placeholder tokens."""
@@ -359,7 +375,9 @@ class TextSide:
         out: dict[str, Tensor] = {}
         for need in part.needs:
             if need.source == "vision":
-                stacked = torch.stack([ctx.record.signals[need.resolve(self.facts.provides).key][it.image] for it in members]).to(entries.device)
+                stacked = torch.stack(
+                    [ctx.record.signals[need.resolve(self.facts.provides).key][it.image] for it in members]
+                ).to(entries.device)
                 index = entries.view(*entries.shape, *[1] * (stacked.dim() - 2)).expand(-1, -1, *stacked.shape[2:])
                 out[need.name] = stacked.gather(1, index)
                 continue
@@ -555,7 +573,15 @@ class TextSide:
 
     # ------------------------------------------------------------------------------------------------------ tapping
     def observe(
-        self, i: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float, ctx: Context | None
+        self,
+        i: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        ctx: Context | None,
     ) -> None:
         """Compute the signals wanted of decoder layer ``i`` (prefill with images only)."""
         if ctx is None or ctx.visual is None:
@@ -573,7 +599,9 @@ class TextSide:
             keys = key.shape[2]
             full = mask
             if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only
-                causal = torch.arange(keys, device=query.device)[None] <= (torch.arange(q, device=query.device) + keys - q)[:, None]
+                causal = (
+                    torch.arange(keys, device=query.device)[None] <= (torch.arange(q, device=query.device) + keys - q)[:, None]
+                )
                 full = mask.bool()[:, None, None, :] & causal
             tap = AttentionTap(query, key, value, scaling, full, causal=True, last=last, visual=visual, valid=valid)
             for need in self.needs[i]:
@@ -582,7 +610,9 @@ class TextSide:
 
 def where_of(part: Reducer, layer: int) -> str:
     """Name a place for an error message."""
-    return f"decoder layer {layer} ('{part.name}')" if part.stage is Stage.DECODER else f"the {part.stage.value} ('{part.name}')"
+    return (
+        f"decoder layer {layer} ('{part.name}')" if part.stage is Stage.DECODER else f"the {part.stage.value} ('{part.name}')"
+    )
 
 
 def write(hidden: Tensor, writes: list[tuple[int, Tensor, Tensor]]) -> Tensor:

@@ -352,8 +352,11 @@ class TowerSide:
         run.fired.add(id(part))
         longest = max(t.shape[0] for t in tokens)
         packed = features.new_zeros(len(tokens), longest, features.shape[-1])
-        return chosen, torch.stack(  # stack, not in-place writes: gradients flow to every merged token
-            [t if len(t) == longest else torch.cat([t, packed[0, : longest - len(t)]]) for t in tokens]
+        return (
+            chosen,
+            torch.stack(  # stack, not in-place writes: gradients flow to every merged token
+                [t if len(t) == longest else torch.cat([t, packed[0, : longest - len(t)]]) for t in tokens]
+            ),
         )
 
     def after_projector(self, _module: nn.Module, _args: Any, out: Tensor) -> Any:

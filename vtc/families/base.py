@@ -112,7 +112,9 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     types = set(getattr(text.config, "layer_types", None) or ())
     odd = types - {"full_attention", "sliding_attention", "chunked_attention"}
     if odd:
-        raise UnsupportedModelError(f"{type(model).__name__} has decoder layers of type {sorted(odd)}, which vtc cannot shorten")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has decoder layers of type {sorted(odd)}, which vtc cannot shorten"
+        )
     return base, text
 
 
@@ -162,6 +164,4 @@ def view_layout(n_views: int, grid: tuple[int, int], slot: Tensor, y: Tensor, x:
     per = rows * cols
     n = torch.arange(n_views * per)
     inside = n % per
-    return Layout(
-        torch.zeros_like(n), n // per, inside // cols, inside % cols, y, x, slot, (grid,) * n_views, thumbnail
-    )
+    return Layout(torch.zeros_like(n), n // per, inside // cols, inside % cols, y, x, slot, (grid,) * n_views, thumbnail)
