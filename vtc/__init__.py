@@ -62,6 +62,7 @@ __all__ = [
     "UnsupportedModelError",
     "UnsupportedSignalError",
     "VtcError",
+    "__version__",
     "create",
     "info",
     "list_families",

@@ -1,7 +1,7 @@
 """Fill the generated blocks of README.md: the table of methods from the registry, results from files under ``results/``.
 
-A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->``. Run ``python -m vtc.docs README.md`` after adding a
-method or refreshing results; a test compares the blocks with what this module renders.
+A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->``. Run ``python -m vtc.docs README.md`` after
+adding a method or refreshing results; a test compares the blocks with what this module renders.
 """
 
 from __future__ import annotations

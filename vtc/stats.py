@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from vtc.core import Layout
 from vtc.errors import VtcError
 
 HISTORY = 4096
@@ -117,6 +119,43 @@ class CallStats:
         }
 
 
+@dataclass(eq=False)
+class KeptTokens:
+    """Where the surviving tokens of one image sit, for pictures; kept for the most recent call with images only.
+
+    Attributes
+    ----------
+    row : int
+        Batch row.
+    layout : Layout
+        Slot layout of the image.
+    entries : Tensor
+        ``(n,)`` slots that hold a token in the last decoder layer, ascending.
+    merges : list of (Tensor, Tensor, Tensor)
+        Per merging stage: the slot of every candidate ``(N,)`` (-1: it has none), the survivors' positions among the candidates
+        ``(K,)``, and the survivor each candidate went into ``(N,)`` (-1: discarded).
+    """
+
+    row: int
+    layout: Layout
+    entries: Tensor
+    merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def owner(self) -> Tensor | None:
+        """``(slots,)`` on the CPU: the surviving slot each slot ended up in, -1 if dropped; None if nothing was merged."""
+        if not self.merges:
+            return None
+        owner = torch.arange(len(self.layout))
+        for slot, index, group in self.merges:
+            slot, index, group = slot.cpu(), index.cpu(), group.cpu()
+            into = torch.where(group >= 0, slot[index[group.clamp(min=0)]], -1)
+            target = torch.arange(len(self.layout))  # what was not a candidate stands for itself
+            target[slot[slot >= 0]] = into[slot >= 0]
+            owner = torch.where(owner >= 0, target[owner.clamp(min=0)], -1)
+        return torch.where(torch.isin(owner, self.entries.cpu()), owner, -1)
+
+
 class Clock:
     """Adds up the time of marked spans: wall clock on the CPU, CUDA events (read lazily, without stalling) on a GPU."""
 
@@ -163,10 +202,17 @@ class Clock:
 
 
 class StatsLog:
-    """The calls of one handle, oldest first; at most :data:`HISTORY`."""
+    """The calls of one handle, oldest first; at most :data:`HISTORY`.
+
+    Attributes
+    ----------
+    kept : list of KeptTokens
+        Which tokens survived, per image of the most recent call with images.
+    """
 
     def __init__(self) -> None:
         self._calls: deque[CallStats] = deque(maxlen=HISTORY)
+        self.kept: list[KeptTokens] = []
 
     def append(self, call: CallStats) -> None:
         """Add one call."""
@@ -175,6 +221,7 @@ class StatsLog:
     def clear(self) -> None:
         """Forget all calls."""
         self._calls.clear()
+        self.kept = []
 
     def __len__(self) -> int:
         """Return the number of calls."""

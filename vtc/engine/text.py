@@ -28,7 +28,7 @@ from vtc.engine.tower import TowerSide, VisionRecord, add_newlines
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.signals import AttentionTap
-from vtc.stats import CallStats, Clock, ImageStats, StageStats, StatsLog
+from vtc.stats import CallStats, Clock, ImageStats, KeptTokens, StageStats, StatsLog
 
 _CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 _FEATURE_ARGUMENTS = ("pixel_values", "pixel_values_videos", "image_patches")
@@ -52,6 +52,8 @@ class Instance:
         ``(n,)`` slots still alive, ascending.
     stages : list of StageStats
         What reducers did to it.
+    merges : list
+        What merging reducers did to it, for pictures.
     """
 
     row: int
@@ -60,6 +62,7 @@ class Instance:
     layout: Layout
     entries: Tensor
     stages: list[StageStats]
+    merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -286,6 +289,7 @@ class TextSide:
                         layout,
                         record.entries[image].to(visual.device),
                         list(record.stages[image]),
+                        list(record.merges[image]),
                     )
                 )
             start = end
@@ -360,6 +364,8 @@ class TextSide:
                     values = selection.features[j]
                     values = values if selection.valid is None else values[selection.valid[j]]
                     writes.append((it.row, where[j][at], values))
+                if selection.owner is not None:
+                    it.merges.append((shown[id(it)], selection.index[j], selection.owner[j]))
                 before, kept = len(it.entries), shown[id(it)][at]
                 it.entries = add_newlines(it.layout, kept, it.entries, part.newline_policy) if len(at) else kept
                 asked = None if part.decides_itself else part.count(slots, self.facts)
@@ -431,6 +437,7 @@ class TextSide:
             kept = per_layer[-1] if per_layer else len(it.entries)
             call.images.append(ImageStats(it.row, len(it.layout), kept, per_layer, it.stages, not missing))
         self.stats.append(call)
+        self.stats.kept = [KeptTokens(it.row, it.layout, it.entries, it.merges) for it in ctx.instances]
         if missing:
             message = (
                 f"{', '.join(sorted({repr(p.name) for p in missing}))} did not act on a call with images "

@@ -1,9 +1,9 @@
 """Everything before the language model: recording signals in the vision tower and shortening it (IMAGE, ENCODER, VISION).
 
-One :class:`TowerRun` lives for one call of ``get_image_features``. Whatever was dropped, the projector's output is scattered back to
-full length, so that packing, placeholder checks and everything else of the model see what they expect; the record then tells the
-text side which slots are real. The record travels with the returned features, since ``generate`` encodes images before the
-first forward.
+One :class:`TowerRun` lives for one call of ``get_image_features``. Whatever was dropped, the projector's output is scattered
+back to full length, so that packing, placeholder checks and everything else of the model see what they expect; the record then
+tells the text side which slots are real. The record travels with the returned features, since ``generate`` encodes images
+before the first forward.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class VisionRecord:
         ``id`` of the tower-side parts that acted.
     fingerprint : list of int
         Per image, an exact function of its pixels.
-    selection : list of Selection or None
-        Per image, the tower-side selection (batch of one), for pictures.
+    merges : list of list
+        Per image, what the tower-side reducer merged (see :class:`vtc.stats.KeptTokens`), for pictures.
     clock : Clock
         Time spent on signals and selection.
     """
@@ -59,7 +59,7 @@ class VisionRecord:
     stages: list[list[StageStats]]
     fired: set[int]
     fingerprint: list[int]
-    selection: list[Selection | None]
+    merges: list[list[tuple[Tensor, Tensor, Tensor]]]
     clock: Clock
 
     @property
@@ -399,14 +399,17 @@ class TowerSide:
         """Translate what happened per view into slots of each image."""
         part, facts = self.part, self.family.facts
         per = facts.grid[0] * facts.grid[1]
-        entries, stages, selections, start = [], [], [], 0
+        entries, stages, merges, start = [], [], [], 0
         acted = part is not None and id(part) in run.fired
         for image, (slots, patches, views) in enumerate(zip(run.call.slots, run.call.patches, run.call.views, strict=True)):
             alive = None
-            note, selection = "", None
+            note = ""
+            merges.append([])
             if acted and run.chosen is not None:
                 selection = run.chosen[image]
                 alive, note = selection.index[0], selection.note
+                if selection.owner is not None:
+                    merges[-1].append((patches.slot, selection.index[0], selection.owner[0]))
             elif acted and run.small is not None:
                 cells = nearest_cells(run.small, facts.grid).to(device)
                 alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
@@ -422,7 +425,6 @@ class TowerSide:
                 whole = len(alive) == views * per
                 kept = every if whole else add_newlines(slots, kept, every, part.newline_policy)
             entries.append(kept)
-            selections.append(selection)
             row: list[StageStats] = []
             if acted:
                 asked = part.count(len(slots), facts)
@@ -431,7 +433,7 @@ class TowerSide:
             start += views
         signals = {key: self.on_slots(run, value) for key, value in run.recorded.items()}
         prints = [fingerprint(run.call, i) for i in range(len(run.call.views))] if self.fingerprint else []
-        return VisionRecord(run.call.slots, entries, signals, stages, set(run.fired), prints, selections, run.clock)
+        return VisionRecord(run.call.slots, entries, signals, stages, set(run.fired), prints, merges, run.clock)
 
     def on_slots(self, run: TowerRun, values: Tensor) -> list[Tensor]:
         """Rearrange ``(views, patches, ...)`` into one ``(slots, ...)`` tensor per image."""
