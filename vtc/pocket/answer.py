@@ -1,0 +1,198 @@
+"""Ask a model the pocket questions and score the answers.
+
+Nothing here is specific to the pocket model or to vtc: prompts come from the processor's chat template and answers from
+``generate``, so a patched model, or any other chat model that takes one image per prompt, is scored by the same code.
+
+Preparing inputs costs about as much as answering from few tokens does, and is the same for every reducer. To measure
+many, prepare once with `encode_questions` and pass the result to `answer_questions` each time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.pocket.errors import PocketError
+from vtc.pocket.questions import Question
+
+DEFAULT_BATCH_SIZE = 16  # on two CPU cores no size in 8..64 is clearly faster, and idle cores favour 8 and 16
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to one question.
+
+    Attributes
+    ----------
+    id, type
+        Those of the question.
+    text
+        The generated text, special tokens removed, stripped.
+    gold
+        The expected answer.
+    correct
+        Whether both agree exactly, after stripping and lower-casing.
+    """
+
+    id: str
+    type: str
+    text: str
+    gold: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class PreparedBatch:
+    """Processor output for some questions, reusable for any number of runs.
+
+    Attributes
+    ----------
+    questions
+        The questions of this batch.
+    positions
+        Where each belongs in the list that was encoded.
+    inputs
+        Arguments of ``generate``, on the CPU: input_ids and attention_mask [b, t] padded on the left, pixel_values
+        [b, 3, h, w].
+    """
+
+    questions: tuple[Question, ...]
+    positions: tuple[int, ...]
+    inputs: dict[str, Tensor] = field(repr=False)
+
+
+def encode_questions(
+    processor: Any, questions: Sequence[Question], batch_size: int = DEFAULT_BATCH_SIZE
+) -> list[PreparedBatch]:
+    """Prepare batches for `answer_questions`.
+
+    Questions are sorted by the length of their prompt, so that batches need little padding.
+
+    Parameters
+    ----------
+    processor
+        A transformers processor with a chat template.
+    questions
+        What to ask.
+    batch_size
+        Questions per batch; the last may be smaller.
+
+    Returns
+    -------
+    list of PreparedBatch
+        Covering every question once.
+
+    Raises
+    ------
+    PocketError
+        If `batch_size` is not positive.
+    """
+    if batch_size < 1:
+        raise PocketError(f"batch_size must be positive, got {batch_size}")
+    prompts = [_chat_prompt(processor, question) for question in questions]
+    order = sorted(range(len(questions)), key=lambda i: (len(prompts[i].split()), i))
+    batches = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        inputs = processor(
+            text=[prompts[i] for i in rows],
+            images=[questions[i].image for i in rows],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        batches.append(PreparedBatch(tuple(questions[i] for i in rows), tuple(rows), dict(inputs)))
+    return batches
+
+
+def _chat_prompt(processor: Any, question: Question) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+
+def answer_questions(
+    model: Any,
+    processor: Any,
+    questions: Sequence[Question] | Sequence[PreparedBatch],
+    batch_size: int = DEFAULT_BATCH_SIZE,
+    max_new_tokens: int = 4,
+    seed: int = 0,
+    progress: Callable[[int, int], object] | None = None,
+) -> list[Answer]:
+    """Answer questions greedily and score them.
+
+    Parameters
+    ----------
+    model
+        A generating model, patched or not; used as it is (mode, dtype and device are not changed).
+    processor
+        Its processor.
+    questions
+        Questions, or the batches that `encode_questions` made of them.
+    batch_size
+        Questions per ``generate`` call; ignored for prepared batches.
+    max_new_tokens
+        Longest answer in tokens. A batch stops as soon as every answer ended, for this model after two steps.
+    seed
+        Seed of torch's random state during the run, for whatever in a model draws from it; the state is restored.
+    progress
+        Called after each batch with the numbers of questions answered and in total.
+
+    Returns
+    -------
+    list of Answer
+        In the order of the questions given to this function or to `encode_questions`.
+
+    Raises
+    ------
+    PocketError
+        If prepared batches are incomplete or mixed with questions.
+    """
+    batches = _as_batches(processor, questions, batch_size)
+    total = sum(len(batch.questions) for batch in batches)
+    answers: dict[int, Answer] = {}
+    device, dtype = model.device, model.dtype
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for batch in batches:
+            inputs = {
+                name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+                for name, value in batch.inputs.items()
+            }
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
+            for position, question, text in zip(batch.positions, batch.questions, texts, strict=True):
+                answers[position] = _score(question, text)
+            if progress is not None:
+                progress(len(answers), total)
+    if sorted(answers) != list(range(total)):
+        raise PocketError("these prepared batches are not all of one encode_questions call: positions are missing")
+    return [answers[position] for position in range(total)]
+
+
+def _as_batches(processor: Any, questions: Sequence[Any], batch_size: int) -> list[PreparedBatch]:
+    prepared = [isinstance(item, PreparedBatch) for item in questions]
+    if questions and all(prepared):
+        return list(questions)
+    if any(prepared):
+        raise PocketError("pass questions or prepared batches, not a mixture")
+    return encode_questions(processor, questions, batch_size)
+
+
+def _score(question: Question, text: str) -> Answer:
+    text = text.strip()
+    correct = text.lower() == question.answer.strip().lower()
+    return Answer(question.id, question.type, text, question.answer, correct)
+
+
+def accuracy_by_type(answers: Iterable[Answer]) -> dict[str, float]:
+    """Share of correct answers in 0..1 for each question type, in order of first appearance."""
+    marks: dict[str, list[bool]] = {}
+    for answer in answers:
+        marks.setdefault(answer.type, []).append(answer.correct)
+    return {kind: sum(values) / len(values) for kind, values in marks.items()}

@@ -1,0 +1,205 @@
+"""Training batches of the pocket model: targets for every patch, questions packed behind their image.
+
+A batch is a function of (seed, stage, step) alone, so a resumed run sees exactly what an uninterrupted one sees.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vtc.pocket import easyvqa
+from vtc.pocket.model import (
+    BOS,
+    EOS,
+    GRID,
+    N_CONTENTS,
+    N_PATCHES,
+    PATCH_SIZE,
+    PATCH_TARGET_SIZES,
+    build_vocabulary,
+)
+from vtc.pocket.scenes import N_COMBINATIONS, QuestionText, Scene, Split, render_scene
+
+IGNORE = -100
+"""Target value that no loss counts."""
+
+TEXT_BUDGET = 112
+"""Packed text tokens per image; questions that do not fit are left out."""
+
+_PREFIX_WORDS = (BOS, "user", ":")
+_CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
+_MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
+_STAGE_B_OFFSET = 500_000_000  # stage B starts far down the train stream, on scenes that stage A never reaches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tensors of one training or validation step.
+
+    Attributes
+    ----------
+    images
+        uint8 [b, 112, 112, 3].
+    patch_targets
+        int64 [b, 196, 6]: a class per patch and kind of target, see ``PATCH_TARGET_SIZES``; `IGNORE` where unknown.
+    contents
+        float32 [b, n]: 1 for each thing the image shows, -1 throughout where unknown (easy-VQA).
+    tokens, segments, positions, answer_targets
+        int64 [b, t]: packed questions as `vtc.pocket.model.decode_packed` reads them, and the token to be predicted
+        at each place (the answer, then the end), `IGNORE` elsewhere.
+    question_types
+        Types of the packed questions of each image, in order.
+    """
+
+    images: Tensor
+    patch_targets: Tensor
+    contents: Tensor
+    tokens: Tensor
+    segments: Tensor
+    positions: Tensor
+    answer_targets: Tensor
+    question_types: tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=1)
+def _vocabulary() -> dict[str, int]:
+    return build_vocabulary()
+
+
+def prefix_tokens() -> Tensor:
+    """Token ids in front of the image, [3]."""
+    return torch.tensor([_vocabulary()[word] for word in _PREFIX_WORDS])
+
+
+def patch_targets(scene: Scene) -> np.ndarray:
+    """Per-patch classes of a scene, int64 [196, 6]; the object with most pixels in a patch wins."""
+    blocks = scene.label_map.reshape(GRID, PATCH_SIZE, GRID, PATCH_SIZE).transpose(0, 2, 1, 3).reshape(N_PATCHES, -1)
+    classes = np.zeros((len(scene.objects) + 1, 5), np.int64)
+    targets = np.zeros((N_PATCHES, len(PATCH_TARGET_SIZES)), np.int64)
+    for number, item in enumerate(scene.objects, start=1):
+        fields = (item.color, item.shape, item.digit, item.word, item.partner)
+        classes[number] = [0 if value is None else value + 1 for value in fields]
+        if item.center is not None:
+            x, y = item.center
+            targets[int(y) // PATCH_SIZE * GRID + int(x) // PATCH_SIZE, 5] = 1
+    if scene.objects:
+        area = np.stack([(blocks == number).sum(1) for number in range(1, len(classes))], axis=1)
+        largest, pixels = area.argmax(1) + 1, area.max(1)
+        targets[:, :5] = np.where((pixels >= _MIN_OBJECT_PIXELS)[:, None], classes[largest], 0)
+        targets[(pixels > 0) & (pixels < _MIN_OBJECT_PIXELS), :5] = IGNORE
+    return targets
+
+
+def content_vector(scene: Scene) -> np.ndarray:
+    """Which (colour, shape) pairs, digits and words a scene shows, float32 [n] of 0 and 1."""
+    contents = np.zeros(N_CONTENTS, np.float32)
+    for item in scene.objects:
+        if item.shape is not None:
+            contents[item.combination] = 1
+        elif item.digit is not None:
+            contents[N_COMBINATIONS + item.digit] = 1
+        elif item.word is not None:
+            contents[N_COMBINATIONS + 10 + item.word] = 1
+    return contents
+
+
+def pack_questions(questions: Sequence[QuestionText]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Lay questions one after the other behind an image.
+
+    Returns
+    -------
+    packed
+        int64 [4, t]: tokens, segments, positions and answer targets.
+    types
+        Types of the questions that fitted.
+    """
+    vocabulary = _vocabulary()
+    packed = np.zeros((4, TEXT_BUDGET), np.int64)
+    packed[1], packed[3] = -1, IGNORE
+    start, types = 0, []
+    for number, (kind, prompt, answer) in enumerate(questions):
+        words = [*prompt.lower().replace("?", " ?").split(), "assistant", ":", answer]
+        end = start + len(words)
+        if end > TEXT_BUDGET:
+            break
+        packed[0, start:end] = [vocabulary[word] for word in words]
+        packed[1, start:end] = number
+        packed[2, start:end] = _CONTEXT + np.arange(len(words))
+        packed[3, end - 2 : end] = vocabulary[answer], vocabulary[EOS]
+        start = end
+        types.append(kind)
+    return packed, tuple(types)
+
+
+def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequence[QuestionText]]] = ()) -> Batch:
+    """Stack scenes and easy-VQA images (with their questions) into one batch, scenes first."""
+    images = [np.asarray(scene.image) for scene in scenes] + [image for image, _ in easy]
+    unknown_patches = np.full((N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE, np.int64)
+    targets = [patch_targets(scene) for scene in scenes] + [unknown_patches] * len(easy)
+    contents = [content_vector(scene) for scene in scenes] + [np.full(N_CONTENTS, -1, np.float32)] * len(easy)
+    packs = [pack_questions(scene.questions) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
+    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
+    return Batch(
+        torch.from_numpy(np.stack(images)),
+        torch.from_numpy(np.stack(targets)),
+        torch.from_numpy(np.stack(contents)),
+        *text,
+        question_types=tuple(types for _, types in packs),
+    )
+
+
+@lru_cache(maxsize=3)
+def _easy_by_image(split: str) -> dict[int, list[QuestionText]]:
+    grouped: dict[int, list[QuestionText]] = {}
+    for number, prompt, answer in easyvqa.question_texts(split):
+        kind = "easy_yesno" if answer in ("yes", "no") else "easy_open"
+        grouped.setdefault(number, []).append((kind, prompt, answer))
+    return grouped
+
+
+def _easy_item(split: str, number: int, rng: random.Random) -> tuple[np.ndarray, list[QuestionText]]:
+    questions = list(_easy_by_image(split)[number])
+    rng.shuffle(questions)
+    return np.asarray(easyvqa.load_image(split, number)), questions
+
+
+def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int) -> Batch:
+    """Return the batch of one training step.
+
+    Parameters
+    ----------
+    stage
+        ``"A"``: three of four scenes are dense and nothing is asked. ``"B"``: ordinary scenes with questions.
+    step
+        From 0.
+    n_scenes, n_easy
+        Images per batch from the scenes and from easy-VQA.
+    seed
+        Selects the stream.
+    """
+    first = step * n_scenes + (_STAGE_B_OFFSET if stage == "B" else 0)
+    scenes = [render_scene(first + j, "train", seed, dense=stage == "A" and j % 4 != 0) for j in range(n_scenes)]
+    if not n_easy:
+        return make_batch(scenes)
+    rng = random.Random((seed * 7919 + step) * 8)
+    numbers = easyvqa.image_numbers("train")
+    return make_batch(scenes, [_easy_item("train", rng.choice(numbers), rng) for _ in range(n_easy)])
+
+
+def validation_batches(n_scenes: int, n_easy: int, split: Split = "val", size: int = 24) -> list[Batch]:
+    """Batches of scenes, then of easy-VQA images, always the same."""
+    rng = random.Random(5)
+    batches = [
+        make_batch([render_scene(i, split) for i in range(start, min(start + size, n_scenes))])
+        for start in range(0, n_scenes, size)
+    ]
+    numbers = list(easyvqa.image_numbers(split))[:n_easy] if n_easy else []
+    easy = [_easy_item(split, number, rng) for number in numbers]
+    return batches + [make_batch([], easy[start : start + size]) for start in range(0, len(easy), size)]

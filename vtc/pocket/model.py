@@ -1,0 +1,401 @@
+"""The pocket architecture: configuration, fresh weights, training-time forward passes, and the portable folder.
+
+The model is a stock ``LlavaForConditionalGeneration``: a CLIP vision tower (112x112 image, 8x8 patches, so CLS + 196
+tokens) whose penultimate hidden states feed a two-layer projector, and a Llama decoder, all 128 wide. The last vision
+layer thus serves the CLS token only, as in the large models of this family.
+
+`write_folder` writes one ``from_pretrained`` folder that transformers 4.57 and 5.x read alike; the shipped checkpoint
+was written by it. It writes the JSON files itself because each version's ``save_pretrained`` uses names the other does
+not know.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.pocket.errors import PocketError
+from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WORDS
+
+PATCH_SIZE = 8
+GRID = IMAGE_SIZE // PATCH_SIZE
+N_PATCHES = GRID * GRID
+MAX_POSITIONS = 512
+
+PAD, UNK, BOS, EOS, IMAGE = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
+_MARKUP = ("user", "assistant", ":", "?", ".", ",")
+_QUESTION_WORDS = (
+    "what which color is the big shape object there a how many shapes are digits digit next to does word say "
+    "left right of above below yes no "  # scenes
+    "contain image in not present"  # easy-VQA adds these
+).split()
+
+PATCH_TARGET_SIZES = (len(COLOR_NAMES) + 1, len(SHAPES) + 1, 11, len(WORDS) + 1, N_COMBINATIONS + 1, 2)
+"""Classes of the per-patch targets colour, shape, digit, word, partner shape, object centre; class 0 is "none"."""
+
+N_CONTENTS = N_COMBINATIONS + 10 + len(WORDS)
+"""Length of the image's content vector: which (colour, shape) pairs, digits and words it shows."""
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}user : {% if m['content'] is string %}"
+    "<image> {{ m['content'] }}{% else %}{% for c in m['content'] %}{% if c['type'] == 'image' %}<image> "
+    "{% else %}{{ c['text'] }}{% endif %}{% endfor %}{% endif %}{% else %} assistant : "
+    "{% if m['content'] is string %}{{ m['content'] }}{% else %}{{ m['content'][0]['text'] }}{% endif %}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+)
+
+
+def build_vocabulary() -> dict[str, int]:
+    """Word-level vocabulary: special tokens and markup first, then every word of both data sources, sorted."""
+    first = (*SPECIAL_TOKENS, *_MARKUP)
+    words = {*_QUESTION_WORDS, *COLOR_NAMES, *SHAPES, *PLURALS, *WORDS, *map(str, range(10))}
+    return {word: number for number, word in enumerate((*first, *sorted(words - set(first))))}
+
+
+@dataclass(frozen=True)
+class PocketConfig:
+    """Size of a pocket model; the defaults are the shipped one's.
+
+    Attributes
+    ----------
+    width
+        Hidden size of tower and decoder, a multiple of 32 (heads are 32 wide).
+    vision_layers
+        Layers of the tower, at least 2.
+    text_layers
+        Layers of the decoder.
+    """
+
+    width: int = 128
+    vision_layers: int = 5
+    text_layers: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be built."""
+        if self.width < 32 or self.width % 32:
+            raise PocketError(f"width must be a positive multiple of 32, got {self.width}")
+        if self.vision_layers < 2 or self.text_layers < 1:
+            raise PocketError("a pocket model needs at least 2 vision layers and 1 text layer")
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of ``config.json``, in terms that transformers 4.57 and 5.x both know."""
+        vocabulary = build_vocabulary()
+        tokens = {f"{n}_token_id": vocabulary[t] for n, t in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
+        heads = self.width // 32
+        return {
+            "architectures": ["LlavaForConditionalGeneration"],
+            **tokens,
+            # The weights are stored as float16 to be small; float32 is what the model is meant to run in on a CPU,
+            # and what a plain from_pretrained then gives on both versions.
+            "dtype": "float32",
+            "image_seq_length": N_PATCHES,
+            "image_token_index": vocabulary[IMAGE],
+            "model_type": "llava",
+            "multimodal_projector_bias": True,
+            "projector_hidden_act": "gelu",
+            "text_config": {
+                **tokens,
+                "attention_bias": False,
+                "attention_dropout": 0.0,
+                "head_dim": 32,
+                "hidden_act": "silu",
+                "hidden_size": self.width,
+                "initializer_range": 0.02,
+                "intermediate_size": self.width * 11 // 4,
+                "max_position_embeddings": MAX_POSITIONS,
+                "mlp_bias": False,
+                "model_type": "llama",
+                "num_attention_heads": heads,
+                "num_hidden_layers": self.text_layers,
+                "num_key_value_heads": heads,
+                "rms_norm_eps": 1e-05,
+                "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},  # read by 5.x
+                "rope_theta": 10000.0,  # read by 4.x
+                "tie_word_embeddings": False,
+                "use_cache": True,
+                "vocab_size": len(vocabulary),
+            },
+            "tie_word_embeddings": False,
+            "vision_config": {
+                "attention_dropout": 0.0,
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_size": self.width,
+                "image_size": IMAGE_SIZE,
+                "initializer_factor": 1.0,
+                "initializer_range": 0.02,
+                "intermediate_size": 4 * self.width,
+                "layer_norm_eps": 1e-05,
+                "model_type": "clip_vision_model",
+                "num_attention_heads": heads,
+                "num_channels": 3,
+                "num_hidden_layers": self.vision_layers,
+                "patch_size": PATCH_SIZE,
+                "projection_dim": self.width,
+            },
+            "vision_feature_layer": -2,
+            "vision_feature_select_strategy": "default",
+        }
+
+
+# ---------------------------------------------------------------------------------------------- fresh weights
+
+
+def vision_core(model: nn.Module) -> nn.Module:
+    """Return the module holding the tower's embeddings and layers; transformers 4.x wraps it once more than 5.x."""
+    tower = model.model.vision_tower
+    return getattr(tower, "vision_model", tower)
+
+
+def build_model(config: PocketConfig | None = None, seed: int = 0) -> nn.Module:
+    """Build an untrained float32 ``LlavaForConditionalGeneration``.
+
+    Parameters
+    ----------
+    config
+        Its size; the shipped model's when None.
+    seed
+        Seed of the weights. The global random state of torch is left as it was.
+    """
+    import transformers
+
+    config = config or PocketConfig()
+    contents = config.to_json()
+    contents.pop("architectures")
+    contents.pop("dtype")
+    with torch.random.fork_rng(devices=[]):
+        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(contents)).float()
+        torch.manual_seed(seed)  # after the library's own draws, which differ between its versions
+        _initialise(model, config)
+    return model
+
+
+@torch.no_grad()
+def _initialise(model: nn.Module, config: PocketConfig) -> None:
+    """Overwrite the library's start values, which train badly at this width."""
+    for name, weight in sorted(model.named_parameters(), key=lambda item: portable_name(item[0])):
+        if weight.dim() >= 2 and "patch_embedding" not in name:
+            nn.init.normal_(weight, std=0.02 if "embed" in name else 0.6 * weight.shape[-1] ** -0.5)
+        if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
+            weight.mul_(0.5)  # residual branches start small
+    tower = vision_core(model)
+    nn.init.normal_(tower.embeddings.class_embedding, std=config.width**-0.5)
+    patches = tower.embeddings.patch_embedding.weight
+    nn.init.normal_(patches, std=patches[0].numel() ** -0.5)
+    # Two-dimensional sine table and equal query and key weights: attention starts out local and similarity-based.
+    positions = tower.embeddings.position_embedding.weight
+    positions[0] = 0
+    positions[1:] = _sine_table(config.width)
+    for layer in tower.encoder.layers:
+        layer.self_attn.q_proj.weight.mul_(1.6)
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
+
+
+def _sine_table(width: int) -> Tensor:
+    """Sine and cosine of the column and row of each patch at ``width / 4`` frequencies, [196, width]."""
+    axis = torch.arange(GRID).float()
+    rows, columns = torch.meshgrid(axis, axis, indexing="ij")
+    frequencies = 30.0 ** -(torch.arange(width // 4) / (width // 4))
+    return torch.cat([wave(c.reshape(-1, 1) * frequencies) for c in (columns, rows) for wave in (torch.sin, torch.cos)], dim=1)
+
+
+class AuxiliaryHeads(nn.Module):
+    """Linear read-outs that exist during training only: per-patch targets, and image contents from the CLS token.
+
+    The patch heads give the tower a dense signal long before answers do; the content head gives the CLS token a "what
+    is in the picture" job like CLIP's, without which CLS attention would mean nothing to the reducers that use it.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.patch = nn.Linear(width, sum(PATCH_TARGET_SIZES))
+        self.content = nn.Linear(width, N_CONTENTS)
+
+    def forward(self, features: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """Map patch features [b, 196, width] and the pooled CLS state [b, width] to float32 logits."""
+        return self.patch(self.norm(features)).float(), self.content(pooled).float()
+
+
+# ---------------------------------------------------------------------------------------------- training forward
+
+
+def encode_images(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Run the vision tower.
+
+    Parameters
+    ----------
+    model
+        The pocket model.
+    pixels
+        Images in -1..1, [b, 3, 112, 112].
+
+    Returns
+    -------
+    features, pooled
+        Penultimate hidden states of the patches [b, 196, width], which the projector reads, and the normalised last
+        CLS state [b, width].
+    """
+    output = model.model.vision_tower(pixels, output_hidden_states=True)
+    return output.hidden_states[-2][:, 1:], output.pooler_output
+
+
+def decode_packed(
+    model: nn.Module, features: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
+) -> Tensor:
+    """Run the decoder on several questions packed behind one image.
+
+    Each question sees the prefix, the image and itself, at the positions it would have alone: the result equals that
+    of single-turn prompts at a fraction of the cost.
+
+    Parameters
+    ----------
+    model
+        The pocket model.
+    features
+        Patch features [b, 196, width].
+    prefix
+        Token ids in front of the image, [p].
+    tokens
+        Token ids of the packed questions, [b, t].
+    segments
+        Which question a token belongs to, [b, t]; -1 is padding.
+    positions
+        Position ids of the packed tokens, [b, t].
+
+    Returns
+    -------
+    Tensor
+        Last hidden states of the packed tokens, [b, t, width].
+    """
+    decoder = model.model.language_model
+    visual = model.model.multi_modal_projector(features)
+    batch, context = tokens.shape[0], len(prefix) + visual.shape[1]
+    embed = decoder.embed_tokens
+    inputs = torch.cat([embed(prefix).expand(batch, -1, -1), visual, embed(tokens)], dim=1)
+    position_ids = torch.cat([torch.arange(context).expand(batch, -1), positions], dim=1)
+    shared = -2  # the segment of prefix and image, visible to all
+    segment = torch.cat([segments.new_full((batch, context), shared), segments], dim=1)
+    length = segment.shape[1]
+    visible = (segment[:, None] == shared) | (segment[:, None] == segment[:, :, None])
+    visible = visible & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = torch.zeros(batch, 1, length, length, dtype=inputs.dtype)
+    mask = mask.masked_fill_(~visible[:, None], torch.finfo(inputs.dtype).min)
+    output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False)
+    return output.last_hidden_state[:, context:]
+
+
+# ---------------------------------------------------------------------------------------------- portable folder
+
+
+def portable_name(name: str) -> str:
+    """Name of a weight in the file, from its name in a model of either transformers version.
+
+    These are the names of the first LLaVA checkpoints, which every version of the library still maps to its own.
+    """
+    if name.endswith("lm_head.weight"):
+        return "language_model.lm_head.weight"
+    name = name.removeprefix("model.")
+    for module, portable in (("language_model", "language_model.model"), ("vision_tower", "vision_tower.vision_model")):
+        if name.startswith(f"{module}.") and not name.startswith(f"{portable}."):
+            return portable + name.removeprefix(module)
+    return name
+
+
+def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
+    """Text files of a ``from_pretrained`` folder, by name."""
+    config = config or PocketConfig()
+    vocabulary = build_vocabulary()
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    sequence = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
+    size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    contents: dict[str, Any] = {
+        "config.json": config.to_json(),
+        "generation_config.json": {
+            "bos_token_id": vocabulary[BOS],
+            "eos_token_id": vocabulary[EOS],
+            "max_new_tokens": 4,
+            "pad_token_id": vocabulary[PAD],
+        },
+        "preprocessor_config.json": {
+            "crop_size": size,
+            "do_center_crop": False,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "CLIPImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "processor_class": "LlavaProcessor",
+            "resample": 2,  # bilinear
+            "rescale_factor": 1 / 255,
+            "size": size,
+        },
+        "processor_config.json": {
+            "image_token": IMAGE,
+            "num_additional_image_tokens": 1,  # CLS, which the "default" strategy takes off again
+            "patch_size": PATCH_SIZE,
+            "processor_class": "LlavaProcessor",
+            "vision_feature_select_strategy": "default",
+        },
+        "tokenizer.json": {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [{"id": vocabulary[t], "content": t, **special} for t in SPECIAL_TOKENS],
+            "normalizer": {"type": "Lowercase"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": sequence[:1],
+                "pair": sequence,
+                "special_tokens": {},
+            },
+            "decoder": None,
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": UNK},
+        },
+        "tokenizer_config.json": {
+            "additional_special_tokens": [IMAGE],
+            "bos_token": BOS,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": EOS,
+            "model_input_names": ["input_ids", "attention_mask"],  # 4.x would add token_type_ids, which Llama refuses
+            "model_max_length": MAX_POSITIONS,
+            "pad_token": PAD,
+            "padding_side": "left",
+            "processor_class": "LlavaProcessor",
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": UNK,
+        },
+    }
+    files = {name: json.dumps(value, indent=2) + "\n" for name, value in contents.items()}
+    return {**files, "chat_template.jinja": CHAT_TEMPLATE}
+
+
+def write_folder(state: dict[str, Tensor], folder: Path, config: PocketConfig | None = None) -> None:
+    """Write weights and all configuration files as one ``from_pretrained`` folder.
+
+    Parameters
+    ----------
+    state
+        State dict of a pocket model, with the names of either transformers version or portable ones.
+    folder
+        Created if it does not exist; files of the same names are replaced.
+    config
+        Size of the model; the shipped model's when None.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {portable_name(name): value.detach().half().contiguous() for name, value in state.items()}
+    path = folder / "model.safetensors"
+    save_file(weights, path, metadata={"format": "pt"})
+    path.chmod(0o644)  # the writer makes files only their owner can read
+    for name, text in folder_files(config).items():
+        (folder / name).write_text(text, encoding="utf-8")
