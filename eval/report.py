@@ -136,8 +136,13 @@ def plot(results: Results) -> str | None:
                 zorder=2 if baseline else 3,
             )
         axes.set_xscale("log")
-        ticks = sorted({round(r.avg) for r in results.rows if r.avg})
-        ticks = [t for i, t in enumerate(ticks) if i == 0 or t > 1.13 * ticks[i - 1]]
+        asked = sorted({int(r.budget) for r in results.rows if r.budget.isdecimal()}, reverse=True)
+        ticks: list[int] = []
+        for tick in (
+            ([round(full.slots)] if full is not None else []) + asked + sorted({round(r.avg) for r in results.rows if r.avg})
+        ):
+            if all(max(t, tick) > 1.2 * min(t, tick) for t in ticks):
+                ticks.append(tick)
         axes.set_xticks(ticks, [str(t) for t in ticks])
         axes.minorticks_off()
         axes.set_xlabel("visual tokens, averaged over the decoder layers (log scale)")

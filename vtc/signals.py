@@ -1,8 +1,9 @@
 """Ready-made signals: what a reducer can ask for, each a small tensor computed from tapped q, k, v rows.
 
-Attention maps are never requested from the model, so SDPA and FlashAttention stay on. A measure gets an :class:`AttentionTap` with
-the q, k, v exactly as the attention kernel of that layer gets them (after bias, norms, RoPE and cache update) and returns a tensor
-with one entry per key (``axis="keys"``) or per sequence (``axis="row"``). All arithmetic is float32 whatever the model's dtype.
+Attention maps are never requested from the model, so SDPA and FlashAttention stay on. A measure gets an :class:`AttentionTap`
+with the q, k, v exactly as the attention kernel of that layer gets them (after bias, norms, RoPE and cache update) and returns
+a tensor with one entry per key (``axis="keys"``) or per sequence (``axis="row"``). All arithmetic is float32 whatever the
+model's dtype.
 """
 
 from __future__ import annotations
@@ -127,6 +128,23 @@ def question_of(visual: Tensor, valid: Tensor) -> Tensor:
     return torch.where(after.any(1, keepdim=True), after, index == last)
 
 
+@dataclass(frozen=True, eq=False)
+class ProjectionTap:
+    """What the projector is given in one forward pass.
+
+    Attributes
+    ----------
+    features : Tensor
+        ``(V, P, D_v)`` tower features of the views' patches.
+    function : callable
+        ``function(rank)`` returns the projector in float32 as a function of tokens ``(..., D_v)``; ``rank`` (int or None)
+        replaces its linear layers by factors of that rank.
+    """
+
+    features: Tensor
+    function: Callable[[int | None], Callable[[Tensor], Tensor]]
+
+
 # ------------------------------------------------------------------------------------------------------ vision measures
 def _cls_attention(tap: AttentionTap) -> Tensor:
     """CLS row of the softmax, mean over heads; the softmax runs over CLS and patches, then the CLS column is dropped."""
@@ -185,6 +203,40 @@ def _wide_cls_attention(tap: AttentionTap) -> Tensor:
     return tap.patches(attention_rows(query, _wide(tap.key)[:, None], scaling=tap.scaling * heads**-0.5, mask=mask)[:, 0])
 
 
+def zeroth_order_sensitivity(features: Tensor, project: Callable[[Tensor], Tensor], directions: Tensor, step: float) -> Tensor:
+    """Mean length of the projector's central differences along some directions, ``(...)`` for tokens ``(..., D_v)``.
+
+    Parameters
+    ----------
+    directions : Tensor
+        ``(m, D_v)``, scaled to length one here; the same for every token.
+    step : float
+        Length of the step to either side.
+    """
+    x = features if features.dtype == torch.float64 else features.float()
+    total = x.new_zeros(x.shape[:-1])
+    for u in directions.to(x.device, x.dtype):
+        u = step * u / (u.norm() + 1e-12)
+        total += (project(x + u) - project(x - u)).norm(dim=-1)
+    return total / (2 * step * len(directions))
+
+
+@dataclass(frozen=True)
+class _Sensitivity:
+    """:func:`zeroth_order_sensitivity` along random directions that are the same in every call."""
+
+    directions: int
+    step: float
+    seed: int
+    rank: int | None
+
+    def __call__(self, tap: ProjectionTap) -> Tensor:
+        """Return ``(V, P)``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        draw = torch.randn(self.directions, tap.features.shape[-1], generator=generator)
+        return zeroth_order_sensitivity(tap.features, tap.function(self.rank), draw, self.step)
+
+
 # -------------------------------------------------------------------------------------------------------- text measures
 def _last_attention(tap: AttentionTap) -> Tensor:
     """Softmax row of the last real token over all admissible keys, mean over heads, ``(B, K)``."""
@@ -214,8 +266,8 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
     """Share of attention mass that text rows put on visual columns and visual rows on text columns, ``(B, 2)``.
 
     Text is everything real after the first visual token that is not visual; what comes before it is the system prompt. Row and
-    column sums run over the tokens of this forward (no earlier cache). Where there are no such rows (no text after the image) the
-    share is undefined, and given as 1: nothing shows that the other side is no longer looked at.
+    column sums run over the tokens of this forward (no earlier cache). Where there are no such rows (no text after the image)
+    the share is undefined, and given as 1: nothing shows that the other side is no longer looked at.
     """
     q = tap.query.shape[2]
     keys = tap.key.shape[2]
@@ -232,6 +284,11 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
         mass = (total * cols).sum(1) / (total * real).sum(1).clamp(min=1e-12)
         out.append(torch.where(rows.any(1), mass, torch.ones_like(mass)))
     return torch.stack(out, 1)
+
+
+def _all_keys(tap: AttentionTap) -> Tensor:
+    """Keys of all heads side by side, ``(B, K, H d)``."""
+    return tap.patches(tap.key.transpose(1, 2).flatten(2))
 
 
 def _key_norm(tap: AttentionTap) -> Tensor:
@@ -309,6 +366,11 @@ def wide_keys(layer: int = -1) -> Need:
     return Need("wide_keys", "vision", layer, _wide_keys)
 
 
+def sensitivity(*, directions: int = 64, step: float = 0.01, seed: int = 0, rank: int | None = None) -> Need:
+    """How far the projected token moves when the patch is nudged, ``(B, N)``: mean over random directions."""
+    return Need("sensitivity", "vision", -1, _Sensitivity(directions, step, seed, rank), of="projection")
+
+
 def received_attn(layer: int, name: str = "received_attn") -> Need:
     """Attention every patch of a tower layer receives, mean over heads and over all queries, ``(B, N)``; needs no class token."""
     return Need(name, "vision", layer, _received_attention)
@@ -342,6 +404,11 @@ def text_values(layer: int) -> Need:
 def modality_mass(layer: int) -> Need:
     """Share of attention from text to visual tokens and from visual to text tokens, ``(B, 2)``."""
     return Need("modality_mass", "text", layer, _modality_mass, axis="row")
+
+
+def all_keys(layer: int = -1) -> Need:
+    """Keys of a tower layer, all heads side by side, ``(B, N, H d)``."""
+    return Need("all_keys", "vision", layer, _all_keys)
 
 
 def key_norm(layer: int) -> Need:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
+from vtc import compat
 from vtc.core import Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.cache import _Pruned, check_cache, pruned_layer
@@ -76,7 +77,6 @@ class Context:
     record: VisionRecord | None = None
     instances: list[Instance] = field(default_factory=list)
     keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
-    writes: dict[int, list[tuple[Reducer, Any]]] = field(default_factory=dict)
     current: Segment | None = None
     memo: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
     tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
@@ -85,6 +85,7 @@ class Context:
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     text: tuple[Tensor, Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+    static: bool = False  # its keys come with empty slots behind them
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -113,7 +114,7 @@ class TextSide:
     def __init__(self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool) -> None:
         self.family, self.facts, self.tower, self.stats, self.strict = family, family.facts, tower, stats, strict
         self.parts = parts
-        self.running: dict[int, bool] = {}  # threads inside a forward with images
+        self.running: dict[int, bool] = {}  # threads inside a forward
         self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
         self.decoder: dict[int, list[Reducer]] = {}
         for p in parts:
@@ -180,6 +181,8 @@ class TextSide:
     # ------------------------------------------------------------------------------------------ multimodal base model
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
+        if not torch.compiler.is_compiling():  # (a graph break, and a compiled decode step cannot be interrupted)
+            self.running[threading.get_ident()] = True
         call = kwargs
         if args:
             call = dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)) | kwargs
@@ -206,7 +209,6 @@ class TextSide:
         records = [getattr(v, "vtc", None) for v in encoded.values() if v is not None]
         if records:  # encoded by generate before this forward
             ctx.record = records[0] if records[0] is not None else next(iter(MADE.get() or ()), None)
-        self.running[threading.get_ident()] = True
         _CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
 
     @staticmethod
@@ -481,7 +483,11 @@ class TextSide:
         if ctx is None:
             return None
         kwargs = dict(kwargs)
-        if self.inside and ctx.visual is not None:
+        fresh = ctx.visual is not None and not (i in ctx.keep and i < len(ctx.per_layer))  # not a recomputation
+        if i in self.needs and fresh:
+            held = getattr(kwargs.get("past_key_values"), "layers", ())
+            ctx.static = i < len(held) and isinstance(held[i], StaticLayer)
+        if self.inside and fresh:
             _INSIDE.set(ctx if i in self.inside else None)
         if i not in self.needs:  # only tapped attentions want it
             del kwargs["_vtc"]
@@ -489,7 +495,7 @@ class TextSide:
         cache = kwargs.get("past_key_values")
         seg: Segment | None = None
         if ctx.visual is not None:
-            if i in self.looks and not (i in ctx.keep and i < len(ctx.per_layer)):
+            if i in self.looks and fresh:
                 self.look(ctx, i, module, kwargs, hidden)
             hidden, seg = self.enter(ctx, i, hidden)
         layer = None
@@ -547,13 +553,18 @@ class TextSide:
         replay = i in ctx.keep and i < len(ctx.per_layer)
         if not replay:
             if i in self.decoder:
-                compact = False
+                compact, layer = False, self.family.layers[i]
+                # a recomputation that runs hooks again replays the decision: choosing must leave nothing for the backward
+                again = layer.training and getattr(layer, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks()
                 for part in self.decoder[i]:
-                    with ctx.clock.span(hidden.device):
+                    with ctx.clock.span(hidden.device), torch.set_grad_enabled(torch.is_grad_enabled() and not again):
                         writes = self.reduce(ctx, part, hidden, i)
-                    if writes:
-                        hidden = write(hidden, writes)
-                        ctx.writes.setdefault(i, []).append((part, writes))
+                    if writes and again:
+                        raise UnsupportedFeatureError(
+                            "gradient checkpointing with a reducer that merges tokens inside the decoder needs transformers >= "
+                            "5.2, where hooks are not run again: upgrade, or disable gradient checkpointing"
+                        )
+                    hidden = write(hidden, writes)
                     compact = compact or part.position_policy == "compact"
                 ctx.keep[i] = (ctx.current, None)
                 keep = self.keep_table(ctx)
@@ -566,11 +577,6 @@ class TextSide:
                 ctx.keep[i] = (ctx.current, None)
             if len(ctx.per_layer) == i:
                 ctx.per_layer.append([len(it.entries) for it in ctx.instances])
-        elif i in ctx.writes:
-            raise UnsupportedFeatureError(
-                "gradient checkpointing with a reducer that merges tokens inside the decoder needs transformers >= 5.2, where "
-                "hooks are not run again: upgrade, or disable gradient checkpointing"
-            )
         seg, relative = ctx.keep[i]
         if relative is not None:
             hidden = take(hidden, relative, 1)
@@ -634,6 +640,9 @@ class TextSide:
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
             visual, valid, last = self.tokens_of(ctx, seg)
+            if ctx.static:  # only ever empty before a prompt that is reduced
+                key, value = key[:, :, :q], value[:, :, :q]
+                mask = mask[..., :q] if isinstance(mask, Tensor) else mask
             keys = key.shape[2]
             full = mask
             if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only

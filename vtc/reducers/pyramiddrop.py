@@ -71,11 +71,11 @@ class PyramidDrop(Schedule):
     there; visual tokens are ranked by the attention of the last prompt token (softmax over all tokens it may see, mean over
     heads) and the best stay, in order. Positions are renumbered after every cut.
 
-    Deviates: the release ranks only with FlashAttention or without padding, stops on grouped-query models and on left padding, and
-    knows one image per sample; here each image is ranked by its own row, in padded batches and grouped-query models too. Budgets
-    other than the paper's bend its shares by one exponent, so that ``(1/2, 1/4, 1/8)`` becomes ``(x, x^2, x^3)``; the paper's
-    own shares are rounded down. Layers 8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other depths. In a
-    conversation over several turns the ranking sees the tokens of the turn that brings the image.
+    Deviates: the release ranks only with FlashAttention or without padding, stops on grouped-query models and on left padding,
+    and knows one image per sample; here each image is ranked by its own row, in padded batches and grouped-query models too.
+    Budgets other than the paper's bend its shares by one exponent, so that ``(1/2, 1/4, 1/8)`` becomes ``(x, x^2, x^3)``; the
+    paper's own shares are rounded down. Layers 8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other
+    depths. In a conversation over several turns the ranking sees the tokens of the turn that brings the image.
 
     Parameters
     ----------
