@@ -146,7 +146,8 @@ def attention_walk(
     steps: int,
     scaling: float | None = None,
     mask: Tensor | None = None,
-    block: int = 256,
+    causal: bool = False,
+    block: int | None = None,
 ) -> Tensor:
     """Send mass along ``softmax(Q K^T)`` for some steps, each head on its own: ``p <- p M``, in row blocks.
 
@@ -163,8 +164,10 @@ def attention_walk(
         Steps, at least 1.
     scaling, mask : float, Tensor
         As in :func:`attention_rows`.
-    block : int
-        Query rows per block.
+    causal : bool
+        Without a mask: a row sees no key behind its own.
+    block : int or None
+        Query rows per block; ``None``: as many as keep a block below 128 MiB.
 
     Returns
     -------
@@ -173,12 +176,16 @@ def attention_walk(
     """
     b, h, r, _ = query.shape
     n = key.shape[2]
+    block = max(1, min(256, 2**25 // (b * h * n))) if block is None else block
+    at = torch.arange(n, device=key.device)
     mass = start.to(_wide(key).dtype)[:, None].expand(b, h, r)
     for _ in range(steps):
         total = torch.zeros(b, h, n, dtype=_wide(key).dtype, device=key.device)
         for lo in range(0, r, block):
             hi = min(lo + block, r)
             part = mask[..., lo:hi, :] if mask is not None and mask.shape[-2] != 1 else mask
+            if mask is None and causal:
+                part = (at <= at[n - r + lo : n - r + hi, None])[None, None]
             rows = attention_rows(query[:, :, lo:hi], key, scaling=scaling, mask=part, reduce="none")
             total += torch.einsum("bhr,bhrn->bhn", mass[:, :, lo:hi], torch.nan_to_num(rows, nan=0.0))
         mass = total[..., n - r :]

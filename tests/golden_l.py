@@ -44,7 +44,8 @@ def dart(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     """Measures on the recorded keys and states, then the selection."""
     key, hidden = inputs["key_states"], inputs["normed_hidden"]
     start, n, length = params["image_start"], params["N"], hidden.shape[1]
-    budget = {"keep": params["max"]} if params.get("max") else {"keep": 1 - params["ratio"]}
+    tokens = params.get("max") or params.get("retain")
+    budget = {"keep": min(tokens, params["N"] - params["pivot_image"]) if tokens else 1 - params["ratio"]}
     reducer = vtc.create(
         "dart", **budget, image_pivots=params["pivot_image"], text_pivots=params["pivot_text"], official=True, layer=2
     )
@@ -160,8 +161,9 @@ class Patched:
     """A patched text model, and what its layers really get: ``hidden[i]``, ``positions[i]`` of the last forward."""
 
     def __init__(self, text: nn.Module, spans: list[tuple[int, int]], reducer: Reducer) -> None:
-        self.text, self.spans = text, spans
-        layouts = [Layout.flat(n) for _, n in spans]
+        self.text = text
+        self.spans = [(row, start, n) for row, (start, n) in enumerate(spans) if start >= 0]  # -1: a row without image
+        layouts = [Layout.flat(n) for _, _, n in self.spans]
         facts = facts_of(len(text.layers))
         self.base = Base(text)
         family = Family(
@@ -176,7 +178,7 @@ class Patched:
             projector=nn.Identity(),
             image_token_ids=(IMAGE,),
             facts=facts,
-            describe=lambda call: VisionCall([1] * len(spans), layouts, layouts, torch.zeros(len(spans), 1)),
+            describe=lambda call: VisionCall([1] * len(layouts), layouts, layouts, torch.zeros(len(layouts), 1)),
         )
         self.handle = Handle(self.base, family, bind(reducer, facts), strict=True)
         self.handle.install(self.base)
@@ -203,9 +205,9 @@ class Patched:
 
     def prefill(self, embeds: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
         ids = torch.ones(embeds.shape[:2], dtype=torch.long)
-        for row, (start, n) in enumerate(self.spans):
+        for row, start, n in self.spans:
             ids[row, start : start + n] = IMAGE
-        features = [embeds[row, start : start + n] for row, (start, n) in enumerate(self.spans)]
+        features = [embeds[row, start : start + n] for row, start, n in self.spans]
         blank = torch.where((ids == IMAGE)[..., None], 0.0, embeds)
         with torch.no_grad():
             return self.base(input_ids=ids, inputs_embeds=blank, pixel_values=features, attention_mask=mask, **kwargs)
@@ -251,7 +253,8 @@ def pyramiddrop(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     reducer = vtc.create("pyramiddrop", keep=counts[stage], ratios=(0.5,), layers=(1,))
     model = Patched(text, [(start, current) for start in params["image_start"]], reducer)
     model.prefill(hidden, mask, position_ids=inputs["position_ids"])
-    lengths = [int(m.sum()) - current + counts[stage] for m in mask]
+    gone = current - counts[stage]
+    lengths = [int(m.sum()) - gone * (start >= 0) for m, start in zip(mask, params["image_start"], strict=True)]
     padded = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
     return {
         "hidden_states": model.left(1, model.hidden[1]),
@@ -458,23 +461,27 @@ def aim_merging(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     groups, n, _ = x.shape
     metric = inputs.get("metric", x)
     out: Tensors = {}
-    sizes = [n]
+    place = torch.arange(n).expand(groups, -1)
+    now = aim_module.Merged(metric, x, place, place)
+    weights = aim_module.Merged(metric, torch.eye(n).expand(groups, -1, -1), place, place)
     for i, r in enumerate(params["r"]):
-        sizes.append(sizes[-1] - min(r, sizes[-1] // 2))
-        out[f"x{i}"] = aim_module.merge_to(metric, x, sizes[-1], official=True).tokens
-    identity = torch.eye(n).expand(groups, -1, -1)
-    out["assign"] = aim_module.merge_to(metric, identity, sizes[-1], official=True).tokens
-    return out
+        now, weights = (aim_module.merge_once(m, r, official=True) for m in (now, weights))
+        out[f"x{i}"] = now.tokens
+    halving = aim_module.merge_to(metric, x, now.tokens.shape[1], official=True).tokens
+    if params["r"][:-1] == [n >> i for i in range(1, len(params["r"]))]:  # the release's own schedules
+        assert torch.equal(halving, now.tokens)
+    return {**out, "assign": weights.tokens}
 
 
 def aim_importance(logits: Tensor, masked: Tensor, params: dict[str, Any]) -> Tensor:
     """The measure on queries whose products with unit keys are the recorded logits."""
-    assert (params["tau"], params["iters"], params["d"]) == (aim_module.TEMPERATURE, aim_module.STEPS, 0.0)
+    assert params["d"] == 0.0
     batch, heads, n, _ = logits.shape
     unit = torch.eye(n).expand(batch, heads, n, n)
     allowed = torch.ones(n, n, dtype=torch.bool).tril() & ~masked[:, None, None, :].bool()
     valid = torch.ones(batch, n, dtype=torch.bool)
-    return aim_module.importance(AttentionTap(logits, unit, unit, 1.0, allowed, True, None, valid, valid))
+    tap = AttentionTap(logits, unit, unit, 1.0, allowed, True, None, valid, valid)
+    return aim_module.importance(tap, params["iters"], params["tau"])
 
 
 def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:

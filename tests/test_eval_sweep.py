@@ -63,7 +63,7 @@ def test_the_cells_hold_what_was_measured(finished):
     full = results.unreduced
     assert full.kept == full.avg == 196 and full.paired.ratio.value == 1 and full.accuracy.value > 0.6
     for row in results.rows[1:]:
-        assert row.kept == 49 and row.flops < full.flops and row.mismatch == 0 and row.kv_bytes < full.kv_bytes
+        assert row.kept == 49 and row.flops < full.flops and row.mismatch < 1e-4 and row.kv_bytes < full.kv_bytes
         assert row.speed["reduced"]["prefill_ms"]["value"] > 0 and row.speed["reduced"]["reducer_ms"]["value"] > 0
         assert row.speed["reduced"]["kv_bytes"] == row.kv_bytes and row.speed["unreduced"]["kv_bytes"] == full.kv_bytes
     assert results.rows[-1].avg == (196 + 196 + 49 + 49) / 4

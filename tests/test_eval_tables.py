@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vtc.errors import StoreError
-from vtc.eval.report import render_report, write_report
+from vtc.eval.report import render_report, summary, write_report
 from vtc.eval.store import SCHEMA, Store, cell_id
 from vtc.eval.tables import FORMATS, collect, render
 
@@ -260,6 +260,13 @@ def test_the_report_is_one_file_with_everything_in_it(tmp_path):
     assert page.count("<svg") == 1 and "fastv layer=2" in page and "Example CPU" in page and "66%" in page
     # xmlns declarations are names, not addresses that a browser would open
     assert not re.search(r"(src|href)=\"(?!#)", page) and "@import" not in page and "url(http" not in page
+
+
+def test_the_summary_compares_like_with_like(tmp_path):
+    lines = summary(collect(fixed_store(tmp_path / "s")))
+    assert lines[0].startswith("Unreduced, the model answers 90.0 %")
+    assert "uniform is ahead with 70.0 %" in lines[1] and "no method at a like number of tokens" in lines[1]
+    assert "apart, because more tokens per layer are at work: fastv layer=2 (85.0 % from 122 tokens per layer)" in lines[1]
 
 
 def test_the_report_without_matplotlib_says_so(tmp_path, monkeypatch):

@@ -582,14 +582,48 @@ def test_training_loss_and_gradients(kind):
     assert abs(plain - want) > 1e-4
     with vtc.patch(model, PARTS[kind]):
         for checkpoint in (None, False, True):
-            if checkpoint is not None and kind == "encoder" and not NEW:
-                continue  # 4.57 runs the tower's hooks again in the recomputation, when the call that chose is over
+            if checkpoint is not None and kind == "encoder" and compat.checkpoint_repeats_hooks():
+                # the recomputation comes when the call that chose is over
+                with pytest.raises(vtc.UnsupportedFeatureError, match="disable gradient checkpointing"):
+                    step(model, checkpoint)
+                model.gradient_checkpointing_disable()
+                continue
             loss, got = step(model, checkpoint)
             assert abs(loss - want) < 1e-6
             text = {n for n in gradients if "vision" not in n}
             assert set(got) >= text
             worst = max((got[n] - gradients[n]).abs().max().item() for n in got)
             assert worst < TOLERANCE, checkpoint
+
+
+@where(compat.checkpoint_repeats_hooks())
+def test_checkpointing_of_merges_inside_the_decoder_is_refused():
+    model = build("llava").train()
+    inputs = make_inputs("llava", model)
+    with vtc.patch(model, DecoderPicker(keep=5, merge=True)):
+        want = model(**inputs, use_cache=False).logits
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        with pytest.raises(vtc.UnsupportedFeatureError, match="disable gradient checkpointing"):
+            model(**inputs, use_cache=False)
+        model.gradient_checkpointing_disable()
+        assert torch.equal(model(**inputs, use_cache=False).logits, want)
+
+
+@where(not compat.checkpoint_repeats_hooks())
+def test_checkpointing_of_merges_inside_the_decoder():
+    model = build("llava").train()
+    inputs = make_inputs("llava", model)
+
+    def gradients():
+        model.zero_grad()
+        model(**inputs, use_cache=False).logits[:, -1].logsumexp(-1).sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    with vtc.patch(model, [VisionPicker(keep=0.6, merge=True), DecoderPicker(keep=5, merge=True)]):
+        want = gradients()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        got = gradients()
+    assert want.keys() == got.keys() and all((got[n] - want[n]).abs().max() < TOLERANCE for n in want)
 
 
 @pytest.mark.parametrize("kind", ["boundary-merge", "decoder-merge", "vision-merge"])

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import image_features, make_inputs, shared
+from models import build, image_features, make_inputs, shared
 from torch import Tensor
 
 import vtc
-from vtc.core import Layout, Signals
+from vtc.core import Kind, Layout, Signals
 from vtc.engine.project import Projection
 from vtc.kernels import (
     absorb_neighbours,
@@ -27,6 +27,7 @@ from vtc.kernels import (
     ward,
 )
 from vtc.kernels.ref import _merge_tree
+from vtc.reducers.flexpool import target_grid
 from vtc.reducers.prumerge import outliers
 from vtc.reducers.prumerge_plus import released_samples
 from vtc.reducers.tokenpooling import third_party_start
@@ -791,3 +792,113 @@ def test_hierpool_options_that_do_not_go_together() -> None:
     for options in ({"method": "single"}, {"method": "kmeans", "official": True}):
         with pytest.raises(vtc.errors.UnknownArgumentError, match="hierpool"):
             vtc.create("hierpool", keep=4, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- flexpool
+@pytest.mark.parametrize(
+    ("budget", "grid", "want"),
+    [
+        (64, (24, 24), (8, 8)),
+        (144, (24, 24), (12, 12)),
+        (256, (24, 24), (16, 16)),
+        (7, (4, 4), (3, 2)),  # round(2.65) rows, two columns fit
+        (8, (2, 8), (1, 8)),  # round(1.41) = 1
+        (1, (5, 9), (1, 1)),
+        (60, (3, 30), (2, 30)),  # round(2.45) = 2
+        (99, (3, 30), (3, 30)),
+    ],
+)
+def test_flexpool_grid(budget: int, grid: tuple[int, int], want: tuple[int, int]) -> None:
+    assert target_grid(budget, *grid) == want
+
+
+def test_flexpool_by_hand() -> None:
+    # 3 x 3 to 2 x 2: cells overlap, rows 0-1 and 1-2, columns likewise
+    #   0 1 2      means of 0 1 3 4 | 1 2 4 5 | 3 4 6 7 | 4 5 7 8
+    #   3 4 5      centres 0.75 and 2.25 (of 3): rows and columns 0 and 2
+    #   6 7 8
+    s = signals(line(*range(9)), 4, Layout.grid(3, 3))
+    chosen = vtc.create("flexpool", keep=4).select(s)
+    assert chosen.features.flatten().tolist() == [2, 3, 5, 6]
+    assert chosen.index.tolist() == [[0, 2, 6, 8]]
+    # the token in the middle is shown with the last of the four cells it is part of
+    assert chosen.owner.tolist() == [[0, 1, 1, 2, 3, 3, 2, 3, 3]]
+
+
+def test_flexpool_with_holes_averages_what_is_there() -> None:
+    # of 2 x 4, tokens 1 and 2 are gone: two cells of 1 column pair each; the left one has 0, 4, 5, the right one 3, 6, 7
+    at = torch.tensor([[0, 3, 4, 5, 6, 7]])
+    s = dataclasses.replace(signals(at[..., None].float(), 2, Layout.grid(2, 4)), entries=at)
+    chosen = vtc.create("flexpool", keep=2).select(s)
+    torch.testing.assert_close(chosen.features.flatten(), torch.tensor([9 / 3, 16 / 3]))
+    assert chosen.owner.tolist() == [[0, 1, 0, 0, 1, 1]]
+    # a cell that lost all its tokens is left out: of 1 x 8, columns 2 to 5 are gone; three cells hold 0-2, 2-5 and 5-7
+    at = torch.tensor([[0, 1, 6, 7]])
+    s = dataclasses.replace(signals(at[..., None].float(), 3, Layout.grid(1, 8)), entries=at)
+    few = vtc.create("flexpool", keep=3).select(s)
+    assert few.features.flatten().tolist() == [0.5, 6.5]
+    assert few.index.tolist() == [[1, 2]]
+    assert few.owner.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("place", ["projected", "tower"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_siglip"])
+@pytest.mark.parametrize("keep", [1, 5, 0.5])
+def test_flexpool_inside_a_model(place: str, family: str, keep: float) -> None:
+    model = shared(family)
+    inputs = make_inputs(family, model, 2)
+    with vtc.patch(model, "flexpool", keep=keep, place=place) as handle, torch.no_grad():
+        logits = model(**inputs).logits
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    for image in handle.stats.last.images:
+        assert image.stages[0].stage == {"projected": "boundary", "tower": "vision"}[place]
+        assert 1 <= image.kept < image.slots
+        if family != "llava_next":
+            assert image.kept <= (keep if isinstance(keep, int) else keep * image.slots)
+
+
+def test_flexpool_before_and_after_a_linear_projector_are_the_same() -> None:
+    model = build("llava")
+    model.model.multi_modal_projector.act = torch.nn.Identity()
+    inputs = make_inputs("llava", model, 1)
+    logits = []
+    for place in ("projected", "tower"):
+        with vtc.patch(model, "flexpool", keep=4, place=place), torch.no_grad():
+            logits.append(model(**inputs).logits)
+    with torch.no_grad():
+        assert not torch.allclose(logits[0], model(**inputs).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-6)
+
+
+def test_flexpool_keeps_one_newline_per_pooled_row() -> None:
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, 1)
+    seen = []
+    with vtc.patch(model, "flexpool", keep=20) as handle, torch.no_grad():
+        hook = handle.family.text.register_forward_hook(
+            lambda _m, _a, k, _o: seen.append(k["_vtc"].instances[0]), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+    (it,) = seen
+    kind, view, y = (getattr(it.layout, name)[it.entries] for name in ("kind", "view", "y"))
+    newline = kind == Kind.NEWLINE
+    assert y[newline].tolist() == sorted(set(y[~newline & (view > 0)].tolist()))
+    assert int(newline.sum()) >= 1
+    assert int((~newline).sum()) <= 20
+
+
+def test_flexpool_batch_mates_change_nothing() -> None:
+    layout = crops(3, 4, 3)
+    s = signals(torch.randn(3, 36, 4, generator=torch.Generator().manual_seed(0)), 11, layout)
+    together = vtc.create("flexpool", keep=11).select(s)
+    for b in range(3):
+        alone = vtc.create("flexpool", keep=11).select(signals(s.features[b : b + 1].clone(), 11, layout))
+        assert torch.equal(alone.index[0], together.index[b])
+        assert torch.equal(alone.features[0], together.features[b])
+
+
+def test_flexpool_refuses_other_places() -> None:
+    with pytest.raises(vtc.errors.UnknownArgumentError, match="flexpool: place="):
+        vtc.create("flexpool", keep=4, place="moon")

@@ -228,7 +228,7 @@ def test_density_peaks_by_hand():
     assert centres.tolist() == [1, 4, 7]
     assert owner.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     torch.testing.assert_close(sparsevlm.merge(line, owner, 3), torch.tensor([[1.0], [11.5], [32.0]]), atol=1e-4, rtol=0)
-    blocks = sparsevlm.density_peaks(line, 3, block=2)
+    blocks = sparsevlm.density_peaks(line, 3, block=2)  # passes over rows
     assert [t.tolist() for t in blocks] == [centres.tolist(), owner.tolist()]
     # a tie broken by the noise: two pairs; without it all four are as dense, and the first two are centres
     pairs = torch.tensor([[0.0], [1.0], [5.0], [6.0]])
@@ -343,8 +343,10 @@ def test_attention_walk_equals_the_dense_product():
     expected = start[:, None, None].expand(2, 4, 1, 9)
     for _ in range(3):
         expected = expected @ dense
-    for block in (4, 256):
+    for block in (4, None):
         got = attention_walk(q, k, start, steps=3, scaling=0.7, mask=mask[None, None], block=block)
+        torch.testing.assert_close(got, expected[:, :, 0])
+        got = attention_walk(q, k, start, steps=3, scaling=0.7, causal=True, block=block)
         torch.testing.assert_close(got, expected[:, :, 0])
     blind = torch.ones(9, 9, dtype=torch.bool).tril() & (torch.arange(9) > 0)  # the first row sees nothing
     assert torch.isfinite(attention_walk(q, k, start, steps=3, mask=blind[None, None])).all()

@@ -636,6 +636,8 @@ class TextSide:
             raise _Seen(query, key, value, scaling)
         if ctx is None or ctx.visual is None or i not in self.needs:
             return
+        if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
+            return
         with torch.no_grad(), ctx.clock.span(query.device):
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None

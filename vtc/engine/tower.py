@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc import compat
 from vtc.core import EncoderReducer, EncoderState, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.project import Projection
@@ -253,6 +254,11 @@ class TowerSide:
         run, part = _RUN.get(), self.part
         if run is None or not isinstance(part, EncoderReducer):
             return None
+        if module.training and getattr(module, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks():
+            raise UnsupportedFeatureError(
+                "gradient checkpointing of a vision tower that drops tokens inside needs transformers >= 5.2, where hooks are not "
+                "run again: upgrade, or disable gradient checkpointing"
+            )
         hidden = args[0] if args else kwargs["hidden_states"]
         head = int(self.family.facts.has_cls)
         if run.layer_taps:

@@ -82,18 +82,14 @@ def merge_to(metric: Tensor, tokens: Tensor, target: int, *, official: bool = Fa
 
 
 # ------------------------------------------------------------------------------------------------------------ importance
-def importance(tap: AttentionTap) -> Tensor:
+def importance(tap: AttentionTap, steps: int = STEPS, temperature: float = TEMPERATURE) -> Tensor:
     """Measure: mass each token holds after a few steps along the attention, root mean square over heads, ``(B, K)``.
 
     All real tokens start alike; attention is that of the layer at a tenth of its temperature.
     """
     start = tap.valid.to(torch.float32) / tap.valid.sum(1, keepdim=True)
-    mask = tap.mask
-    if mask is None and tap.causal:
-        q, keys = tap.query.shape[2], tap.key.shape[2]
-        at = torch.arange(q, device=tap.query.device)
-        mask = (torch.arange(keys, device=at.device) <= (at + keys - q)[:, None])[None, None]
-    walked = attention_walk(tap.query, tap.key, start, steps=STEPS, scaling=tap.scaling / TEMPERATURE, mask=mask)
+    scaling = tap.scaling / temperature
+    walked = attention_walk(tap.query, tap.key, start, steps=steps, scaling=scaling, mask=tap.mask, causal=tap.causal)
     return (walked**2).mean(1).sqrt()
 
 

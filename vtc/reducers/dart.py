@@ -163,8 +163,10 @@ class DART(Reducer):
         """Keep the image pivots; then each pivot adds the candidates least similar to it."""
         with torch.no_grad():
             image, states, where = self.pivots(signals)
-            unit = torch.nn.functional.normalize(_wide(signals.final_states), dim=-1)
-            cosine = torch.einsum("bnd,bpd->bpn", unit, torch.nn.functional.normalize(_wide(states), dim=-1))
+            tokens = _wide(signals.final_states)
+            # divided afterwards: no second copy of all states
+            cosine = torch.einsum("bnd,bpd->bpn", tokens, torch.nn.functional.normalize(_wide(states), dim=-1))
+            cosine = cosine / tokens.norm(dim=-1).clamp(min=1e-12)[:, None]
             kept = torch.zeros(signals.shape, dtype=torch.bool, device=image.device).scatter(1, image, True)
             there = where >= 0
             total = there.sum(1, keepdim=True)

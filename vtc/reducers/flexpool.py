@@ -30,10 +30,10 @@ class FlexPool(Reducer):
     """Pool every view's grid of tokens to a coarser one, with overlapping cells where the sizes do not divide.
 
     The target for a budget of ``N`` tokens and a grid of ``H x W`` is ``round(sqrt(N * H / W))`` rows and as many columns as still
-    fit. Cell ``i`` of ``n`` covers the rows ``floor(i * H / n)`` to ``ceil((i + 1) * H / n) - 1``, and likewise columns; its token is the
-    plain mean, taken in float32, and sits in the token at the cell's centre. The count reached is at most ``keep``, often a little
-    below (7 tokens of a square make 3 x 2), and reported in the statistics. AnyRes: views are pooled one by one and share the budget
-    evenly, and a row's newline token stays in addition where a pooled token sits in it.
+    fit. Cell ``i`` of ``n`` covers the rows ``floor(i * H / n)`` to ``ceil((i + 1) * H / n) - 1``, and likewise columns; its token
+    is the plain mean, taken in float32, and sits in the token at the cell's centre. The count reached is at most ``keep``, often a
+    little below (7 tokens of a square make 3 x 2), and reported in the statistics. AnyRes: views are pooled one by one and share
+    the budget evenly, and a row's newline token stays in addition where a pooled token sits in it.
 
     Deviates: the paper trains one model with 64, 144 and 256 tokens and pools before its projector; this is inference only, on
     models trained with all tokens. After the projector (default) means stay among what the language model has seen;
@@ -67,36 +67,32 @@ class FlexPool(Reducer):
         return (FlexPoolTower(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}),)
 
     def choose(self, signals: Signals) -> Selection:
-        """Pool one view; cells without any token (dropped by an earlier stage) are left out."""
+        """Pool one view; cells without any token (an earlier stage dropped them) are left out."""
         device, wide = signals.features.device, signals.features[0]
         wide = wide if wide.dtype == torch.float64 else wide.float()
         row, col = (signals.of(name)[0].cpu() for name in ("row", "col"))
         row, col = row - row.min(), col - col.min()
         high, across = int(row.max()) + 1, int(col.max()) + 1
         rows, cols = target_grid(signals.budget, high, across)
-        cells, anchors, owner = [], [], torch.full((len(row),), -1)
-        for i in range(rows):
-            inside = (row >= i * high // rows) & (row < -(-(i + 1) * high // rows))
-            for j in range(cols):
-                members = (inside & (col >= j * across // cols) & (col < -(-(j + 1) * across // cols))).nonzero()[:, 0]
-                # doubled coordinates, so that centres stay whole numbers; cells share tokens, but each has its own centre
-                down = (2 * row[members] + 1) * rows - (2 * i + 1) * high
-                right = (2 * col[members] + 1) * cols - (2 * j + 1) * across
-                free = owner[members] < 0
-                if not bool(free.any()):
-                    continue
-                away = (down.double() / rows).square() + (right.double() / cols).square()
-                anchor = members[away.masked_fill(~free, torch.inf).argmin()]
-                owner[anchor] = len(anchors)
-                anchors.append(anchor)
-                cells.append(members)
-        for cell, members in enumerate(cells):  # tokens in several cells are shown with the first one
-            owner[members] = torch.where(owner[members] < 0, cell, owner[members])
-        pooled = torch.stack([wide[members.to(device)].mean(0) for members in cells])
-        seat = torch.stack(anchors)
+        number, full = row * across + col, high * across
+        at = number.to(device)
+        grid = wide.new_zeros(full, wide.shape[1]).index_copy(0, at, wide)
+        pooled = adaptive_mean(grid, high, across, (rows, cols))
+        token = torch.full((full,), -1).index_copy(0, number, torch.arange(len(number)))
+        y = (2 * torch.arange(rows) + 1) * high // (2 * rows)
+        x = (2 * torch.arange(cols) + 1) * across // (2 * cols)
+        seat = token[(y[:, None] * across + x).flatten()]
+        owner = (2 * row + 1) * rows // (2 * high) * cols + (2 * col + 1) * cols // (2 * across)
+        if len(number) < full:
+            there = adaptive_mean(wide.new_zeros(full, 1).index_fill(0, at, 1.0), high, across, (rows, cols))
+            pooled = pooled / there.clamp(min=torch.finfo(wide.dtype).tiny)
+            seat = nearest_seats(row, col, (high, across), (rows, cols))
+            left = seat >= 0
+            place = torch.where(left, left.cumsum(0) - 1, -1)
+            pooled, owner, seat = pooled[left.to(device)], place[owner], seat[left]
+            owner[seat] = torch.arange(len(seat))
         order = seat.argsort()
-        place = order.argsort()
-        owner = torch.where(owner >= 0, place[owner.clamp(min=0)], owner)
+        owner = torch.where(owner >= 0, order.argsort()[owner.clamp(min=0)], -1)
         return Selection(
             seat[order].to(device)[None],
             pooled[order.to(device)][None].to(signals.features.dtype),
@@ -126,3 +122,22 @@ def adaptive_mean(features: Tensor, rows: int, cols: int, target: tuple[int, int
     """Average pooling of a full grid ``(N, D)`` in raster order, ``(n, D)``."""
     grid = features.reshape(rows, cols, -1).permute(2, 0, 1)[None]
     return torch.nn.functional.adaptive_avg_pool2d(grid, target)[0].flatten(1).T
+
+
+def nearest_seats(row: Tensor, col: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:
+    """Return the token nearest to each cell's centre that no other cell took, ``(n,)``; -1 for cells without one.
+
+    For grids with holes; ``row`` and ``col`` are those of the tokens there are.
+    """
+    taken = torch.zeros(len(row), dtype=torch.bool)
+    seats = torch.full((target[0] * target[1],), -1)
+    for cell in range(len(seats)):
+        i, j = divmod(cell, target[1])
+        inside = (row >= i * grid[0] // target[0]) & (row < -(-(i + 1) * grid[0] // target[0])) & ~taken
+        inside &= (col >= j * grid[1] // target[1]) & (col < -(-(j + 1) * grid[1] // target[1]))
+        if bool(inside.any()):
+            down = row + 0.5 - (i + 0.5) * grid[0] / target[0]
+            right = col + 0.5 - (j + 0.5) * grid[1] / target[1]
+            seats[cell] = (down.square() + right.square()).masked_fill(~inside, torch.inf).argmin()
+            taken[seats[cell]] = True
+    return seats

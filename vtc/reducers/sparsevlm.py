@@ -149,8 +149,10 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     x = _wide(tokens)
     n, scale = len(x), x.shape[1] ** 0.5
 
+    whole = torch.cdist(x, x) / scale if n <= 4096 else None  # beyond, three passes cost less than the memory
+
     def distances(lo: int) -> Tensor:
-        return torch.cdist(x[lo : lo + block], x) / scale
+        return torch.cdist(x[lo : lo + block], x) / scale if whole is None else whole[lo : lo + block]
 
     near = [distances(lo).topk(min(clusters, n), largest=False).values for lo in range(0, n, block)]
     density = torch.exp(-(torch.cat(near) ** 2).mean(1))
@@ -164,7 +166,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     gaps = torch.cat(gap)
     gaps = torch.where(torch.isinf(gaps), widest, gaps)
     centres = torch.sort(density * gaps, descending=True, stable=True).indices[:clusters]
-    owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])
+    owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])  # ties: the earlier centre
     owner[centres] = torch.arange(clusters, device=owner.device)
     return centres, owner
 
@@ -263,6 +265,10 @@ class SparseVLMStage(Reducer):
             with torch.no_grad():
                 return Selection(topk_sorted(score, total))
         kept, clusters = split(total, n)
+        if self.official:  # several splits may give the same total
+            kept = min(LISTS["1"][self.keep][self.stage_index], n - 1)  # type: ignore[index]
+            clusters = clusters_of(n - kept)[1]
+            total = kept + clusters
         recycled = max(clusters, clusters_of(n - kept)[0])
         index, values, owners = [], [], []
         for image in range(len(score)):
