@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -516,15 +515,15 @@ def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = Tru
         Tokens to choose, ``1 <= k <= N``.
     guard : bool, default True
         Once no token adds anything (the kernel's numerical rank is used up) choose by relevance, and never choose a token twice.
-        ``False``: the bare recurrence, whose result may hold repetitions from there on.
+        ``False``: the bare recurrence on rows that are taken as normalised, whose result may hold repetitions from there on.
 
     Returns
     -------
     Tensor
         ``(B, k)`` int64 in pick order.
     """
-    unit, weight = _unit(features), _wide(relevance)
-    weight = weight.to(unit.dtype)
+    unit = _unit(features) if guard else _wide(features)
+    weight = _wide(relevance).to(unit.dtype)
     return torch.stack([_dpp(u, w, k, guard) for u, w in zip(_images(unit), _images(weight), strict=True)])
 
 
@@ -778,10 +777,10 @@ def ward(points: Tensor, clusters: int, *, ties: bool = False) -> Tensor:
     Tensor
         ``(B, N)`` int64 labels, numbered as :func:`scipy.cluster.hierarchy.fcluster` does.
     """
-    return torch.stack([_ward(p.detach().double().cpu().numpy(), clusters, ties) for p in points]).to(points.device)
+    return torch.stack([_ward(p.detach().double().cpu(), clusters, ties) for p in points]).to(points.device)
 
 
-def _ward(points: np.ndarray, clusters: int, ties: bool) -> Tensor:
+def _ward(points: Tensor, clusters: int, ties: bool) -> Tensor:
     """Labels ``(N,)`` of one image."""
     n = len(points)
     tree, heights = _merge_tree(points)
@@ -808,52 +807,52 @@ def _ward(points: np.ndarray, clusters: int, ties: bool) -> Tensor:
     return labels
 
 
-def _merge_tree(points: np.ndarray, matrix: int = 4096) -> tuple[list[tuple[int, int]], list[float]]:
+def _merge_tree(points: Tensor, matrix: int = 4096) -> tuple[list[tuple[int, int]], list[float]]:
     """Children of every merge (node ``N + t`` is merge ``t``, in order of height) and the squared heights."""
     n = len(points)
-    size, alive = np.ones(n), np.ones(n, dtype=bool)
-    centre, square = points.copy(), np.square(points).sum(1)
-    table = None
+    size, alive = points.new_ones(n), torch.ones(n, dtype=torch.bool)
+    sizes = [1.0] * n
+    centre, square, table = points.clone(), points.square().sum(1), None
     if n <= matrix:
-        table = np.maximum(square[:, None] + square - 2 * points @ points.T, 0.0)
-        np.fill_diagonal(table, np.inf)
+        table = (square[:, None] + square - 2 * points @ points.T).clamp(min=0).fill_diagonal_(torch.inf)
 
-    def row(x: int) -> np.ndarray:
+    def row(x: int) -> Tensor:
         if table is not None:
             return table[x]
-        apart = np.maximum(square[x] + square - 2 * centre @ centre[x], 0.0)
-        apart *= 2 * size[x] * size / (size[x] + size)
-        apart[~alive] = np.inf
-        apart[x] = np.inf
+        apart = (square[x] + square - 2 * (centre @ centre[x])).clamp(min=0)
+        apart = (apart * (2 * sizes[x] * size / (sizes[x] + size))).masked_fill(~alive, torch.inf)
+        apart[x] = torch.inf
         return apart
 
     chain: list[int] = []
     found: list[tuple[float, int, int]] = []
     for _ in range(n - 1):
         if not chain:
-            chain.append(int(alive.argmax()))
+            chain.append(int(alive.int().argmax()))
         while True:
             x = chain[-1]
             apart = row(x)
             y = int(apart.argmin())
-            if len(chain) > 1 and apart[chain[-2]] <= apart[y]:
+            height = float(apart[y])
+            if len(chain) > 1 and float(apart[chain[-2]]) <= height:
                 y = chain[-2]
                 break
             chain.append(y)
-        height = float(apart[y])
         del chain[-2:]
         found.append((height, x, y))
         alive[x] = False
-        if table is not None:
-            total = size[x] + size[y] + size
-            new = ((size[x] + size) * table[x] + (size[y] + size) * table[y] - size * height) / total
-            new[~alive] = np.inf
-            new[y] = np.inf
-            table[y] = table[:, y] = new
-            table[x] = table[:, x] = np.inf
-        centre[y] = (size[x] * centre[x] + size[y] * centre[y]) / (size[x] + size[y])
-        square[y] = np.square(centre[y]).sum()
-        size[y] += size[x]
+        mine, other = sizes[x], sizes[y]
+        if table is not None:  # the distance to a union follows from those to its parts
+            new = torch.addcmul((mine + size) * table[x], other + size, table[y])
+            new = ((new - height * size) / (mine + other + size)).masked_fill_(~alive, torch.inf)
+            new[y] = torch.inf
+            table[y], table[:, y] = new, new
+            table[x], table[:, x] = torch.inf, torch.inf
+        else:
+            centre[y] = (mine * centre[x] + other * centre[y]) / (mine + other)
+            square[y] = centre[y].square().sum()
+        sizes[y] = mine + other
+        size[y] = mine + other
     root, tree = list(range(2 * n - 1)), []
 
     def top(node: int) -> int:

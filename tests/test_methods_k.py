@@ -28,11 +28,10 @@ from vtc.kernels import (
 )
 from vtc.kernels.ref import _merge_tree
 from vtc.reducers.flexpool import target_grid
-from vtc.reducers.prumerge import outliers
 from vtc.reducers.prumerge_plus import released_samples
 from vtc.reducers.tokenpooling import third_party_start
 from vtc.signals import AttentionTap, ProjectionTap, sensitivity, wide_cls_attn, wide_keys, zeroth_order_sensitivity
-from vtc.views import each_view, in_first_slots
+from vtc.views import each_view, in_first_slots, outliers
 
 CASES: dict[str, dict[str, Any]] = {
     "vispruner": {},
@@ -195,6 +194,30 @@ def test_prefill_and_decode_agree(case: str) -> None:
         whole = {**inputs, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         logits = model(**whole).logits[:, -6:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), logits.double(), atol=1e-5, rtol=1e-5)
+
+
+TOWER = ("vispruner", "hiprune", "prumerge", "prumerge_plus", "tokenpooling")
+AFTER = ("cdpruner", "zooprune", "hierpool", "flexpool")
+
+
+@pytest.mark.parametrize("first", TOWER)
+@pytest.mark.parametrize("second", AFTER)
+def test_one_before_and_one_after_the_projector(first: str, second: str) -> None:
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, 2)
+    before, after = vtc.create(first, keep=21), vtc.create(second, keep=8)
+    with vtc.patch(model, [before, after]) as handle, torch.no_grad():
+        together = model(**inputs).logits
+        images = handle.stats.last.images
+        real = inputs["attention_mask"][0].bool()
+        one = {k: inputs[k][:1, real] for k in ("input_ids", "attention_mask")}
+        alone = model(**one, pixel_values=inputs["pixel_values"][:1], image_sizes=inputs["image_sizes"][:1]).logits
+    assert torch.isfinite(together[inputs["attention_mask"].bool()]).all()
+    for image in images:
+        assert [s.reducer for s in image.stages] == [first, second]
+        assert image.stages[0].after == image.stages[1].before == 21
+        assert image.kept == 8 or (second == "flexpool" and 1 <= image.kept <= 8)
+    torch.testing.assert_close(together[0, real], alone[0], atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- view by view
@@ -384,7 +407,7 @@ def test_cdpruner_scales_relevance_over_the_views_of_an_image_but_not_over_the_b
 
 def test_dpp_beyond_its_rank_is_guarded_and_as_released_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 60, 4, generator=generator)  # rank 4
+    features = torch.nn.functional.normalize(torch.randn(1, 60, 4, generator=generator), dim=-1)  # rank 4
     weight = torch.rand(1, 60, generator=generator)
     bare = greedy_dpp(features, weight, 40, guard=False)[0].tolist()
     kept = greedy_dpp(features, weight, 40)[0].tolist()
@@ -427,7 +450,7 @@ def merge_example() -> Signals:
 
 
 def test_prumerge_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 2)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 2)
     s = merge_example()
     chosen = vtc.create("prumerge", keep=3).select(s)
     # kept: 0 (neighbours 1 and 2: 0 * 10 + 0.1 * 100) and 3 (neighbours 4 and 5: 0 + 0.1 * 1e5); the rest: 1 2 4 5 6 7
@@ -485,7 +508,7 @@ def test_prumerge_adaptive_in_a_model_has_no_request_to_meet() -> None:
 
 
 def test_prumerge_plus_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 0)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 0)
     s = dataclasses.replace(merge_example(), budget=5)
     chosen = vtc.create("prumerge_plus", keep=5).select(s)
     # four kept: two by attention (0, 3); of 1 2 4 5 6 7 two at even distances, the places 1 and 4: 2 and 6
@@ -495,7 +518,7 @@ def test_prumerge_plus_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prumerge_plus_as_released_keeps_a_patch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 1)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 1)
     attention = torch.tensor([[0.0, 0.1, 0.4, 0.2, 0.1, 0.1, 0.3, 0.1]])
     s = changed(merge_example(), 5, wide_cls_attn=attention)
     # two by attention: 2, 6; two sampled of eight at steps of 4 from 2: 2 and 6 again, so each is the nearest to itself
@@ -700,7 +723,7 @@ def test_ward_by_hand() -> None:
     # squared heights: 3 4 (0 and 1): 1; 1 2 (10 and 12): 4; these two together: 2 * 2 * 2 / 4 * (11 - 0.5)^2 = 220.5, less than
     # 30 with the right one: 2 * 2 * 1 / 3 * 19^2 = 481. So node 5 = {3, 4}, 6 = {1, 2}, 7 = {5, 6}, 8 = {0, 7}
     points = line(30, 10, 12, 0, 1)
-    tree, heights = _merge_tree(points[0].double().numpy())
+    tree, heights = _merge_tree(points[0].double())
     assert tree == [(3, 4), (1, 2), (5, 6), (0, 7)]
     assert heights[:3] == pytest.approx([1, 4, 220.5])
     # three clusters: the inner children of the root come before its leaf
@@ -733,7 +756,7 @@ def test_ward_equals_trying_all_pairs(n: int) -> None:
 
 
 def test_ward_without_a_matrix_gives_the_same_tree() -> None:
-    points = torch.randn(120, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).numpy()
+    points = torch.randn(120, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     with_table, heights = _merge_tree(points)
     without, others = _merge_tree(points, matrix=0)
     assert with_table == without

@@ -623,6 +623,13 @@ def test_versions_of_sparsevlm_run_everywhere():
             assert handle.stats[0].fired
 
 
+@pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "aim"])
+def test_averages_that_cannot_be_met_are_refused_when_patching(method):
+    wanted = {"aim": 0.99}.get(method, 0.01)
+    with pytest.raises(BudgetError, match="avg_tokens=.* cannot be met"):
+        vtc.patch(shared("llava"), method, avg_tokens=wanted, **({"start": 1, "stop": 3} if method == "aim" else {}))
+
+
 def test_schedules_need_a_model():
     for method in ("pyramiddrop", "transprune", "sparsevlm", "aim"):
         reducer = vtc.create(method, keep=4)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from vtc.core import Budget, Facts
+from vtc.core import Budget, Facts, Reducer
 from vtc.errors import BudgetError, UnknownArgumentError
 
 TOLERANCE = 0.01
@@ -71,6 +71,21 @@ def check_ratios(name: str, ratios: Sequence[float], cuts: int, option: str = "r
             f"'{name}': {option}={tuple(ratios)} is not possible, give one descending share in (0, 1) for each of the {cuts} cuts"
         )
     return shares
+
+
+def checked(parts: Iterable[Reducer], facts: Facts) -> tuple[Reducer, ...]:
+    """Return the parts of a schedule, having tried the budget where the number of visual tokens is known before any call.
+
+    Raises
+    ------
+    BudgetError
+        An average that the schedule cannot meet.
+    """
+    made = tuple(parts)
+    if facts.tokens is not None:
+        for part in made:
+            part.count(facts.tokens, facts)
+    return made
 
 
 def layer_average(n: int, cuts: Sequence[int], counts: Sequence[int], layers: int) -> float:

@@ -13,7 +13,7 @@ from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer
 from vtc.errors import BudgetError, UnknownArgumentError
 from vtc.kernels import apportion, attention_walk, pairwise_top1
 from vtc.registry import register
-from vtc.schedule import closest_count, layer_average
+from vtc.schedule import checked, closest_count, layer_average
 from vtc.signals import AttentionTap, all_keys
 
 STEPS, TEMPERATURE = 5, 0.1
@@ -292,7 +292,7 @@ class AIM(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average this schedule cannot meet.
         UnknownArgumentError
             ``start`` and ``stop`` that do not fit the model.
         """
@@ -313,7 +313,7 @@ class AIM(Schedule):
             shared["newlines"] = None
             parts += tuple(AIMPrune(**shared, after=i) for i in range(start, min(stop, facts.layers - 1)))
         bound = copy.copy(self)
-        object.__setattr__(bound, "_parts", parts)
+        object.__setattr__(bound, "_parts", checked(parts, facts))
         return bound
 
     def parts(self) -> tuple[Reducer, ...]:

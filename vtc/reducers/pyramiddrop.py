@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Signals, Stage, check_bounds
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import next_last_attn
 
 
@@ -105,7 +105,7 @@ class PyramidDrop(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have.
         """
@@ -113,7 +113,7 @@ class PyramidDrop(Schedule):
         cuts = place_cuts(self.layers, facts, "pyramiddrop")
         shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios")}
         bound = copy.copy(self)
-        parts = tuple(PyramidDropStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts)))
+        parts = checked((PyramidDropStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 

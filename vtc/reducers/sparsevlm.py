@@ -13,7 +13,7 @@ from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Select
 from vtc.errors import BudgetError, UnknownArgumentError
 from vtc.kernels import attention_rows, topk_sorted
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
 
 LISTS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -376,7 +376,7 @@ class SparseVLM(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have.
         """
@@ -386,7 +386,7 @@ class SparseVLM(Schedule):
         names = ("keep", "avg_tokens", "positions", "newlines", "ratios", "version", "heads", "official", "seed")
         shared: dict[str, Any] = {k: getattr(self, k) for k in names}
         bound = copy.copy(self)
-        parts = tuple(SparseVLMStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts)))
+        parts = checked((SparseVLMStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 

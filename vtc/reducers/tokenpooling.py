@@ -19,7 +19,7 @@ from vtc.views import each_view
 @register(
     "tokenpooling",
     paper="arXiv:2110.03860",
-    code="https://github.com/JoakimHaurum/TokenReduction @ 88fe07e (third party)",
+    code="https://github.com/JoakimHaurum/TokenReduction @ 88fe07e (third-party)",
     licence="MIT",
 )
 @dataclass(frozen=True, kw_only=True)

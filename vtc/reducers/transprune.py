@@ -12,7 +12,7 @@ from torch import Tensor
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Signals, Stage, check_bounds
 from vtc.errors import UnknownArgumentError
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import StateTap, next_question_attn
 
 EPS = 1e-8
@@ -181,7 +181,7 @@ class TransPrune(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have, or none watched before the first cut.
         """
@@ -195,7 +195,7 @@ class TransPrune(Schedule):
             )
         shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios", "iga")}
         bound = copy.copy(self)
-        parts = tuple(TransPruneStage(**shared, cuts=cuts, watched=watched, stage_index=i) for i in range(len(cuts)))
+        parts = checked((TransPruneStage(**shared, cuts=cuts, watched=watched, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 
