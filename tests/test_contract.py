@@ -287,6 +287,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "mean_query_attn": (),
     "text_values": (6,),
     "values": (6,),
+    **dict.fromkeys(("next_last_attn", "next_question_attn", "rater_attention", "importance", "overlap"), ()),
+    **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
 }
 
 

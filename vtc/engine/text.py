@@ -83,7 +83,6 @@ class Context:
     fired: set[int] = field(default_factory=set)
     per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
-    text: tuple[Tensor, Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
 
@@ -429,12 +428,15 @@ class TextSide:
         return out
 
     def text_of(self, ctx: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, T, D)`` text embeddings of the prompt, left-aligned, and their validity."""
-        if ctx.text is None:
-            text = ctx.real & ~ctx.visual
+        """``(B, T, D)`` hidden states of the prompt's text tokens at this place, left-aligned, and their validity."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            visual, valid, _ = self.tokens_of(ctx, ctx.current)
+            text = valid & ~visual
             order = torch.argsort((~text).to(torch.int8), dim=1, stable=True)[:, : int(text.sum(1).max())]
-            ctx.text = (take(hidden, order, 1), text.gather(1, order))
-        return ctx.text
+            return take(hidden, order, 1), text.gather(1, order)
+
+        return ctx.once("text", (hidden, ctx.current), make)
 
     def after_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """Expand the last hidden states to logical length, and account for what happened.
