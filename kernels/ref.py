@@ -882,3 +882,65 @@ def similarity_rows(features: Tensor) -> Tensor:
         return wide @ wide.transpose(1, 2)
     values, vectors = torch.linalg.eigh(wide.transpose(1, 2) @ wide)
     return wide @ (vectors * values.clamp(min=0).sqrt()[:, None])
+
+
+def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbourhood of every token in the graph of cosines of at least ``threshold``, in blocks (no full matrix).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    threshold : float
+        Least cosine of neighbours; a token is compared with itself, too.
+    block : int
+        Rows per block.
+
+    Returns
+    -------
+    count, within, mean : Tensor
+        ``(B, N)`` number of neighbours, sum of their cosines, and mean cosine with all tokens.
+    """
+    out = []
+    for u in _images(_unit(features)):
+        parts = []
+        for rows in u.split(block):
+            cosine = rows @ u.T
+            near = cosine >= threshold
+            parts.append(torch.stack([near.sum(1).to(u.dtype), (cosine * near).sum(1), cosine.mean(1)]))
+        out.append(torch.cat(parts, 1))
+    count, within, mean = torch.stack(out, 1)
+    return count, within, mean
+
+
+def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Greedy choice by a gain that every pick shrinks by the squared kernel entry over its own gain, O(N D) memory.
+
+    The kernel is ``r_i cos_ij r_j``, and gains start as its diagonal. Unlike in :func:`greedy_dpp` a pick is not made orthogonal
+    to earlier ones. A pick whose gain is not positive shrinks nothing.
+
+    Parameters
+    ----------
+    features, relevance, k
+        As in :func:`greedy_dpp`.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k)`` int64 in pick order, no token twice.
+    """
+    out = []
+    unit = _unit(features)
+    for u, w in zip(_images(unit), _images(_wide(relevance).to(unit.dtype)), strict=True):
+        gain, picks = w * u.square().sum(1) * w, []
+        taken = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        for _ in range(k):
+            pick = gain.masked_fill(taken, -torch.inf).argmax()[None]
+            own = gain.index_select(0, pick)
+            row = w * w.index_select(0, pick) * (u @ u.index_select(0, pick)[0])
+            loss = (row / (own.clamp(min=0).sqrt() + 1e-6)).square()
+            gain = gain - torch.where(own > 0, loss, torch.zeros_like(loss))
+            taken = taken.index_fill(0, pick, True)
+            picks.append(pick)
+        out.append(torch.cat(picks))
+    return torch.stack(out)

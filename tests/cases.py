@@ -42,6 +42,7 @@ CASES: dict[str, Case] = {
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
+    "ptp": Case({"keep": 10}, {"keep": 0.2, "layer": 1, "region": "mean"}),
     "pyramiddrop": Case({"keep": 8}, {"avg_tokens": 0.5}),
     "random": Case({"keep": 10}, {"keep": 0.2, "seed": 3}),
     "sparsevlm": Case({"keep": 10}, {"keep": 0.2, "version": "2"}),

@@ -139,10 +139,29 @@ class ProjectionTap:
     function : callable
         ``function(rank)`` returns the projector in float32 as a function of tokens ``(..., D_v)``; ``rank`` (int or None)
         replaces its linear layers by factors of that rank.
+    valid : Tensor or None
+        ``(V, P)`` bool: real patches, where views hold different numbers; ``None``: all.
     """
 
     features: Tensor
     function: Callable[[int | None], Callable[[Tensor], Tensor]]
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PixelTap:
+    """The pixels the vision tower is given in one forward pass.
+
+    Attributes
+    ----------
+    pixels : Tensor
+        ``(V, C, H, W)`` normalised views.
+    grid : tuple of (int, int)
+        Rows and columns of a view's patches.
+    """
+
+    pixels: Tensor
+    grid: tuple[int, int]
 
 
 # ------------------------------------------------------------------------------------------------------ vision measures
@@ -201,6 +220,19 @@ def _wide_cls_attention(tap: AttentionTap) -> Tensor:
     query, heads = _wide(tap.query[:, :, :1])[:, None], tap.query.shape[1]
     mask = None if tap.mask is None else tap.mask[..., :1, :]
     return tap.patches(attention_rows(query, _wide(tap.key)[:, None], scaling=tap.scaling * heads**-0.5, mask=mask)[:, 0])
+
+
+def _cls_logits(tap: AttentionTap) -> Tensor:
+    """Scaled CLS row of the logits, mean over heads, CLS column dropped: what the softmax is given."""
+    return tap.patches(attention_rows(tap.query[:, :, :1], tap.key, scaling=tap.scaling, reduce="logits").mean(1)[:, 0])
+
+
+def _unlike_mean(tap: ProjectionTap) -> Tensor:
+    """Negative cosine of every patch with the mean patch of its view, ``(V, P)``."""
+    x = tap.features if tap.features.dtype == torch.float64 else tap.features.float()
+    real = torch.ones_like(x[..., :1]) if tap.valid is None else tap.valid[..., None].to(x.dtype)
+    mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(x, mean, dim=-1)
 
 
 def zeroth_order_sensitivity(features: Tensor, project: Callable[[Tensor], Tensor], directions: Tensor, step: float) -> Tensor:
@@ -330,6 +362,28 @@ def _question_attention(tap: AttentionTap) -> Tensor:
     return attention_colsum(rows, tap.key, scaling=tap.scaling, mask=mask, weight=weight) / count[:, None]
 
 
+@dataclass(frozen=True)
+class _PeakTextAttention:
+    """Largest attention of any text token to each key, mean over heads first, ``(B, K)``; ``question``: see :func:`question_of`."""
+
+    question: bool
+    block: int = 64
+
+    def __call__(self, tap: AttentionTap) -> Tensor:
+        """Return ``(B, K)``; text tokens are taken a block at a time."""
+        asked = tap.question if self.question else tap.valid & ~tap.visual
+        count = asked.sum(1)
+        index = torch.argsort((~asked).to(torch.int8), dim=1, stable=True)[:, : max(1, int(count.max()))]
+        real = torch.arange(index.shape[1], device=count.device) < count[:, None]
+        best = None
+        for at, use in zip(index.split(self.block, 1), real.split(self.block, 1), strict=True):
+            rows, mask = tap.rows(at)
+            found = attention_rows(rows, tap.key, scaling=tap.scaling, mask=mask)
+            found = torch.where(use[..., None], found, torch.zeros_like(found)).max(1).values
+            best = found if best is None else torch.maximum(best, found)
+        return best
+
+
 # ---------------------------------------------------------------------------------------------------------------- needs
 def cls_attn(layer: int = -2, *, substitute: bool = True) -> Need:
     """CLS attention of a tower layer, mean over heads, ``(B, N)``.
@@ -364,6 +418,15 @@ def wide_cls_attn(layer: int = -1) -> Need:
 def wide_keys(layer: int = -1) -> Need:
     """Keys of a tower layer, all heads side by side, ``(B, N, H d)``."""
     return Need("wide_keys", "vision", layer, _wide_keys)
+
+
+def cls_logits(layer: int = -1) -> Need:
+    """Scaled attention logits of the class token in a tower layer, mean over heads, ``(B, N)``.
+
+    On towers without a class token: the negative cosine of what the projector is given with its mean over the view.
+    """
+    other = Need("cls_logits", "vision", layer, _unlike_mean, of="projection")
+    return Need("cls_logits", "vision", layer, _cls_logits, requires="cls", substitute=other)
 
 
 def sensitivity(*, directions: int = 64, step: float = 0.01, seed: int = 0, rank: int | None = None) -> Need:
@@ -440,3 +503,11 @@ def next_question_attn(layer: int) -> Need:
     The question is the text behind the row's last visual token; tokens are those there before the reducers of this layer act.
     """
     return Need("next_question_attn", "text", layer, _question_attention, of="preview")
+
+
+def peak_text_attn(layer: int, *, question: bool = True) -> Need:
+    """Largest attention any text token of a decoder layer pays to each token, mean over heads before the maximum, ``(B, N)``.
+
+    With ``question`` only the text behind the row's last visual token counts, otherwise all text of the row.
+    """
+    return Need("peak_text_attn", "text", layer, _PeakTextAttention(question))

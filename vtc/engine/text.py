@@ -85,6 +85,7 @@ class Context:
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
+    step: _Step | None = None  # decode: what the layer before was given
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -93,6 +94,31 @@ class Context:
                 return value
         self.memo.append((key, refs, make()))
         return self.memo[-1][2]
+
+
+@dataclass(eq=False)
+class _Step:
+    """What one decoder layer was given in a decode step: the next layer gets the same if its cache and inputs are the same."""
+
+    held: tuple[Any, ...]  # cols, valid, shift and end of the cache layer
+    given: dict[str, Any]  # arguments as they came
+    changed: dict[str, Any]  # and as they went on
+
+    @staticmethod
+    def state(layer: _Pruned) -> tuple[Any, ...]:
+        """What a reduced cache layer's mask and positions depend on."""
+        return layer.cols, layer.valid, layer.shift, layer.end
+
+    def fits(self, layer: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer with this cache and these arguments gets the same."""
+        return (
+            isinstance(layer, _Pruned)
+            and layer.cols is self.held[0]
+            and layer.valid is self.held[1]
+            and layer.shift is self.held[2]
+            and layer.end == self.held[3]
+            and all(kwargs.get(k) is v for k, v in self.given.items())
+        )
 
 
 class _Preview:
@@ -484,6 +510,13 @@ class TextSide:
         ctx = kwargs.get("_vtc")
         if ctx is None:
             return None
+        if ctx.step is not None and i not in self.needs:
+            held = kwargs["past_key_values"].layers
+            if i < len(held) and ctx.step.fits(held[i], kwargs):
+                kwargs = {**kwargs, **ctx.step.changed}
+                del kwargs["_vtc"]
+                return args, kwargs
+        asked = kwargs
         kwargs = dict(kwargs)
         fresh = ctx.visual is not None and not (i in ctx.keep and i < len(ctx.per_layer))  # not a recomputation
         if i in self.needs and fresh:
@@ -548,6 +581,9 @@ class TextSide:
         if i in self.needs:
             ctx.rope = rope_of(kwargs)
         kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
+        if ctx.visual is None and not isinstance(layer, StaticLayer):  # (static layers run compiled: nothing to save there)
+            names = ["attention_mask", "position_ids", *(k for k in asked if k.startswith("position_embeddings"))]
+            ctx.step = _Step(_Step.state(layer), {k: asked.get(k) for k in names}, {k: kwargs[k] for k in names if k in kwargs})
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def enter(self, ctx: Context, i: int, hidden: Tensor) -> tuple[Tensor, Segment | None]:

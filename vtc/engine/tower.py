@@ -24,7 +24,7 @@ from vtc.engine import taps
 from vtc.engine.project import Projection
 from vtc.errors import InvalidSignalError, UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall
-from vtc.signals import AttentionTap, ProjectionTap
+from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
 
 Key = tuple[str, str, int]
@@ -99,8 +99,9 @@ class TowerSide:
         self.part = next((p for p in parts if p.stage.in_tower), None)
         provides = family.facts.provides
         wanted = [n.resolve(provides) for p in parts for n in p.needs if n.source == "vision"]
-        self.needs = [n for n in dict.fromkeys(wanted) if n.of != "projection"]
+        self.needs = [n for n in dict.fromkeys(wanted) if n.of == "attention"]
         self.projected = [n for n in dict.fromkeys(wanted) if n.of == "projection"]
+        self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
         self.projection = Projection(family.projector)
         self.undo: list[Callable[[], None]] = []
         self.on_record: Callable[[VisionRecord], None] | None = None
@@ -156,6 +157,10 @@ class TowerSide:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         run = TowerRun(self.family.describe(call))
+        if self.seen:
+            with torch.no_grad(), run.clock.span(run.call.pixels.device):
+                pixels = PixelTap(run.call.pixels, self.family.facts.grid)
+                run.recorded = {need.key: need.measure(pixels) for need in self.seen}
         token = _RUN.set(run)
         try:
             out = original(*args, **kwargs)
@@ -213,7 +218,7 @@ class TowerSide:
         if run is None:
             return
         with torch.no_grad(), run.clock.span(args[0].device):
-            tap = ProjectionTap(args[0], self.projection.function)
+            tap = ProjectionTap(args[0], self.projection.function, run.valid)
             for need in self.projected:
                 run.recorded[need.key] = self.spread(run, need.measure(tap))
 
