@@ -522,3 +522,38 @@ def test_tokencorr_inside_models(family):
     for image, record in zip(handle.stats.last.images, handle.stats.kept, strict=True):
         assert image.stages[0].requested == 7
         assert int((record.layout.kind[record.entries] == Kind.PATCH).sum()) == 7
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_tokencorr_is_independent_of_the_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    layout, budget = crops(2, 3, 4), 1 + 7 * seed
+    taps = {name: torch.rand(3, 36, generator=generator) for name in ("low_attn", "high_attn")}
+    taps["all_keys"] = torch.randn(3, 36, 3, generator=generator)
+    for options in ({}, {"adaptive": False}, {"sampling": "random"}):
+        reducer = vtc.create("tokencorr", keep=budget, beta=0.1, **options)
+        together = reducer.select(dataclasses.replace(signals_of(layout, budget, **taps), fingerprint=(5, 6, 7)))
+        valid = torch.ones_like(together.index, dtype=torch.bool) if together.valid is None else together.valid
+        for b in range(3):
+            own = signals_of(layout, budget, **{k: v[b : b + 1] for k, v in taps.items()})
+            alone = reducer.select(dataclasses.replace(own, fingerprint=(5 + b,))).index[0]
+            assert torch.equal(together.index[b, valid[b]], alone)
+            assert (alone[1:] > alone[:-1]).all()
+            assert len(alone) == budget if "adaptive" in options else 1 <= len(alone) <= budget
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_docprune_is_independent_of_the_batch(seed):
+    generator = torch.Generator().manual_seed(seed)
+    taps = {"text_blocks": torch.randn(3, 20, 2, generator=generator) - 0.5}
+    for threshold in (0.0, -math.inf):
+        reducer = vtc.create("docprune", keep=1 + 3 * seed, threshold=threshold)
+        together = reducer.select(signals_of(Layout.grid(4, 5), 1 + 3 * seed, **taps))
+        valid = torch.ones_like(together.index, dtype=torch.bool) if together.valid is None else together.valid
+        for b in range(3):
+            alone = reducer.select(
+                signals_of(Layout.grid(4, 5), 1 + 3 * seed, text_blocks=taps["text_blocks"][b : b + 1])
+            ).index[0]
+            assert torch.equal(together.index[b, valid[b]], alone)
+            assert (alone[1:] > alone[:-1]).all()
+            assert len(alone) == 1 + 3 * seed if threshold < 0 else 1 <= len(alone) <= 1 + 3 * seed
