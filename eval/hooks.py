@@ -1,9 +1,9 @@
 """What vtc's hooks cost per decode step: ``python -m vtc.eval.hooks [--output results/hooks.csv]``.
 
-A 32-layer toy LLaVA with random weights decodes with and without a patch, in turns. The reducers keep all visual tokens but one: the
-reduced path is taken in full, while the KV cache is as long as before, so that the difference is the hooks' own time. Reported is
-the median over the pairs of the difference in CPU time of the calling thread, per decoder layer, and the length of a decode step of
-which 32 layers of it are 2 %.
+A 32-layer toy LLaVA with random weights decodes with and without a patch, in turns. The reducers keep all visual tokens but one:
+the reduced path is taken in full, while the KV cache is as long as before, so that the difference is the hooks' own time. Reported
+is the median over the pairs of the difference in CPU time of the calling thread, per decoder layer, and the length of a decode
+step of which 32 layers of it are 2 %.
 """
 
 from __future__ import annotations

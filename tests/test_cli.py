@@ -6,8 +6,8 @@ import dataclasses
 import json
 import subprocess
 import sys
-from pathlib import Path
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 

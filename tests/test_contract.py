@@ -288,6 +288,8 @@ SHAPES: dict[str, tuple[int, ...]] = {
     "text_values": (6,),
     "values": (6,),
     **dict.fromkeys(("next_last_attn", "next_question_attn", "rater_attention", "importance", "overlap"), ()),
+    "cls_logits": (),
+    "peak_text_attn": (),
     **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
 }
 

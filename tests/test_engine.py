@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import build, make_inputs, shared
+from models import make_inputs, shared
 from pickers import BoundaryPicker, DecoderPicker, EncoderPicker, ImagePicker, TwoLayerPicker, VisionPicker, marks_of
 from transformers import DynamicCache
 

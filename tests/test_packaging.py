@@ -173,7 +173,14 @@ def test_our_kernels_do_not_pass_for_hugging_faces_under_pytest(tmp_path):
     probe = tmp_path / "test_probe.py"
     probe.write_text(PROBE.format(ours=str(ROOT / "kernels"), root=str(ROOT)))
     done = subprocess.run(
-        [str(Path(sys.executable).with_name("pytest")), "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), str(probe)],
+        [
+            str(Path(sys.executable).with_name("pytest")),
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            str(probe),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

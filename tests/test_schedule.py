@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -60,7 +61,11 @@ def test_average_is_met_within_one_percent(n, layers, share, data):
     wanted = least + share * (n - least)
     counts = stage_counts(Budget(avg_tokens=wanted / n), n, cuts, shape, layers)
     step = min(end - start for start, end in zip(cuts, [*cuts[1:], layers], strict=True)) / layers  # of one token
-    assert abs(layer_average(n, cuts, counts, layers) - wanted) <= max(TOLERANCE * wanted, step)
+    reached = abs(layer_average(n, cuts, counts, layers) - wanted)
+    if reached > max(TOLERANCE * wanted, step):  # few tokens, none before a cut may be fewer than after it: nothing is closer
+        near = itertools.product(*(range(max(1, c - 2), min(n, c + 2) + 1) for c in counts))
+        ordered = (c for c in near if list(c) == sorted(c, reverse=True))
+        assert reached <= min(abs(layer_average(n, cuts, c, layers) - wanted) for c in ordered) + 1e-9
     assert list(counts) == sorted(counts, reverse=True)
     assert counts[0] <= n
     assert counts[-1] >= 1

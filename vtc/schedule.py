@@ -175,12 +175,18 @@ def _nearest(n: int, exact: Sequence[float], wanted: float, cuts: tuple[int, ...
     def error(c: Sequence[int]) -> float:
         return layer_average(n, cuts, c, layers) - wanted
 
-    while True:  # single steps down or up, widest span first, as long as they help
+    spans = [end - start for start, end in zip(cuts, [*cuts[1:], layers], strict=True)]
+    while True:  # one count a step down or up, alone or balanced by another one, as long as it helps
         best = counts
         for i, step in itertools.product(range(len(counts)), (-1, 1)):
             moved = [*counts[:i], counts[i] + step, *counts[i + 1 :]]
-            if list(_ordered(n, moved)) == moved and abs(error(moved)) < abs(error(best)) - 1e-12:
-                best = moved
+            options = [moved]
+            for j in {*range(len(counts))} - {i}:
+                back = round(-error(moved) * layers / spans[j])
+                options.append([*moved[:j], moved[j] + back, *moved[j + 1 :]])
+            for option in options:
+                if list(_ordered(n, option)) == option and abs(error(option)) < abs(error(best)) - 1e-12:
+                    best = option
         if best is counts:
             return tuple(counts)
         counts = best
