@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -19,18 +19,30 @@ from vtc.pocket.model import (
     BOS,
     EOS,
     GRID,
+    MENTION_TARGET_SIZES,
     N_CONTENTS,
     N_PATCHES,
     PATCH_SIZE,
     PATCH_TARGET_SIZES,
     build_vocabulary,
 )
-from vtc.pocket.scenes import N_COMBINATIONS, QuestionText, Scene, Split, render_scene
+from vtc.pocket.scenes import (
+    IMAGE_SIZE,
+    N_COMBINATIONS,
+    SHAPES,
+    Mention,
+    QuestionText,
+    Scene,
+    SceneObject,
+    Split,
+    render_scene,
+    render_wide_scene,
+)
 
 IGNORE = -100
 """Target value that no loss counts."""
 
-TEXT_BUDGET = 112
+TEXT_BUDGET = 192
 """Packed text tokens per image; questions that do not fit are left out."""
 
 _PREFIX_WORDS = (BOS, "user", ":")
@@ -54,6 +66,8 @@ class Batch:
     tokens, segments, positions, answer_targets
         int64 [b, t]: packed questions as `vtc.pocket.model.decode_packed` reads them, and the token to be predicted
         at each place (the answer, then the end), `IGNORE` elsewhere.
+    mention_targets
+        int64 [b, t, 6]: classes per noun phrase at its last word, see ``MENTION_TARGET_SIZES``; `IGNORE` elsewhere.
     question_types
         Types of the packed questions of each image, in order.
     """
@@ -65,6 +79,7 @@ class Batch:
     segments: Tensor
     positions: Tensor
     answer_targets: Tensor
+    mention_targets: Tensor
     question_types: tuple[tuple[str, ...], ...]
 
 
@@ -110,29 +125,77 @@ def content_vector(scene: Scene) -> np.ndarray:
     return contents
 
 
-def pack_questions(questions: Sequence[QuestionText]) -> tuple[np.ndarray, tuple[str, ...]]:
+def crop_scene(scene: Scene, left: int, top: int) -> Scene:
+    """Cut a 112x112 window out of a wide scene, without questions; objects outside lose what the tower should name."""
+    box = (left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)
+    labels = scene.label_map[top : box[3], left : box[2]]
+    objects = []
+    for number, item in enumerate(scene.objects, start=1):
+        if not (labels == number).any():
+            objects.append(SceneObject())
+            continue
+        x, y = item.center[0] - left, item.center[1] - top
+        inside = 0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE
+        objects.append(replace(item, center=(x, y) if inside else None))
+    return Scene(scene.image.crop(box), labels, tuple(objects), ())
+
+
+def mention_classes(scene: Scene, numbers: Sequence[int]) -> list[int]:
+    """Targets of a noun phrase that fits the objects `numbers` of a scene."""
+    classes = [min(len(numbers), MENTION_TARGET_SIZES[0] - 1), *[IGNORE] * (len(MENTION_TARGET_SIZES) - 1)]
+    if len(numbers) != 1:
+        return classes
+    item = scene.objects[numbers[0]]
+    width, height = scene.image.size
+    classes[1], classes[2] = int(item.center[0] * GRID / width), int(item.center[1] * GRID / height)
+    if item.shape is not None:
+        digits = [o.digit for o in scene.objects if o.partner == item.combination]
+        classes[3] = digits[0] if digits else IGNORE
+        classes[4:] = item.color, item.shape
+    elif item.partner is not None:
+        classes[4:] = divmod(item.partner, len(SHAPES))
+    return classes
+
+
+def pack_questions(
+    questions: Sequence[QuestionText], scene: Scene | None = None, budget: int = TEXT_BUDGET, context: int = _CONTEXT
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Lay questions one after the other behind an image.
+
+    Parameters
+    ----------
+    questions
+        What to ask.
+    scene
+        The scene that they and its mentions belong to, if there is one.
+    budget
+        Tokens per image; questions that do not fit are left out.
+    context
+        Position of the first token.
 
     Returns
     -------
     packed
-        int64 [4, t]: tokens, segments, positions and answer targets.
+        int64 [10, t]: tokens, segments, positions, answer targets and six mention targets.
     types
         Types of the questions that fitted.
     """
     vocabulary = _vocabulary()
-    packed = np.zeros((4, TEXT_BUDGET), np.int64)
-    packed[1], packed[3] = -1, IGNORE
+    packed = np.zeros((4 + len(MENTION_TARGET_SIZES), budget), np.int64)
+    packed[1], packed[3:] = -1, IGNORE
+    mentions: Sequence[tuple[Mention, ...]] = scene.mentions if scene is not None else [()] * len(questions)
     start, types = 0, []
     for number, (kind, prompt, answer) in enumerate(questions):
         words = [*prompt.lower().replace("?", " ?").split(), "assistant", ":", answer]
         end = start + len(words)
-        if end > TEXT_BUDGET:
+        if end > budget:
             break
         packed[0, start:end] = [vocabulary[word] for word in words]
         packed[1, start:end] = number
-        packed[2, start:end] = _CONTEXT + np.arange(len(words))
+        packed[2, start:end] = context + np.arange(len(words))
         packed[3, end - 2 : end] = vocabulary[answer], vocabulary[EOS]
+        for place, numbers in mentions[number]:
+            packed[4:, start + place] = mention_classes(scene, numbers)
         start = end
         types.append(kind)
     return packed, tuple(types)
@@ -144,13 +207,14 @@ def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequenc
     unknown_patches = np.full((N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE, np.int64)
     targets = [patch_targets(scene) for scene in scenes] + [unknown_patches] * len(easy)
     contents = [content_vector(scene) for scene in scenes] + [np.full(N_CONTENTS, -1, np.float32)] * len(easy)
-    packs = [pack_questions(scene.questions) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
+    packs = [pack_questions(scene.questions, scene) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
     text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
     return Batch(
         torch.from_numpy(np.stack(images)),
         torch.from_numpy(np.stack(targets)),
         torch.from_numpy(np.stack(contents)),
-        *text,
+        *text[:4],
+        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
         question_types=tuple(types for _, types in packs),
     )
 
@@ -170,27 +234,43 @@ def _easy_item(split: str, number: int, rng: random.Random) -> tuple[np.ndarray,
     return np.asarray(easyvqa.load_image(split, number)), questions
 
 
-def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int) -> Batch:
-    """Return the batch of one training step.
+def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int, rank: int = 0, ranks: int = 1) -> Batch:
+    """Return the batch of one training step, or the part of it that one of several processes handles.
 
     Parameters
     ----------
     stage
-        ``"A"``: three of four scenes are dense and nothing is asked. ``"B"``: ordinary scenes with questions.
+        ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"``: ordinary scenes with
+        questions.
     step
         From 0.
     n_scenes, n_easy
-        Images per batch from the scenes and from easy-VQA.
+        Images per batch from the scenes and from easy-VQA, over all processes.
     seed
         Selects the stream.
+    rank, ranks
+        This process takes every `ranks`-th image from number `rank`.
     """
     first = step * n_scenes + (_STAGE_B_OFFSET if stage == "B" else 0)
-    scenes = [render_scene(first + j, "train", seed, dense=stage == "A" and j % 4 != 0) for j in range(n_scenes)]
+    scenes = []
+    for j in range(rank, n_scenes, ranks):
+        if stage == "B":
+            scenes.append(render_scene(first + j, "train", seed))
+        elif j % 5 == 4:
+            corner = random.Random(first + j)
+            wide = render_wide_scene(first + j, "train", seed, (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+            scenes.append(crop_scene(wide, corner.choice((0, IMAGE_SIZE)), corner.choice((0, IMAGE_SIZE))))
+        else:
+            scene = render_scene(first + j, "train", seed, dense=j % 5 != 0)
+            scenes.append(replace(scene, questions=(), mentions=()))
     if not n_easy:
         return make_batch(scenes)
-    rng = random.Random((seed * 7919 + step) * 8)
     numbers = easyvqa.image_numbers("train")
-    return make_batch(scenes, [_easy_item("train", rng.choice(numbers), rng) for _ in range(n_easy)])
+    easy = []
+    for j in range(rank, n_easy, ranks):
+        rng = random.Random(((seed * 7919 + step) * 8 + j) * 2 + 1)
+        easy.append(_easy_item("train", rng.choice(numbers), rng))
+    return make_batch(scenes, easy)
 
 
 def validation_batches(n_scenes: int, n_easy: int, split: Split = "val", size: int = 24) -> list[Batch]:

@@ -31,12 +31,15 @@ PAD, UNK, BOS, EOS, IMAGE = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "
 _MARKUP = ("user", "assistant", ":", "?", ".", ",")
 _QUESTION_WORDS = (
     "what which color is the big shape object there a how many shapes are digits digit next to does word say "
-    "left right of above below yes no "  # scenes
+    "left right of above below more than yes no "  # scenes
     "contain image in not present"  # easy-VQA adds these
 ).split()
 
 PATCH_TARGET_SIZES = (len(COLOR_NAMES) + 1, len(SHAPES) + 1, 11, len(WORDS) + 1, N_COMBINATIONS + 1, 2)
 """Classes of the per-patch targets colour, shape, digit, word, partner shape, object centre; class 0 is "none"."""
+
+MENTION_TARGET_SIZES = (8, GRID, GRID, 10, len(COLOR_NAMES), len(SHAPES))
+"""Classes of the targets of a noun phrase: how many objects fit it, and column, row, digit, colour, shape of a single one."""
 
 N_CONTENTS = N_COMBINATIONS + 10 + len(WORDS)
 """Length of the image's content vector: which (colour, shape) pairs, digits and words it shows."""
@@ -73,7 +76,7 @@ class PocketConfig:
 
     width: int = 128
     vision_layers: int = 5
-    text_layers: int = 4
+    text_layers: int = 6
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -221,6 +224,24 @@ class AuxiliaryHeads(nn.Module):
         return self.patch(self.norm(features)).float(), self.content(pooled).float()
 
 
+class MentionHeads(nn.Module):
+    """Linear read-outs of the question's noun phrases half-way through the decoder, during training only.
+
+    They ask the last word of every noun phrase what it refers to: how many objects fit it, where the only one is, and
+    which digit, colour and shape belong to it. Answers alone teach the decoder to look things up only after tens of
+    thousands of images; this dense signal does so within a few thousand.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, sum(MENTION_TARGET_SIZES))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [n, width] to float32 logits."""
+        return self.classify(self.norm(hidden)).float()
+
+
 # ---------------------------------------------------------------------------------------------- training forward
 
 
@@ -246,7 +267,7 @@ def encode_images(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 def decode_packed(
     model: nn.Module, features: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Run the decoder on several questions packed behind one image.
 
     Each question sees the prefix, the image and itself, at the positions it would have alone: the result equals that
@@ -269,8 +290,9 @@ def decode_packed(
 
     Returns
     -------
-    Tensor
-        Last hidden states of the packed tokens, [b, t, width].
+    last, middle
+        Hidden states of the packed tokens after the last layer (normalised) and after half of the layers, both
+        [b, t, width].
     """
     decoder = model.model.language_model
     visual = model.model.multi_modal_projector(features)
@@ -285,8 +307,15 @@ def decode_packed(
     visible = visible & torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(batch, 1, length, length, dtype=inputs.dtype)
     mask = mask.masked_fill_(~visible[:, None], torch.finfo(inputs.dtype).min)
-    output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state[:, context:]
+    output = decoder(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=position_ids,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    middle = output.hidden_states[(len(output.hidden_states) - 1) // 2]
+    return output.last_hidden_state[:, context:], middle[:, context:]
 
 
 # ---------------------------------------------------------------------------------------------- portable folder

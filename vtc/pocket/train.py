@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import json
 import math
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,14 +38,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches
 from vtc.pocket.errors import PocketError
 from vtc.pocket.model import (
+    MENTION_TARGET_SIZES,
     PATCH_TARGET_SIZES,
     AuxiliaryHeads,
+    MentionHeads,
     PocketConfig,
     build_model,
     decode_packed,
@@ -53,6 +58,7 @@ from vtc.pocket.model import (
 )
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
+_MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
 _BETAS = (0.9, 0.98)
@@ -76,8 +82,9 @@ class Stage:
         Peak rate; cosine decay to 2 % after a linear warm-up of a tenth of the steps, within 20..150.
     vision_rates
         (first step, factor on the learning rate of the tower and the heads), in order; factor 0 freezes them.
-    patch_weight, content_weight
-        Weights of the auxiliary losses while the tower is trained; the answer loss of stage B has weight 1.
+    patch_weight, content_weight, mention_weight
+        Weights of the auxiliary losses, the first two while the tower is trained, the third in stage B; the answer loss
+        has weight 1.
     """
 
     name: str
@@ -88,6 +95,7 @@ class Stage:
     vision_rates: tuple[tuple[int, float], ...] = ((0, 1.0),)
     patch_weight: float = 1.0
     content_weight: float = 2.0
+    mention_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -119,6 +127,9 @@ class Recipe:
         Run in order; each starts from the weights of the one before.
     dtype
         Type of weights and activations during forward and backward; master weights are float32 throughout.
+    ranks
+        Processes that share each batch, with one thread each: on a machine with other work, two such processes get more
+        done than one with two threads that wait for each other.
     validation_scenes, validation_easy
         Images of the val split that are scored.
     """
@@ -126,6 +137,7 @@ class Recipe:
     model: PocketConfig
     stages: tuple[Stage, ...]
     dtype: str = "bfloat16"
+    ranks: int = 1
     validation_scenes: int = 240
     validation_easy: int = 96
 
@@ -138,18 +150,20 @@ RECIPES: dict[str, Recipe] = {
     "cpu": Recipe(
         PocketConfig(),
         (
-            Stage("A", steps=2000, batch_size=10, learning_rate=2.5e-3),
+            Stage("A", steps=3000, batch_size=10, learning_rate=2.5e-3),
             Stage(
                 "B",
                 steps=4800,
                 batch_size=8,
                 easy_images=2,
                 learning_rate=2e-3,
-                vision_rates=((0, 0.4), (1100, 0.0), (4000, 2.0)),
+                vision_rates=((0, 0.0), (3400, 1.0)),
                 patch_weight=0.14,
                 content_weight=0.7,
+                mention_weight=1.0,
             ),
         ),
+        ranks=2,
     ),
     # A few seconds; the result knows nothing. Covers every code path of the real one.
     "smoke": Recipe(
@@ -192,11 +206,13 @@ class Trainer:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = AuxiliaryHeads(recipe.model.width)
+            self.mentions = MentionHeads(recipe.model.width)
         if weights is not None:
             self.model.load_state_dict(weights["model"])
             self.heads.load_state_dict(weights["heads"])
+            self.mentions.load_state_dict(weights["mentions"])
         self.model.train()
-        self._modules = {"model": self.model, "heads": self.heads}
+        self._modules = {"model": self.model, "heads": self.heads, "mentions": self.mentions}
         # Stage A never runs projector and decoder: their gradients stay None and the optimizer passes them over.
         self._working = {
             f"{part}.{name}": weight for part, module in self._modules.items() for name, weight in module.named_parameters()
@@ -231,10 +247,12 @@ class Trainer:
             losses["patch"], losses["content"] = self._auxiliary_losses(features, pooled, batch)
             total = stage.patch_weight * losses["patch"] + stage.content_weight * losses["content"]
         if stage.name == "B":
-            hidden, asked = self._decode(features, batch), batch.answer_targets != IGNORE
+            (hidden, middle), asked = self._decode(features, batch), batch.answer_targets != IGNORE
             logits = self.model.lm_head(hidden[asked]).float()
             losses["answer"] = F.cross_entropy(logits, batch.answer_targets[asked])
             total = total + losses["answer"]
+            losses["mention"] = self._mention_loss(middle, batch)
+            total = total + stage.mention_weight * losses["mention"]
         total.backward()
         self._update()
         self.step += 1
@@ -245,6 +263,7 @@ class Trainer:
             gradient = self._working[name].grad
             master.grad = None if gradient is None else gradient.float()
             self._working[name].grad = None
+        self._average_gradients()
         trained = [master for master in self._masters.values() if master.grad is not None]
         nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM, foreach=True)
         self.optimizer.step()
@@ -252,11 +271,31 @@ class Trainer:
             for name, master in self._masters.items():
                 self._working[name].copy_(master)
 
+    def _average_gradients(self) -> None:
+        """Average over the processes of the run; all of them train the same weights at any step."""
+        if not torch.distributed.is_initialized():
+            return
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
     def _pixels(self, batch: Batch) -> Tensor:
         return (batch.images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous()
 
-    def _decode(self, features: Tensor, batch: Batch) -> Tensor:
+    def _decode(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return decode_packed(self.model, features, self._prefix, batch.tokens, batch.segments, batch.positions)
+
+    def _mention_loss(self, middle: Tensor, batch: Batch) -> Tensor:
+        said = batch.mention_targets[..., 0] != IGNORE
+        targets, loss = batch.mention_targets[said], torch.zeros(())
+        parts = self.mentions(middle[said]).split(MENTION_TARGET_SIZES, dim=-1)
+        for kind, logits in enumerate(parts):
+            if (targets[:, kind] != IGNORE).any():
+                loss = loss + F.cross_entropy(logits, targets[:, kind], ignore_index=IGNORE)
+        return loss / len(parts)
 
     def _auxiliary_losses(self, features: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         patch_logits, content_logits = self.heads(features, pooled)
@@ -275,6 +314,7 @@ class Trainer:
         """Accuracy per question type (stage B) and of the patch heads on patches that show something."""
         hits: dict[str, list[bool]] = defaultdict(list)
         probes: dict[str, list[bool]] = defaultdict(list)
+        said: dict[str, list[bool]] = defaultdict(list)
         for batch in batches:
             features, pooled = encode_images(self.model, self._pixels(batch))
             patch_logits, _ = self.heads(features, pooled)
@@ -283,7 +323,13 @@ class Trainer:
                 shown = targets > 0
                 probes[_PATCH_TARGET_NAMES[kind]] += (logits.argmax(-1)[shown] == targets[shown]).tolist()
             if self.stage.name == "B":
-                predicted = self.model.lm_head(self._decode(features, batch)).argmax(-1)
+                hidden, middle = self._decode(features, batch)
+                predicted = self.model.lm_head(hidden).argmax(-1)
+                guesses = self.mentions(middle).split(MENTION_TARGET_SIZES, dim=-1)
+                for kind, logits in enumerate(guesses):
+                    targets = batch.mention_targets[..., kind]
+                    known = targets != IGNORE
+                    said[_MENTION_TARGET_NAMES[kind]] += (logits.argmax(-1)[known] == targets[known]).tolist()
                 for row, types in enumerate(batch.question_types):
                     # Two targets per question: the answer, and the end after it.
                     places = (batch.answer_targets[row] != IGNORE).nonzero()[::2, 0].tolist()
@@ -291,6 +337,7 @@ class Trainer:
                         hits[kind_name].append(bool(predicted[row, place] == batch.answer_targets[row, place]))
         return {
             "answers": {kind: round(sum(v) / len(v), 4) for kind, v in sorted(hits.items())},
+            "mentions": {kind: round(sum(v) / max(1, len(v)), 4) for kind, v in said.items()},
             "patches": {kind: round(sum(v) / max(1, len(v)), 4) for kind, v in probes.items()},
         }
 
@@ -341,7 +388,7 @@ class Trainer:
 
 def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
     """Return, as text, the settings that must not change between a checkpoint and its continuation."""
-    return json.dumps([asdict(recipe.model), recipe.dtype, asdict(stage), seed], sort_keys=True)
+    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, asdict(stage), seed], sort_keys=True)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -368,14 +415,18 @@ class RunOptions:
 class _Log:
     """JSON lines in a file and on stdout; lines past the step a run resumes from are dropped first."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, resumed_step: int, silent: bool = False) -> None:
+        self._path, self._silent = path, silent
+        if silent:
+            return
         kept = []
         if path.exists() and resumed_step:
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, **entry: Any) -> None:
+        if self._silent:
+            return
         line = json.dumps(entry)
         print(line, flush=True)
         with self._path.open("a") as file:
@@ -420,6 +471,12 @@ def run_stage(
     stage, folder = stages[0], Path(out) / stage_name
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    if recipe.ranks > 1 and not torch.distributed.is_initialized():
+        with tempfile.TemporaryDirectory() as meeting:
+            arguments = (f"{meeting}/store", recipe, stage_name, out, seed, resume, options)
+            torch.multiprocessing.spawn(_run_rank, arguments, nprocs=recipe.ranks)
+        return checkpoint
+    rank = torch.distributed.get_rank() if recipe.ranks > 1 else 0
     if checkpoint.exists():
         if not resume:
             raise PocketError(f"{checkpoint} exists: continue with resume (--resume), or use another folder")
@@ -427,7 +484,7 @@ def run_stage(
     else:
         trainer = Trainer(recipe, stage, seed, _start_weights(recipe, stage, Path(out), seed))
     end = stage.steps if options.stop_at is None else min(stage.steps, options.stop_at)
-    log = _Log(folder / "log.jsonl", trainer.step)
+    log = _Log(folder / "log.jsonl", trainer.step, silent=rank > 0)
     if trainer.step >= end:
         return checkpoint
 
@@ -437,7 +494,7 @@ def run_stage(
     began = time.perf_counter()
     while trainer.step < end:
         n_scenes = stage.batch_size - stage.easy_images
-        batch = training_batch(stage.name, trainer.step, n_scenes, stage.easy_images, seed)
+        batch = training_batch(stage.name, trainer.step, n_scenes, stage.easy_images, seed, rank, recipe.ranks)
         for name, value in trainer.train_step(batch).items():
             losses[name].append(value)
         step, is_last = trainer.step, trainer.step == end
@@ -446,11 +503,23 @@ def run_stage(
             seconds = round(time.perf_counter() - began, 1)
             log.write(kind="train", step=step, rate=stage.rate(step - 1), losses=means, seconds=seconds)
             losses.clear()
+        if rank:
+            continue
         if step % options.checkpoint_every == 0 or is_last:
             trainer.save(checkpoint, recipe)
         if step % options.validate_every == 0 or is_last:
             log.write(kind="validate", step=step, **trainer.validate(validation))
     return checkpoint
+
+
+def _run_rank(
+    rank: int, store: str, recipe: Recipe, stage: str, out: Path, seed: int, resume: bool, options: RunOptions
+) -> None:
+    """Run a stage as one of several processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.ranks)
+    run_stage(recipe, stage, out, seed, resume, options)
+    torch.distributed.destroy_process_group()
 
 
 def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[str, dict[str, Tensor]] | None:
