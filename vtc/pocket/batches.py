@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vtc.pocket import easyvqa
@@ -30,6 +31,7 @@ from vtc.pocket.scenes import (
     IMAGE_SIZE,
     N_COMBINATIONS,
     SHAPES,
+    WIDE_SIZES,
     Mention,
     QuestionText,
     Scene,
@@ -48,7 +50,8 @@ TEXT_BUDGET = 192
 _PREFIX_WORDS = (BOS, "user", ":")
 _CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
 _MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
-_STAGE_B_OFFSET = 500_000_000  # stage B starts far down the train stream, on scenes that stage A never reaches
+# Each stage starts far down the train stream, on scenes that the ones before it never reach.
+_STAGE_OFFSETS = {"A": 0, "B": 500_000_000, "C": 700_000_000, "N": 900_000_000}
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Batch:
     Attributes
     ----------
     images
-        uint8 [b, 112, 112, 3].
+        uint8 [b, 112, 112, 3], or [b, 1 + rows * columns, 112, 112, 3] (thumbnail and crops) for AnyRes.
     patch_targets
         int64 [b, 196, 6]: a class per patch and kind of target, see ``PATCH_TARGET_SIZES``; `IGNORE` where unknown.
     contents
@@ -70,6 +73,8 @@ class Batch:
         int64 [b, t, 6]: classes per noun phrase at its last word, see ``MENTION_TARGET_SIZES``; `IGNORE` elsewhere.
     question_types
         Types of the packed questions of each image, in order.
+    grid
+        Rows and columns of AnyRes crops.
     """
 
     images: Tensor
@@ -81,6 +86,7 @@ class Batch:
     answer_targets: Tensor
     mention_targets: Tensor
     question_types: tuple[tuple[str, ...], ...]
+    grid: tuple[int, int] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -240,8 +246,8 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     Parameters
     ----------
     stage
-        ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"``: ordinary scenes with
-        questions.
+        ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"``, ``"C"``: ordinary scenes
+        with questions. ``"N"``: wide scenes with questions, cut into crops.
     step
         From 0.
     n_scenes, n_easy
@@ -251,10 +257,12 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     rank, ranks
         This process takes every `ranks`-th image from number `rank`.
     """
-    first = step * n_scenes + (_STAGE_B_OFFSET if stage == "B" else 0)
+    if stage == "N":
+        return _wide_training_batch(step, n_scenes, seed, rank, ranks)
+    first = step * n_scenes + _STAGE_OFFSETS[stage]
     scenes = []
     for j in range(rank, n_scenes, ranks):
-        if stage == "B":
+        if stage != "A":
             scenes.append(render_scene(first + j, "train", seed))
         elif j % 5 == 4:
             corner = random.Random(first + j)
@@ -268,9 +276,51 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     numbers = easyvqa.image_numbers("train")
     easy = []
     for j in range(rank, n_easy, ranks):
-        rng = random.Random(((seed * 7919 + step) * 8 + j) * 2 + 1)
+        rng = random.Random(((seed * 7919 + first) * 8 + j) * 2 + 1)
         easy.append(_easy_item("train", rng.choice(numbers), rng))
     return make_batch(scenes, easy)
+
+
+def wide_batch(scenes: Sequence[Scene]) -> Batch:
+    """Stack scenes of one size, cut up as LLaVA-NeXT's processor does; the tower's targets are not filled in."""
+    width, height = scenes[0].image.size
+    rows, columns = height // IMAGE_SIZE, width // IMAGE_SIZE
+    images = []
+    for scene in scenes:
+        pixels = np.asarray(scene.image).reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3).swapaxes(1, 2)
+        thumbnail = np.asarray(scene.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BILINEAR))
+        images.append(np.concatenate([thumbnail[None], pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)]))
+    context = _CONTEXT + rows * GRID * (columns * GRID + 1)
+    packs = [pack_questions(scene.questions, scene, context=context) for scene in scenes]
+    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
+    unknown = torch.full((len(scenes), N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE)
+    return Batch(
+        torch.from_numpy(np.stack(images)),
+        unknown,
+        torch.full((len(scenes), N_CONTENTS), -1.0),
+        *text[:4],
+        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
+        question_types=tuple(tuple(f"wide_{kind}" for kind in types) for _, types in packs),
+        grid=(rows, columns),
+    )
+
+
+def _wide_training_batch(step: int, n_scenes: int, seed: int, rank: int, ranks: int) -> Batch:
+    """Three of four steps have wide scenes, of one size each; the fourth has ordinary ones."""
+    numbers = range(step * n_scenes + rank + _STAGE_OFFSETS["N"], (step + 1) * n_scenes + _STAGE_OFFSETS["N"], ranks)
+    if step % 4 == 3:
+        return wide_batch([render_scene(number, "train", seed) for number in numbers])
+    return wide_batch([render_wide_scene(number, "train", seed, WIDE_SIZES[step % 4]) for number in numbers])
+
+
+def wide_validation_batches(n_scenes: int, split: Split = "val", size: int = 6) -> list[Batch]:
+    """Batches of wide scenes, a third of `n_scenes` of each size, always the same."""
+    each = max(1, n_scenes // len(WIDE_SIZES))
+    return [
+        wide_batch([render_wide_scene(number, split, size=shape) for number in range(start, min(start + size, each))])
+        for shape in WIDE_SIZES
+        for start in range(0, each, size)
+    ]
 
 
 def validation_batches(n_scenes: int, n_easy: int, split: Split = "val", size: int = 24) -> list[Batch]:

@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from vtc.pocket.errors import PocketError
-from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WORDS
+from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WIDE_SIZES, WORDS
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
 N_PATCHES = GRID * GRID
 MAX_POSITIONS = 512
+MAX_ANYRES_POSITIONS = 2048
+ANYRES_SIZES: tuple[tuple[int, int], ...] = ((IMAGE_SIZE, IMAGE_SIZE), *WIDE_SIZES)
+"""(height, width) that LLaVA-NeXT's processor scales images to before it cuts crops."""
 
 PAD, UNK, BOS, EOS, IMAGE = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 _MARKUP = ("user", "assistant", ":", "?", ".", ",")
@@ -145,6 +148,20 @@ class PocketConfig:
         }
 
 
+@dataclass(frozen=True)
+class PocketNextConfig(PocketConfig):
+    """Size of a pocket model with AnyRes inputs (LLaVA-NeXT): the same weights and one more, the newline."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of ``config.json``."""
+        contents = super().to_json()
+        contents["architectures"] = ["LlavaNextForConditionalGeneration"]
+        contents["model_type"] = "llava_next"
+        contents["image_grid_pinpoints"] = [list(size) for size in ANYRES_SIZES]
+        contents["text_config"]["max_position_embeddings"] = MAX_ANYRES_POSITIONS
+        return contents
+
+
 # ---------------------------------------------------------------------------------------------- fresh weights
 
 
@@ -171,7 +188,10 @@ def build_model(config: PocketConfig | None = None, seed: int = 0) -> nn.Module:
     contents.pop("architectures")
     contents.pop("dtype")
     with torch.random.fork_rng(devices=[]):
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(contents)).float()
+        if isinstance(config, PocketNextConfig):
+            model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig.from_dict(contents)).float()
+        else:
+            model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(contents)).float()
         torch.manual_seed(seed)  # after the library's own draws, which differ between its versions
         _initialise(model, config)
     return model
@@ -185,6 +205,8 @@ def _initialise(model: nn.Module, config: PocketConfig) -> None:
             nn.init.normal_(weight, std=0.02 if "embed" in name else 0.6 * weight.shape[-1] ** -0.5)
         if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
             weight.mul_(0.5)  # residual branches start small
+    if isinstance(config, PocketNextConfig):
+        nn.init.normal_(model.model.image_newline, std=config.width**-0.5)
     tower = vision_core(model)
     nn.init.normal_(tower.embeddings.class_embedding, std=config.width**-0.5)
     patches = tower.embeddings.patch_embedding.weight
@@ -265,8 +287,32 @@ def encode_images(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return output.hidden_states[-2][:, 1:], output.pooler_output
 
 
+def arrange_crops(model: nn.Module, visual: Tensor, rows: int, columns: int) -> Tensor:
+    """Lay projected thumbnail and crops out as LLaVA-NeXT does: thumbnail, then lines across all crops, each ended.
+
+    Parameters
+    ----------
+    model
+        The pocket-next model, for its newline embedding.
+    visual
+        Projected features, [b, 1 + rows * columns, 196, width].
+    rows, columns
+        Grid of crops.
+
+    Returns
+    -------
+    Tensor
+        Visual tokens [b, 196 + 14 rows (14 columns + 1), width].
+    """
+    batch, _, _, width = visual.shape
+    lines = visual[:, 1:].reshape(batch, rows, columns, GRID, GRID, width).transpose(2, 3)
+    lines = lines.reshape(batch, rows * GRID, columns * GRID, width)
+    ends = model.model.image_newline.expand(batch, rows * GRID, 1, width).to(lines.dtype)
+    return torch.cat([visual[:, 0], torch.cat([lines, ends], dim=2).flatten(1, 2)], dim=1)
+
+
 def decode_packed(
-    model: nn.Module, features: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
+    model: nn.Module, visual: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the decoder on several questions packed behind one image.
 
@@ -277,8 +323,8 @@ def decode_packed(
     ----------
     model
         The pocket model.
-    features
-        Patch features [b, 196, width].
+    visual
+        Visual tokens, as the projector (and `arrange_crops`) gives them, [b, v, width].
     prefix
         Token ids in front of the image, [p].
     tokens
@@ -295,7 +341,6 @@ def decode_packed(
         [b, t, width].
     """
     decoder = model.model.language_model
-    visual = model.model.multi_modal_projector(features)
     batch, context = tokens.shape[0], len(prefix) + visual.shape[1]
     embed = decoder.embed_tokens
     inputs = torch.cat([embed(prefix).expand(batch, -1, -1), visual, embed(tokens)], dim=1)
@@ -338,6 +383,9 @@ def portable_name(name: str) -> str:
 def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
     """Text files of a ``from_pretrained`` folder, by name."""
     config = config or PocketConfig()
+    is_next = isinstance(config, PocketNextConfig)
+    processor_class = "LlavaNextProcessor" if is_next else "LlavaProcessor"
+    crops = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in ANYRES_SIZES]} if is_next else {}
     vocabulary = build_vocabulary()
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     sequence = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
@@ -358,18 +406,19 @@ def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
             "do_rescale": True,
             "do_resize": True,
             "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "CLIPImageProcessor",
+            "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
             "image_std": [0.5, 0.5, 0.5],
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "resample": 2,  # bilinear
             "rescale_factor": 1 / 255,
             "size": size,
+            **crops,
         },
         "processor_config.json": {
             "image_token": IMAGE,
             "num_additional_image_tokens": 1,  # CLS, which the "default" strategy takes off again
             "patch_size": PATCH_SIZE,
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "vision_feature_select_strategy": "default",
         },
         "tokenizer.json": {
@@ -394,10 +443,10 @@ def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
             "clean_up_tokenization_spaces": False,
             "eos_token": EOS,
             "model_input_names": ["input_ids", "attention_mask"],  # 4.x would add token_type_ids, which Llama refuses
-            "model_max_length": MAX_POSITIONS,
+            "model_max_length": MAX_ANYRES_POSITIONS if is_next else MAX_POSITIONS,
             "pad_token": PAD,
             "padding_side": "left",
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": UNK,
         },

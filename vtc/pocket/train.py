@@ -43,7 +43,7 @@ import torch.multiprocessing
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches
+from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches, wide_validation_batches
 from vtc.pocket.errors import PocketError
 from vtc.pocket.model import (
     MENTION_TARGET_SIZES,
@@ -51,6 +51,8 @@ from vtc.pocket.model import (
     AuxiliaryHeads,
     MentionHeads,
     PocketConfig,
+    PocketNextConfig,
+    arrange_crops,
     build_model,
     decode_packed,
     encode_images,
@@ -58,6 +60,7 @@ from vtc.pocket.model import (
 )
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
+STAGE_NAMES = ("A", "B", "C", "N")
 _MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
@@ -73,13 +76,16 @@ class Stage:
     Attributes
     ----------
     name
-        ``"A"`` (tower only) or ``"B"`` (whole model).
+        ``"A"`` (tower only), ``"B"`` or ``"C"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
+        scenes seen as crops, which makes the model a LLaVA-NeXT one).
     steps
         Length of the schedule.
     batch_size, easy_images
         Images per step, and how many of them come from easy-VQA; at least one must be a scene.
     learning_rate
-        Peak rate; cosine decay to 2 % after a linear warm-up of a tenth of the steps, within 20..150.
+        Peak rate, after a linear warm-up of a tenth of the steps, within 20..150.
+    constant
+        Hold the peak rate, after a warm-up of 100 steps; otherwise a cosine takes it down to 2 %.
     vision_rates
         (first step, factor on the learning rate of the tower and the heads), in order; factor 0 freezes them.
     patch_weight, content_weight, mention_weight
@@ -96,13 +102,19 @@ class Stage:
     patch_weight: float = 1.0
     content_weight: float = 2.0
     mention_weight: float = 0.0
+    constant: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        if self.name not in ("A", "B"):
-            raise PocketError(f"a stage is named 'A' or 'B', not {self.name!r}")
+        if self.name not in STAGE_NAMES:
+            raise PocketError(f"a stage is named {', '.join(STAGE_NAMES)}, not {self.name!r}")
         if not 0 <= self.easy_images < self.batch_size:
             raise PocketError("a batch needs at least one scene: easy_images must be below batch_size")
+
+    @property
+    def asks(self) -> bool:
+        """Whether this stage trains on answers."""
+        return self.name != "A"
 
     def vision_rate(self, step: int) -> float:
         """Factor on the tower's learning rate at a step."""
@@ -110,6 +122,8 @@ class Stage:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
+        if self.constant:
+            return self.learning_rate * min(1.0, (step + 1) / 100)
         warm_up = max(20, min(150, self.steps // 10))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
         return self.learning_rate * min(1.0, (step + 1) / warm_up) * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
@@ -153,15 +167,26 @@ RECIPES: dict[str, Recipe] = {
             Stage("A", steps=3000, batch_size=10, learning_rate=2.5e-3),
             Stage(
                 "B",
-                steps=4800,
+                steps=4000,
                 batch_size=8,
                 easy_images=2,
-                learning_rate=2e-3,
-                vision_rates=((0, 0.0), (3400, 1.0)),
+                learning_rate=1.5e-3,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                constant=True,
+            ),
+            Stage(
+                "C",
+                steps=2000,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1.5e-3,
+                vision_rates=((0, 0.5),),
                 patch_weight=0.14,
                 content_weight=0.7,
                 mention_weight=1.0,
             ),
+            Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
         ranks=2,
     ),
@@ -179,9 +204,11 @@ RECIPES: dict[str, Recipe] = {
                 vision_rates=((0, 1.0), (2, 0.0), (4, 1.0)),
                 patch_weight=0.14,
                 content_weight=0.7,
+                mention_weight=1.0,
             ),
+            Stage("N", steps=4, batch_size=2, learning_rate=1e-3, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
-        validation_scenes=4,
+        validation_scenes=6,
         validation_easy=4,
     ),
 }
@@ -202,13 +229,15 @@ class Trainer:
         self.seed = seed
         self.step = 0
         self.dtype = getattr(torch, recipe.dtype)
-        self.model = build_model(recipe.model, seed)
+        self.model = build_model(_stage_config(recipe.model, stage.name), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = AuxiliaryHeads(recipe.model.width)
             self.mentions = MentionHeads(recipe.model.width)
         if weights is not None:
-            self.model.load_state_dict(weights["model"])
+            missing, unexpected = self.model.load_state_dict(weights["model"], strict=False)
+            if unexpected or [name for name in missing if not (stage.name == "N" and name.endswith("image_newline"))]:
+                raise PocketError(f"these weights are of another model: missing {missing}, unexpected {unexpected}")
             self.heads.load_state_dict(weights["heads"])
             self.mentions.load_state_dict(weights["mentions"])
         self.model.train()
@@ -240,13 +269,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step) * (vision_rate if group["is_vision"] else 1.0)
         with torch.set_grad_enabled(vision_rate > 0):
-            features, pooled = encode_images(self.model, self._pixels(batch))
+            features, pooled = self._encode(batch)
         losses: dict[str, Tensor] = {}
         total = torch.zeros(())
         if vision_rate > 0:
             losses["patch"], losses["content"] = self._auxiliary_losses(features, pooled, batch)
             total = stage.patch_weight * losses["patch"] + stage.content_weight * losses["content"]
-        if stage.name == "B":
+        if stage.asks:
             (hidden, middle), asked = self._decode(features, batch), batch.answer_targets != IGNORE
             logits = self.model.lm_head(hidden[asked]).float()
             losses["answer"] = F.cross_entropy(logits, batch.answer_targets[asked])
@@ -282,11 +311,15 @@ class Trainer:
         for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
 
-    def _pixels(self, batch: Batch) -> Tensor:
-        return (batch.images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous()
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images.flatten(0, -4)
+        return encode_images(self.model, (images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous())
 
     def _decode(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        return decode_packed(self.model, features, self._prefix, batch.tokens, batch.segments, batch.positions)
+        visual = self.model.model.multi_modal_projector(features)
+        if batch.grid is not None:
+            visual = arrange_crops(self.model, visual.unflatten(0, (len(batch.images), -1)), *batch.grid)
+        return decode_packed(self.model, visual, self._prefix, batch.tokens, batch.segments, batch.positions)
 
     def _mention_loss(self, middle: Tensor, batch: Batch) -> Tensor:
         said = batch.mention_targets[..., 0] != IGNORE
@@ -316,13 +349,15 @@ class Trainer:
         probes: dict[str, list[bool]] = defaultdict(list)
         said: dict[str, list[bool]] = defaultdict(list)
         for batch in batches:
-            features, pooled = encode_images(self.model, self._pixels(batch))
+            features, pooled = self._encode(batch)
             patch_logits, _ = self.heads(features, pooled)
             for kind, logits in enumerate(patch_logits.split(PATCH_TARGET_SIZES, dim=-1)):
+                if batch.grid is not None:
+                    break
                 targets = batch.patch_targets[..., kind]
                 shown = targets > 0
                 probes[_PATCH_TARGET_NAMES[kind]] += (logits.argmax(-1)[shown] == targets[shown]).tolist()
-            if self.stage.name == "B":
+            if self.stage.asks:
                 hidden, middle = self._decode(features, batch)
                 predicted = self.model.lm_head(hidden).argmax(-1)
                 guesses = self.mentions(middle).split(MENTION_TARGET_SIZES, dim=-1)
@@ -386,9 +421,22 @@ class Trainer:
         return trainer
 
 
+def _stage_config(config: PocketConfig, stage: str) -> PocketConfig:
+    """Size of the model that a stage trains."""
+    return PocketNextConfig(**asdict(config)) if stage == "N" else config
+
+
 def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
-    """Return, as text, the settings that must not change between a checkpoint and its continuation."""
-    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, asdict(stage), seed], sort_keys=True)
+    """Return, as text, the settings that must not change between a checkpoint and its continuation.
+
+    The length of a stage with constant rate is not among them: its steps do not depend on it.
+    """
+    settings = asdict(stage)
+    if stage.constant:
+        settings.pop("steps")
+    else:
+        settings.pop("constant")
+    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, settings, seed], sort_keys=True)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -443,7 +491,7 @@ def run_stage(
     recipe
         Which holds the stage.
     stage_name
-        ``"A"`` or ``"B"``; B starts from ``out/A/checkpoint.pt`` where the recipe has a stage A.
+        One of the recipe's; each but the first starts from the checkpoint of the one before it, in the same folder.
     out
         Folder of the run; the stage writes ``<stage>/checkpoint.pt`` and ``<stage>/log.jsonl``.
     seed
@@ -489,7 +537,12 @@ def run_stage(
         return checkpoint
 
     log.write(kind="start", step=trainer.step, seed=seed, dtype=recipe.dtype, **asdict(stage))
-    validation = validation_batches(recipe.validation_scenes, recipe.validation_easy if stage.easy_images else 0)
+    if stage.name == "N":
+        validation = wide_validation_batches(recipe.validation_scenes // 2)
+    else:
+        validation = validation_batches(recipe.validation_scenes, recipe.validation_easy if stage.easy_images else 0)
+    if rank:
+        validation = []
     losses: dict[str, list[float]] = defaultdict(list)
     began = time.perf_counter()
     while trainer.step < end:
@@ -540,17 +593,19 @@ def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[s
 
 
 def run_recipe(recipe: Recipe, out: Path, seed: int = 0, resume: bool = False, options: RunOptions | None = None) -> Path:
-    """Run all stages of a recipe and export the result; finished stages are skipped when resuming.
+    """Run all stages of a recipe and export the results; finished stages are skipped when resuming.
 
     Returns
     -------
     Path
-        The exported ``from_pretrained`` folder.
+        The exported ``from_pretrained`` folder of the LLaVA model; that of the LLaVA-NeXT model, where the recipe has a
+        stage N, is ``export-next`` beside it.
     """
     out = Path(out)
     for stage in recipe.stages:
         checkpoint = run_stage(recipe, stage.name, out, seed, resume, options)
-    return export(checkpoint, out / "export")
+        export(checkpoint, out / ("export-next" if stage.name == "N" else "export"))
+    return out / "export"
 
 
 def export(checkpoint: Path, folder: Path) -> Path:
@@ -559,7 +614,8 @@ def export(checkpoint: Path, folder: Path) -> Path:
     Writes a ``MANIFEST.json`` with the SHA-256 of the weights and where they come from.
     """
     saved = torch.load(checkpoint, weights_only=True)
-    write_folder(saved["weights"]["model"], folder, PocketConfig(**saved["model_config"]))
+    config = _stage_config(PocketConfig(**saved["model_config"]), saved["stage"])
+    write_folder(saved["weights"]["model"], folder, config)
     weights = Path(folder) / "model.safetensors"
     manifest = {
         "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
@@ -575,7 +631,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see ``--help``."""
     parser = argparse.ArgumentParser("python -m vtc.pocket.train", description="Train a pocket model from scratch.")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="cpu", help="settings of model and schedule")
-    parser.add_argument("--stage", choices=("A", "B"), help="run one stage only, without exporting")
+    parser.add_argument("--stage", choices=STAGE_NAMES, help="run one stage only, without exporting")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--seed", type=int, default=0)
