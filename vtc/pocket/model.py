@@ -228,6 +228,56 @@ def _sine_table(width: int) -> Tensor:
     return torch.cat([wave(c.reshape(-1, 1) * frequencies) for c in (columns, rows) for wave in (torch.sin, torch.cos)], dim=1)
 
 
+_GROWN_FROM = (0, 1, None, 2, None, 3)
+_NEW_WORDS = ("more", "than")
+
+
+def grow(state: dict[str, Tensor], config: PocketConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Make start weights of a six-layer model from the first pocket checkpoint, which had four decoder layers.
+
+    The two new layers start as identities (their output projections are zero) and the rows of new words are random, so
+    the grown model answers old questions as the old one did.
+
+    Parameters
+    ----------
+    state
+        Weights of the first checkpoint, with portable names.
+    config
+        Size of the grown model; only its six decoder layers may differ from the first one's.
+    seed
+        Seed of what is new.
+
+    Raises
+    ------
+    PocketError
+        If the sizes do not match.
+    """
+    if config.text_layers != len(_GROWN_FROM):
+        raise PocketError(f"the first checkpoint grows to {len(_GROWN_FROM)} decoder layers, not {config.text_layers}")
+    grown = build_model(config, seed).state_dict()
+    kept = torch.tensor([number for word, number in build_vocabulary().items() if word not in _NEW_WORDS])
+    for name, weight in grown.items():
+        source = portable_name(name)
+        prefix = "language_model.model.layers."
+        if source.startswith(prefix):
+            number, _, rest = source.removeprefix(prefix).partition(".")
+            if _GROWN_FROM[int(number)] is None:
+                if rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+                    weight.zero_()
+                continue
+            source = f"{prefix}{_GROWN_FROM[int(number)]}.{rest}"
+        if source not in state:
+            raise PocketError(f"the checkpoint to grow has no weight {source!r}")
+        target = weight[kept] if "embed_tokens" in source or "lm_head" in source else weight
+        if target.shape != state[source].shape:
+            raise PocketError(f"{source} has shape {list(state[source].shape)}, not {list(target.shape)}")
+        if target is weight:
+            weight.copy_(state[source])
+        else:
+            weight[kept] = state[source].to(weight.dtype)
+    return grown
+
+
 class AuxiliaryHeads(nn.Module):
     """Linear read-outs that exist during training only: per-patch targets, and image contents from the CLS token.
 

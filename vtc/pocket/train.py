@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections import defaultdict
@@ -56,10 +57,12 @@ from vtc.pocket.model import (
     build_model,
     decode_packed,
     encode_images,
+    grow,
     write_folder,
 )
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
+START_NAME = "start.safetensors"
 STAGE_NAMES = ("A", "B", "C", "N")
 _MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
@@ -84,6 +87,9 @@ class Stage:
         Images per step, and how many of them come from easy-VQA; at least one must be a scene.
     learning_rate
         Peak rate, after a linear warm-up of a tenth of the steps, within 20..150.
+    muon_rate
+        Peak rate, on the same schedule, of the Muon optimizer (Jordan et al., 2024), which then updates the decoder's
+        matrices in place of AdamW; 0 for AdamW throughout.
     constant
         Hold the peak rate, after a warm-up of 100 steps; otherwise a cosine takes it down to 2 %.
     vision_rates
@@ -103,6 +109,7 @@ class Stage:
     content_weight: float = 2.0
     mention_weight: float = 0.0
     constant: bool = False
+    muon_rate: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -144,6 +151,9 @@ class Recipe:
     ranks
         Processes that share each batch, with one thread each: on a machine with other work, two such processes get more
         done than one with two threads that wait for each other.
+    start_sha256
+        Digest of the first pocket checkpoint (``model.safetensors``), from which the first stage then grows its start
+        weights; None starts from random ones.
     validation_scenes, validation_easy
         Images of the val split that are scored.
     """
@@ -152,6 +162,7 @@ class Recipe:
     stages: tuple[Stage, ...]
     dtype: str = "bfloat16"
     ranks: int = 1
+    start_sha256: str | None = None
     validation_scenes: int = 240
     validation_easy: int = 96
 
@@ -189,6 +200,39 @@ RECIPES: dict[str, Recipe] = {
             Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
         ranks=2,
+    ),
+    "grow": Recipe(
+        PocketConfig(),
+        (
+            Stage(
+                "B",
+                steps=2500,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.5),),
+                patch_weight=0.14,
+                content_weight=0.3,
+                mention_weight=1.0,
+                constant=True,
+            ),
+            Stage(
+                "C",
+                steps=1200,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.5),),
+                patch_weight=0.14,
+                content_weight=0.3,
+                mention_weight=1.0,
+            ),
+            Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
+        ),
+        ranks=2,
+        start_sha256="83f971f9501b1f3a214738117564d1b4ecc05ff6b2122c90db45e9387af3ddf8",
+        validation_scenes=120,
+        validation_easy=48,
     ),
     # A few seconds; the result knows nothing. Covers every code path of the real one.
     "smoke": Recipe(
@@ -238,8 +282,9 @@ class Trainer:
             missing, unexpected = self.model.load_state_dict(weights["model"], strict=False)
             if unexpected or [name for name in missing if not (stage.name == "N" and name.endswith("image_newline"))]:
                 raise PocketError(f"these weights are of another model: missing {missing}, unexpected {unexpected}")
-            self.heads.load_state_dict(weights["heads"])
-            self.mentions.load_state_dict(weights["mentions"])
+            if "heads" in weights:  # grown weights come without
+                self.heads.load_state_dict(weights["heads"])
+                self.mentions.load_state_dict(weights["mentions"])
         self.model.train()
         self._modules = {"model": self.model, "heads": self.heads, "mentions": self.mentions}
         # Stage A never runs projector and decoder: their gradients stay None and the optimizer passes them over.
@@ -247,15 +292,22 @@ class Trainer:
             f"{part}.{name}": weight for part, module in self._modules.items() for name, weight in module.named_parameters()
         }
         self._masters = {name: weight.detach().clone().float().requires_grad_() for name, weight in self._working.items()}
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=stage.learning_rate, betas=_BETAS, foreach=True)
+        by_muon = [w for n, w in self._masters.items() if stage.muon_rate and ".language_model.layers." in n and w.dim() == 2]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self._parameter_groups(by_muon), lr=stage.learning_rate, betas=_BETAS, foreach=True)
+        ]
+        if by_muon:
+            self.optimizers.append(torch.optim.Muon(by_muon, lr=stage.muon_rate, weight_decay=0.0, momentum=0.95))
         for module in self._modules.values():
             module.to(self.dtype)
         self._prefix = prefix_tokens()
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
+    def _parameter_groups(self, others: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Tower with heads, and the rest; each with and without weight decay (matrices that are not embeddings)."""
         groups: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
         for name, weight in self._masters.items():
+            if any(weight is other for other in others):
+                continue
             is_vision = "vision_tower" in name or name.startswith("heads.")
             groups[is_vision, weight.dim() >= 2 and "embed" not in name].append(weight)
         return [
@@ -266,8 +318,10 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Make one update and return the losses."""
         stage, vision_rate = self.stage, self.stage.vision_rate(self.step)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizers[0].param_groups:
             group["lr"] = stage.rate(self.step) * (vision_rate if group["is_vision"] else 1.0)
+        for optimizer in self.optimizers[1:]:
+            optimizer.param_groups[0]["lr"] = stage.rate(self.step) * stage.muon_rate / stage.learning_rate
         with torch.set_grad_enabled(vision_rate > 0):
             features, pooled = self._encode(batch)
         losses: dict[str, Tensor] = {}
@@ -295,7 +349,8 @@ class Trainer:
         self._average_gradients()
         trained = [master for master in self._masters.values() if master.grad is not None]
         nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM, foreach=True)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         with torch.no_grad():
             for name, master in self._masters.items():
                 self._working[name].copy_(master)
@@ -397,7 +452,7 @@ class Trainer:
             "seed": self.seed,
             "model_config": asdict(recipe.model),
             "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         unfinished = path.with_suffix(".tmp")
         torch.save(contents, unfinished)
@@ -416,7 +471,8 @@ class Trainer:
         if saved["fingerprint"] != _fingerprint(recipe, stage, seed):
             raise PocketError(f"{path} was written with another recipe or seed; use another --out")
         trainer = cls(recipe, stage, seed, saved["weights"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         trainer.step = saved["step"]
         return trainer
 
@@ -436,7 +492,10 @@ def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
         settings.pop("steps")
     else:
         settings.pop("constant")
-    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, settings, seed], sort_keys=True)
+    start = [] if recipe.start_sha256 is None else [recipe.start_sha256]
+    if not stage.muon_rate:
+        settings.pop("muon_rate")
+    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, settings, seed, *start], sort_keys=True)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -575,11 +634,20 @@ def _run_rank(
     torch.distributed.destroy_process_group()
 
 
+def _grown_weights(recipe: Recipe, path: Path, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Weights grown from the first checkpoint, which has to lie in the run's folder."""
+    from safetensors.torch import load_file
+
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != recipe.start_sha256:
+        raise PocketError(f"this recipe needs the first pocket checkpoint as {path}: pass it with --start")
+    return {"model": grow(load_file(path), recipe.model, seed)}
+
+
 def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[str, dict[str, Tensor]] | None:
     """Weights of the finished stage before this one, or None for the first stage."""
     index = recipe.stages.index(stage)
     if index == 0:
-        return None
+        return None if recipe.start_sha256 is None else _grown_weights(recipe, out / START_NAME, seed)
     before = recipe.stages[index - 1]
     path = out / before.name / "checkpoint.pt"
     if not path.exists():
@@ -633,6 +701,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="cpu", help="settings of model and schedule")
     parser.add_argument("--stage", choices=STAGE_NAMES, help="run one stage only, without exporting")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--start", type=Path, help="first pocket checkpoint, for a recipe that grows it")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="type of the forward pass, else the recipe's")
@@ -644,6 +713,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     if values.stop_at is not None and values.stage is None:
         parser.error("--stop-at needs --stage")
+    if values.start is not None:
+        values.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(values.start, values.out / START_NAME)
     if values.threads is not None:
         torch.set_num_threads(values.threads)
     recipe = RECIPES[values.recipe]
