@@ -281,8 +281,8 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     return make_batch(scenes, easy)
 
 
-def wide_batch(scenes: Sequence[Scene]) -> Batch:
-    """Stack scenes of one size, cut up as LLaVA-NeXT's processor does; the tower's targets are not filled in."""
+def wide_batch(scenes: Sequence[Scene], prefix: str = "wide_") -> Batch:
+    """Stack scenes of one size, cut up as LLaVA-NeXT's processor does, types named with `prefix`; no targets for the tower."""
     width, height = scenes[0].image.size
     rows, columns = height // IMAGE_SIZE, width // IMAGE_SIZE
     images = []
@@ -300,7 +300,7 @@ def wide_batch(scenes: Sequence[Scene]) -> Batch:
         torch.full((len(scenes), N_CONTENTS), -1.0),
         *text[:4],
         mention_targets=text[4:].permute(1, 2, 0).contiguous(),
-        question_types=tuple(tuple(f"wide_{kind}" for kind in types) for _, types in packs),
+        question_types=tuple(tuple(prefix + kind for kind in types) for _, types in packs),
         grid=(rows, columns),
     )
 
