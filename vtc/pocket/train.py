@@ -47,12 +47,15 @@ from torch import Tensor, nn
 from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches, wide_validation_batches
 from vtc.pocket.errors import PocketError
 from vtc.pocket.model import (
+    GRID,
     MENTION_TARGET_SIZES,
+    N_PATCHES,
     PATCH_TARGET_SIZES,
     AuxiliaryHeads,
     MentionHeads,
     PocketConfig,
     PocketNextConfig,
+    PositionHead,
     arrange_crops,
     build_model,
     decode_packed,
@@ -63,7 +66,7 @@ from vtc.pocket.model import (
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
 START_NAME = "start.safetensors"
-STAGE_NAMES = ("A", "B", "C", "N")
+STAGE_NAMES = ("A", "B", "C", "D", "N")
 _MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
@@ -79,7 +82,7 @@ class Stage:
     Attributes
     ----------
     name
-        ``"A"`` (tower only), ``"B"`` or ``"C"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
+        ``"A"`` (tower only), ``"B"``, ``"C"`` or ``"D"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
         scenes seen as crops, which makes the model a LLaVA-NeXT one).
     steps
         Length of the schedule.
@@ -94,9 +97,9 @@ class Stage:
         Hold the peak rate, after a warm-up of 100 steps; otherwise a cosine takes it down to 2 %.
     vision_rates
         (first step, factor on the learning rate of the tower and the heads), in order; factor 0 freezes them.
-    patch_weight, content_weight, mention_weight
-        Weights of the auxiliary losses, the first two while the tower is trained, the third in stage B; the answer loss
-        has weight 1.
+    patch_weight, content_weight, mention_weight, position_weight
+        Weights of the auxiliary losses, the first two while the tower is trained, the others where the stage asks; the
+        answer loss has weight 1.
     """
 
     name: str
@@ -110,6 +113,7 @@ class Stage:
     mention_weight: float = 0.0
     constant: bool = False
     muon_rate: float = 0.0
+    position_weight: float = 0.0
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -206,7 +210,7 @@ RECIPES: dict[str, Recipe] = {
         (
             Stage(
                 "B",
-                steps=900,
+                steps=500,
                 batch_size=8,
                 easy_images=2,
                 learning_rate=1e-3,
@@ -216,6 +220,19 @@ RECIPES: dict[str, Recipe] = {
             ),
             Stage(
                 "C",
+                steps=900,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.25),),
+                patch_weight=0.0,
+                content_weight=0.0,
+                mention_weight=1.0,
+                position_weight=0.3,
+                constant=True,
+            ),
+            Stage(
+                "D",
                 steps=700,
                 batch_size=8,
                 easy_images=2,
@@ -224,8 +241,9 @@ RECIPES: dict[str, Recipe] = {
                 patch_weight=0.0,
                 content_weight=0.0,
                 mention_weight=1.0,
+                position_weight=0.1,
             ),
-            Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
+            Stage("N", steps=300, batch_size=4, learning_rate=4e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
         ranks=2,
         start_sha256="83f971f9501b1f3a214738117564d1b4ecc05ff6b2122c90db45e9387af3ddf8",
@@ -276,6 +294,7 @@ class Trainer:
             torch.manual_seed(seed + 1)
             self.heads = AuxiliaryHeads(recipe.model.width)
             self.mentions = MentionHeads(recipe.model.width)
+            self.positions = PositionHead(recipe.model.width)
         if weights is not None:
             missing, unexpected = self.model.load_state_dict(weights["model"], strict=False)
             if unexpected or [name for name in missing if not (stage.name == "N" and name.endswith("image_newline"))]:
@@ -283,8 +302,10 @@ class Trainer:
             if "heads" in weights:  # grown weights come without
                 self.heads.load_state_dict(weights["heads"])
                 self.mentions.load_state_dict(weights["mentions"])
+            if "positions" in weights:
+                self.positions.load_state_dict(weights["positions"])
         self.model.train()
-        self._modules = {"model": self.model, "heads": self.heads, "mentions": self.mentions}
+        self._modules = {"model": self.model, "heads": self.heads, "mentions": self.mentions, "positions": self.positions}
         # Stage A never runs projector and decoder: their gradients stay None and the optimizer passes them over.
         self._working = {
             f"{part}.{name}": weight for part, module in self._modules.items() for name, weight in module.named_parameters()
@@ -328,12 +349,16 @@ class Trainer:
             losses["patch"], losses["content"] = self._auxiliary_losses(features, pooled, batch)
             total = stage.patch_weight * losses["patch"] + stage.content_weight * losses["content"]
         if stage.asks:
-            (hidden, middle), asked = self._decode(features, batch), batch.answer_targets != IGNORE
+            visual, asked = self._project(features, batch), batch.answer_targets != IGNORE
+            hidden, middle = self._decode(visual, batch)
             logits = self.model.lm_head(hidden[asked]).float()
             losses["answer"] = F.cross_entropy(logits, batch.answer_targets[asked])
             total = total + losses["answer"]
             losses["mention"] = self._mention_loss(middle, batch)
             total = total + stage.mention_weight * losses["mention"]
+            if stage.position_weight and batch.grid is None:
+                losses["position"] = self._position_loss(visual)
+                total = total + stage.position_weight * losses["position"]
         total.backward()
         self._update()
         self.step += 1
@@ -368,10 +393,13 @@ class Trainer:
         images = batch.images.flatten(0, -4)
         return encode_images(self.model, (images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous())
 
-    def _decode(self, features: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _project(self, features: Tensor, batch: Batch) -> Tensor:
         visual = self.model.model.multi_modal_projector(features)
         if batch.grid is not None:
             visual = arrange_crops(self.model, visual.unflatten(0, (len(batch.images), -1)), *batch.grid)
+        return visual
+
+    def _decode(self, visual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         return decode_packed(self.model, visual, self._prefix, batch.tokens, batch.segments, batch.positions)
 
     def _mention_loss(self, middle: Tensor, batch: Batch) -> Tensor:
@@ -382,6 +410,11 @@ class Trainer:
             if (targets[:, kind] != IGNORE).any():
                 loss = loss + F.cross_entropy(logits, targets[:, kind], ignore_index=IGNORE)
         return loss / len(parts)
+
+    def _position_loss(self, visual: Tensor) -> Tensor:
+        cells = torch.arange(N_PATCHES).repeat(len(visual))
+        columns, rows = (logits.flatten(0, 1) for logits in self.positions(visual))
+        return F.cross_entropy(columns, cells % GRID) + F.cross_entropy(rows, cells // GRID)
 
     def _auxiliary_losses(self, features: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         patch_logits, content_logits = self.heads(features, pooled)
@@ -411,7 +444,7 @@ class Trainer:
                 shown = targets > 0
                 probes[_PATCH_TARGET_NAMES[kind]] += (logits.argmax(-1)[shown] == targets[shown]).tolist()
             if self.stage.asks:
-                hidden, middle = self._decode(features, batch)
+                hidden, middle = self._decode(self._project(features, batch), batch)
                 predicted = self.model.lm_head(hidden).argmax(-1)
                 guesses = self.mentions(middle).split(MENTION_TARGET_SIZES, dim=-1)
                 for kind, logits in enumerate(guesses):
@@ -491,6 +524,8 @@ def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
     else:
         settings.pop("constant")
     start = [] if recipe.start_sha256 is None else [recipe.start_sha256]
+    if not stage.position_weight:
+        settings.pop("position_weight")
     if not stage.muon_rate:
         settings.pop("muon_rate")
     return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, settings, seed, *start], sort_keys=True)
