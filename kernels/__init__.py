@@ -6,12 +6,20 @@ Every op has a torch implementation in :mod:`vtc.kernels.ref`, which is its spec
 from __future__ import annotations
 
 from vtc.kernels.ref import (
+    absorb_neighbours,
+    apportion,
     attention_colsum,
     attention_rows,
+    coarse_grid,
+    cosine_distance,
+    drop_duplicates,
     farthest_point,
+    greedy_dpp,
     max_sum,
     merge_scatter,
+    nearest_distance,
     pairwise_top1,
+    topk_per_group,
     topk_sorted,
 )
 
@@ -20,11 +28,19 @@ from vtc.kernels.ref import (
 __version__ = "0.0.0"
 
 __all__ = [
+    "absorb_neighbours",
+    "apportion",
     "attention_colsum",
     "attention_rows",
+    "coarse_grid",
+    "cosine_distance",
+    "drop_duplicates",
     "farthest_point",
+    "greedy_dpp",
     "max_sum",
     "merge_scatter",
+    "nearest_distance",
     "pairwise_top1",
+    "topk_per_group",
     "topk_sorted",
 ]

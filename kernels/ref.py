@@ -5,6 +5,9 @@ All arithmetic is float32 (float64 stays float64) whatever the input's dtype; ti
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -31,6 +34,33 @@ def topk_sorted(scores: Tensor, k: int) -> Tensor:
     """
     order = torch.sort(_wide(scores), dim=-1, descending=True, stable=True).indices
     return order[..., :k].sort(dim=-1).values
+
+
+def topk_per_group(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
+    """Mark the ``quota`` highest scores of every group; among equal scores the lowest index wins.
+
+    Parameters
+    ----------
+    scores : Tensor
+        ``(B, N)``.
+    group : Tensor
+        ``(B, N)`` int64 in ``0..G-1``.
+    quota : Tensor
+        ``(B, G)`` int64; a group smaller than its quota is marked whole.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)`` bool.
+    """
+    order = torch.sort(_wide(scores), dim=-1, descending=True, stable=True).indices
+    by_group = torch.sort(group.gather(1, order), dim=-1, stable=True)
+    order = order.gather(1, by_group.indices)
+    size = torch.zeros_like(quota).scatter_add(1, group, torch.ones_like(group))
+    start = size.cumsum(1) - size
+    rank = torch.arange(group.shape[1], device=group.device) - start.gather(1, by_group.values)
+    chosen = rank < quota.gather(1, by_group.values)
+    return torch.zeros_like(chosen).scatter(1, order, chosen)
 
 
 def attention_rows(
@@ -130,15 +160,60 @@ def farthest_point(features: Tensor, k: int, first: Tensor) -> Tensor:
     unit = _unit(features)
     batch = torch.arange(unit.shape[0], device=unit.device)
     picks = [first]
-    near = 1 - torch.einsum("bnd,bd->bn", unit, unit[batch, first])
+    images = _images(unit)
+    near = 1 - _cosine(images, first)
     taken = torch.zeros_like(near, dtype=torch.bool)
     taken[batch, first] = True
     for _ in range(k - 1):
         pick = near.masked_fill(taken, -torch.inf).argmax(-1)
         picks.append(pick)
         taken[batch, pick] = True
-        near = torch.minimum(near, 1 - torch.einsum("bnd,bd->bn", unit, unit[batch, pick]))
+        near = torch.minimum(near, 1 - _cosine(images, pick))
     return torch.stack(picks, 1)
+
+
+def cosine_distance(features: Tensor, row: Tensor) -> Tensor:
+    """Distance ``1 - cos`` of every token to one token of its image.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    row : Tensor
+        ``(B,)`` int64, the token measured from.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)``.
+    """
+    return 1 - _cosine(_images(_unit(features)), row)
+
+
+def nearest_distance(features: Tensor, *, block: int = 1024) -> Tensor:
+    """Distance ``1 - cos`` of every token to its nearest *other* token, in blocks (no full matrix); infinite if it is alone.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    block : int
+        Rows per block.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)``.
+    """
+    unit = _unit(features)
+    n, images = unit.shape[1], _images(unit)
+    parts = []
+    for lo in range(0, n, block):
+        cosine = torch.stack([u[lo : lo + block] @ u.T for u in images])
+        own = torch.arange(lo, lo + cosine.shape[1], device=unit.device)
+        cosine[:, own - lo, own] = -torch.inf
+        parts.append(1 - cosine.amax(-1))
+    return torch.cat(parts, 1)
 
 
 def max_sum(features: Tensor, k: int, first: Tensor) -> Tensor:
@@ -149,14 +224,15 @@ def max_sum(features: Tensor, k: int, first: Tensor) -> Tensor:
     unit = _unit(features)
     batch = torch.arange(unit.shape[0], device=unit.device)
     picks = [first]
-    total = torch.einsum("bnd,bd->bn", unit, unit[batch, first])
+    images = _images(unit)
+    total = _cosine(images, first)
     taken = torch.zeros_like(total, dtype=torch.bool)
     taken[batch, first] = True
     for _ in range(k - 1):
         pick = total.masked_fill(taken, torch.inf).argmin(-1)
         picks.append(pick)
         taken[batch, pick] = True
-        total = total + torch.einsum("bnd,bd->bn", unit, unit[batch, pick])
+        total = total + _cosine(images, pick)
     return torch.stack(picks, 1)
 
 
@@ -174,9 +250,10 @@ def pairwise_top1(source: Tensor, target: Tensor, *, block: int = 1024) -> tuple
         ``(B, M)``; among equal cosines the lowest index.
     """
     a, b = _unit(source), _unit(target)
+    left, right = _images(a), _images(b)
     values, indices = [], []
     for lo in range(0, a.shape[1], block):
-        value, index = torch.einsum("bmd,btd->bmt", a[:, lo : lo + block], b).max(-1)
+        value, index = torch.stack([m[lo : lo + block] @ t.T for m, t in zip(left, right, strict=True)]).max(-1)
         values.append(value)
         indices.append(index)
     if not values:
@@ -218,8 +295,248 @@ def merge_scatter(features: Tensor, owner: Tensor, groups: int, *, weight: Tenso
     return total.to(features.dtype)
 
 
+def apportion(total: int, weight: Sequence[float], capacity: Sequence[int]) -> list[int]:
+    """Share a whole number of tokens out in proportion to ``weight`` by the largest remainder, no group above its capacity.
+
+    What a full group cannot take goes to the others, again in proportion; groups of weight 0 get tokens only when all others are
+    full. Equal remainders: the lowest index first. Exact arithmetic.
+
+    Parameters
+    ----------
+    total : int
+        Tokens to share out.
+    weight : sequence of float
+        Non-negative weight of each group.
+    capacity : sequence of int
+        Most each group can take.
+
+    Returns
+    -------
+    list of int
+        Sums to ``min(total, sum(capacity))``.
+    """
+    given = [0] * len(capacity)
+    left = min(total, sum(capacity))
+    while left > 0:
+        room = [g for g, most in enumerate(capacity) if given[g] < most]
+        if any(weight[g] > 0 for g in room):
+            room = [g for g in room if weight[g] > 0]
+            shares = {g: Fraction(weight[g]) for g in room}
+        else:
+            shares = {g: Fraction(1) for g in room}
+        whole = sum(shares.values())
+        ideal = {g: left * shares[g] / whole for g in room}
+        full = [g for g in room if ideal[g] >= capacity[g] - given[g]]
+        if full:  # fill these, then share the rest out anew
+            for g in full:
+                left -= capacity[g] - given[g]
+                given[g] = capacity[g]
+            continue
+        for g in room:
+            given[g] += int(ideal[g])
+            left -= int(ideal[g])
+        for g in sorted(room, key=lambda g: int(ideal[g]) - ideal[g])[:left]:
+            given[g] += 1
+        left = 0
+    return given
+
+
+def coarse_grid(budget: int, rows: int, cols: int) -> tuple[int, int]:
+    """Return the grid of at most ``budget`` cells over a ``rows x cols`` grid whose cells are the most alike in both directions.
+
+    The axis that is coarsened most stays as fine as possible; then as many cells as fit; then more columns than rows.
+
+    Parameters
+    ----------
+    budget : int
+        Most cells, at least 1.
+    rows, cols : int
+        The fine grid; the result never exceeds it.
+    """
+    best = (Fraction(0), 0, 0), (1, 1)
+    for r in range(1, min(rows, budget) + 1):
+        c = min(cols, budget // r)
+        best = max(best, ((min(Fraction(r, rows), Fraction(c, cols)), r * c, -r), (r, c)))
+    return best[1]
+
+
+def _cosine(images: list[Tensor], row: Tensor) -> Tensor:
+    """Cosines of the unit rows ``(N, D)`` of ``B`` images with one row ``(B,)`` of the same image, ``(B, N)``."""
+    return torch.stack([u @ u.index_select(0, r)[0] for u, r in zip(images, row.split(1), strict=True)])
+
+
+def _images(t: Tensor) -> list[Tensor]:
+    """The entries of a batch, each in memory of its own.
+
+    Products are made image by image: how they round depends on the batch size and on where in memory an operand starts, and equal
+    similarities (repeated tokens) must be broken in the same way in any batch.
+    """
+    return [t[0]] if len(t) == 1 else [i.clone() for i in t]
+
+
 def _unit(t: Tensor) -> Tensor:
     """Rows scaled to length one; zero rows stay zero."""
     wide = _wide(t)
     norm = wide.norm(dim=-1, keepdim=True)
     return wide / torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
+def drop_duplicates(features: Tensor, order: Tensor, keep: int, *, step: int = 8, near: int = 32) -> Tensor:
+    """Thin a list of tokens by repeatedly removing near duplicates, O(N ``near``) memory.
+
+    A round compares the tokens at even places of the list with those at odd places, removes the up to ``step`` even ones with the
+    highest cosine to an odd one, and continues with the remaining even ones by descending cosine, followed by the odd ones.
+
+    Each token's nearest neighbours are looked up once in a list of ``near``; rounds in which none of them stands at an odd place
+    compute that token's maximum afresh, so the result is that of comparing all pairs in every round.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    order : Tensor
+        ``(B, R)`` int64 distinct tokens in the order of the first round.
+    keep : int
+        Tokens to leave, ``0 <= keep <= R``.
+    step : int
+        Most tokens removed per round.
+    near : int
+        Length of the neighbour lists; no influence on the result.
+
+    Returns
+    -------
+    Tensor
+        ``(B, keep)`` int64 in the order of the last round.
+    """
+    if keep == 0:
+        return order[:, :0]
+    rows = order[..., None].expand(-1, -1, features.shape[2])
+    return torch.stack(
+        [o[_thinned(u, keep, step, near)] for o, u in zip(order, _images(_unit(features.gather(1, rows))), strict=True)]
+    )
+
+
+def _thinned(unit: Tensor, keep: int, step: int, near: int, block: int = 1024) -> Tensor:
+    """Places ``(keep,)`` that :func:`drop_duplicates` leaves of unit rows ``(R, D)``."""
+    alive = torch.arange(len(unit), device=unit.device)
+    listed, values, neighbours = 0, unit, alive  # of how many tokens the lists were made
+    while len(alive) > keep:
+        if 2 * len(alive) <= listed or not listed:
+            listed, width = len(alive), min(near, len(alive) - 1)
+            values, neighbours = unit.new_zeros(len(unit), width), alive.new_zeros(len(unit), width)
+            some = unit[alive]
+            for lo in range(0, listed, block):
+                cosine = some[lo : lo + block] @ some.T
+                own = torch.arange(len(cosine), device=unit.device)
+                cosine[own, own + lo] = -torch.inf
+                best = cosine.topk(width, dim=1)
+                values[alive[lo : lo + block]], neighbours[alive[lo : lo + block]] = best.values, alive[best.indices]
+        even, odd = alive[0::2], alive[1::2]
+        if not len(odd):  # one token left and none wanted of it
+            return alive[:keep]
+        opposite = torch.zeros(len(unit), dtype=torch.bool, device=unit.device).index_fill(0, odd, True)
+        hit = opposite[neighbours[even]]
+        best, found = values[even].masked_fill(~hit, -torch.inf).amax(1), hit.any(1)
+        if not bool(found.all()):
+            lost = (~found).nonzero()[:, 0]
+            for part in lost.split(block):
+                best[part] = (unit[even[part]] @ unit[odd].T).amax(1)
+        by_value = torch.sort(best, descending=True, stable=True).indices
+        alive = torch.cat([even[by_value[min(step, len(alive) - keep) :]], odd])
+    return alive
+
+
+def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = True) -> Tensor:
+    """Greedy MAP of a determinantal point process with the kernel ``r_i cos_ij r_j``, O(N D + N k) memory.
+
+    Every step adds the token that raises the determinant of the chosen ones' kernel most, by an incremental Cholesky factor.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    relevance : Tensor
+        ``(B, N)`` weight ``r`` of every token.
+    k : int
+        Tokens to choose, ``1 <= k <= N``.
+    guard : bool, default True
+        Once no token adds anything (the kernel's numerical rank is used up) choose by relevance, and never choose a token twice.
+        ``False``: the bare recurrence, whose result may hold repetitions from there on.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k)`` int64 in pick order.
+    """
+    unit, weight = _unit(features), _wide(relevance)
+    weight = weight.to(unit.dtype)
+    return torch.stack([_dpp(u, w, k, guard) for u, w in zip(_images(unit), _images(weight), strict=True)])
+
+
+def _dpp(unit: Tensor, weight: Tensor, k: int, guard: bool) -> Tensor:
+    """Picks ``(k,)`` of one image with unit rows ``(N, D)`` and weights ``(N,)``."""
+    n = len(unit)
+    whole = weight * unit.square().sum(1) * weight  # the kernel's diagonal; what each token adds shrinks from there
+    gain, factor, picks = whole.clone(), unit.new_zeros(k, n), []
+    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
+    least = 8 * torch.finfo(unit.dtype).eps * whole  # rounding of a gain that is really zero
+    for t in range(k):
+        pick = gain.argmax()
+        if guard:
+            alive = gain.index_select(0, pick[None]) > least.index_select(0, pick[None])
+            pick = torch.where(alive[0], pick, weight.masked_fill(taken, -torch.inf).argmax())
+        at = pick[None]
+        row = weight * weight.index_select(0, at) * (unit @ unit.index_select(0, at)[0])
+        row = row - factor[:t].T @ factor[:t].index_select(1, at)[:, 0]
+        row = row / gain.index_select(0, at).sqrt()
+        if guard:
+            row = torch.where(alive, row, torch.zeros_like(row))
+            taken.index_fill_(0, at, True)
+        factor[t] = row
+        gain = (gain - row.square()).index_fill(0, at, -torch.inf)
+        if guard:
+            gain = gain.masked_fill(taken, -torch.inf)
+        picks.append(pick)
+    return torch.stack(picks)
+
+
+def absorb_neighbours(
+    features: Tensor, keys: Tensor, weight: Tensor, rows: Tensor, count: int, *, block: int = 256
+) -> Tensor:
+    """Add to some tokens the weighted sum of their nearest neighbours, in blocks (no full matrix).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    keys : Tensor
+        ``(B, N, d)``: nearest by their cosine; a token is no neighbour of its own, among equals the lowest index comes first.
+    weight : Tensor
+        ``(B, N)`` factor of every neighbour; the weights are not normalised.
+    rows : Tensor
+        ``(B, M)`` int64: the tokens that absorb.
+    count : int
+        Neighbours of each, at most N - 1.
+    block : int
+        Rows per block.
+
+    Returns
+    -------
+    Tensor
+        ``(B, M, D)``, at least float32.
+    """
+    wide, count, out = _wide(features), min(count, features.shape[1] - 1), []
+    for x, u, w, own in zip(_images(wide), _images(_unit(keys)), _wide(weight).to(wide.dtype), rows, strict=True):
+        parts = []
+        for at in own.split(block):
+            total = x[at]
+            if count:
+                cosine = u[at] @ u.T
+                cosine[torch.arange(len(at), device=at.device), at] = -torch.inf
+                least = cosine.topk(count, dim=1).values[:, -1:]
+                near, equal = cosine > least, cosine == least
+                near |= equal & (equal.cumsum(1) <= count - near.sum(1, keepdim=True))
+                total = total + (near * w) @ x
+            parts.append(total)
+        out.append(torch.cat(parts) if parts else x[own])
+    return torch.stack(out)

@@ -69,6 +69,17 @@ class Need:
         ``"row"``: one entry per sequence (text) or view (vision), ``(B, ...)``.
     substitute : Need or None
         Signal used instead, under the same name, where ``requires`` is not met. The substitution shows in the statistics.
+    of : {"attention", "preview", "hidden", "attention_update", "mlp_update", "neurons"}
+        Language model only (a tower offers ``"attention"``): what the measure is given.
+
+        - ``"attention"``: q, k, v as the layer's attention uses them (:class:`vtc.signals.AttentionTap`);
+        - ``"preview"``: the same for the tokens there *before* the reducers of this very layer act: the layer's norm and
+          projections run once more, on the longer sequence, which methods that rank with the next layer's attention pay for;
+        - ``"hidden"``: the states entering the layer, before its reducers act (:class:`vtc.signals.StateTap`);
+        - ``"attention_update"``, ``"mlp_update"``: what the layer's attention or MLP is given and what it returns;
+        - ``"neurons"``: what the MLP's last projection is given.
+    uses : tuple of Need
+        Signals of earlier layers the measure reads, by name, from the tap's ``given``, narrowed to the tokens of this tap.
     """
 
     name: str
@@ -78,6 +89,8 @@ class Need:
     requires: str = "attention"
     axis: Literal["keys", "row"] = "keys"
     substitute: Need | None = None
+    of: Literal["attention", "preview", "hidden", "attention_update", "mlp_update", "neurons"] = "attention"
+    uses: tuple[Need, ...] = ()
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -308,6 +321,10 @@ class Budget:
     def amount(self) -> int | float:
         """The number given, whichever of the two it is."""
         return self.keep if self.keep is not None else self.avg_tokens  # type: ignore[return-value]
+
+    def exceeds(self, n: int) -> bool:
+        """Whether the budget is a number of tokens above ``n``: an image with so few is kept whole."""
+        return isinstance(self.amount, int) and self.amount > n
 
     def tokens(self, n: int, *, start: int = 0, layers: int = 1, rounding: Callable[[float], int] = round) -> int:
         """Return the number of tokens to keep of an image with ``n`` visual tokens, at least 1 and at most ``n``.

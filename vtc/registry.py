@@ -90,7 +90,8 @@ def register(
     def add(cls: T) -> T:
         if not _NAME.match(name):
             raise ValueError(f"reducer name {name!r} is not lower snake case")
-        if name in _ENTRIES and _ENTRIES[name].cls.__qualname__ != cls.__qualname__:
+        known = _ENTRIES[name].cls if name in _ENTRIES else cls
+        if (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):  # a reloaded module may register again
             raise DuplicateReducerError(
                 f"a reducer named '{name}' is already registered ({_ENTRIES[name].cls.__module__}): choose another name"
             )
@@ -115,10 +116,14 @@ def _load() -> None:
     _LOADED = True
     import vtc.reducers
 
-    for module in pkgutil.iter_modules(vtc.reducers.__path__):
-        importlib.import_module(f"vtc.reducers.{module.name}")
-    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
-        point.load()
+    try:
+        for module in pkgutil.iter_modules(vtc.reducers.__path__):
+            importlib.import_module(f"vtc.reducers.{module.name}")
+        for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
+            point.load()
+    except BaseException:
+        _LOADED = False  # the next call fails in the same way, instead of showing half a list
+        raise
 
 
 def entries() -> dict[str, Entry]:
@@ -202,6 +207,8 @@ def resolve(reducer: str | Reducer | list[str | Reducer] | tuple[str | Reducer, 
     if isinstance(reducer, str):
         return create(reducer, **options)
     if isinstance(reducer, (list, tuple)):
+        if not reducer:
+            raise UnknownArgumentError("an empty list of reducers was given: name at least one")
         used: set[str] = set()
         members = []
         for member in reducer:

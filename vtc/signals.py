@@ -7,7 +7,8 @@ with one entry per key (``axis="keys"``) or per sequence (``axis="row"``). All a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,6 +40,10 @@ class AttentionTap:
         Text only: ``(B, Q)`` the query is a visual token / is not padding.
     cls : bool
         Vision only: key and query 0 are the class token; results then cover the patches only.
+    given : mapping
+        Text only: the signals of earlier layers named in ``Need.uses``, of the tokens of this forward.
+    rope : (Tensor, Tensor) or None
+        Text only: cosines and sines ``(B or 1, Q, d)`` the queries are rotated by.
     """
 
     query: Tensor
@@ -51,6 +56,13 @@ class AttentionTap:
     visual: Tensor | None = None
     valid: Tensor | None = None
     cls: bool = False
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    rope: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def question(self) -> Tensor:
+        """``(B, Q)`` bool: see :func:`question_of`."""
+        return question_of(self.visual, self.valid)
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return query rows ``(B, H, R, d)`` and their mask ``(B, 1 or H, R, K)`` (or None) for ``index (B, R)``."""
@@ -68,6 +80,51 @@ class AttentionTap:
     def patches(self, t: Tensor) -> Tensor:
         """Drop the class token from the key axis (the second axis) of ``t (B, K, ...)`` where there is one."""
         return t[:, 1:] if self.cls else t
+
+
+@dataclass(frozen=True, eq=False)
+class StateTap:
+    """Hidden states at one place of a decoder layer in one forward pass (:attr:`vtc.core.Need.of` says which place).
+
+    Attributes
+    ----------
+    hidden : Tensor
+        ``(B, Q, D)`` the states entering the layer, the output of one of its modules, or the neurons of its MLP.
+    before : Tensor or None
+        ``(B, Q, D)`` the input of the module whose output ``hidden`` is.
+    last : Tensor
+        ``(B,)`` index of the last real token.
+    visual, valid : Tensor
+        ``(B, Q)`` the token is a visual one / is not padding.
+    norm : callable
+        The language model's final norm.
+    given : mapping
+        The signals of earlier layers named in ``Need.uses``.
+    """
+
+    hidden: Tensor
+    last: Tensor
+    visual: Tensor
+    valid: Tensor
+    norm: Callable[[Tensor], Tensor]
+    before: Tensor | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def question(self) -> Tensor:
+        """``(B, Q)`` bool: see :func:`question_of`."""
+        return question_of(self.visual, self.valid)
+
+
+def question_of(visual: Tensor, valid: Tensor) -> Tensor:
+    """``(B, Q)`` bool: the text behind the row's last visual token.
+
+    In a row that ends with an image the last real token stands in.
+    """
+    after = valid & ~visual & (visual.flip(1).cumsum(1).flip(1) == 0)
+    index = torch.arange(valid.shape[1], device=valid.device)
+    last = torch.where(valid, index, -1).max(1, keepdim=True).values
+    return torch.where(after.any(1, keepdim=True), after, index == last)
 
 
 # ------------------------------------------------------------------------------------------------------ vision measures
@@ -100,9 +157,32 @@ def _cls_value_affinity(tap: AttentionTap) -> Tensor:
 
 def _mean_query_attention(tap: AttentionTap) -> Tensor:
     """Softmax row of the mean query over all tokens, mean over heads (towers without a class token)."""
-    mask = None if tap.mask is None else tap.mask[..., :1, :]
     query = tap.query.float() if tap.query.dtype != torch.float64 else tap.query
-    return attention_rows(query.mean(2, keepdim=True), tap.key, scaling=tap.scaling, mask=mask)[:, 0]
+    if tap.mask is None:
+        mask, mean = None, query.mean(2, keepdim=True)
+    else:  # padded views: the mask is the same for every row, and padding has no say in the mean
+        mask = tap.mask[..., :1, :]
+        real = mask[:, :, 0, :, None]
+        mean = (query * real).sum(2, keepdim=True) / real.sum(2, keepdim=True)
+    return tap.patches(attention_rows(mean, tap.key, scaling=tap.scaling, mask=mask)[:, 0])
+
+
+def _wide(t: Tensor) -> Tensor:
+    """``(B, H, K, d)`` to ``(B, K, H d)``: the heads side by side, as the layer's projection made them."""
+    t = t.transpose(1, 2).flatten(2)
+    return t if t.dtype == torch.float64 else t.float()
+
+
+def _wide_keys(tap: AttentionTap) -> Tensor:
+    """Keys of all heads side by side, ``(B, K, H d)``."""
+    return tap.patches(_wide(tap.key))
+
+
+def _wide_cls_attention(tap: AttentionTap) -> Tensor:
+    """CLS row of the softmax of one head as wide as all of them together, over CLS and patches, CLS column dropped."""
+    query, heads = _wide(tap.query[:, :, :1])[:, None], tap.query.shape[1]
+    mask = None if tap.mask is None else tap.mask[..., :1, :]
+    return tap.patches(attention_rows(query, _wide(tap.key)[:, None], scaling=tap.scaling * heads**-0.5, mask=mask)[:, 0])
 
 
 # -------------------------------------------------------------------------------------------------------- text measures
@@ -134,7 +214,8 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
     """Share of attention mass that text rows put on visual columns and visual rows on text columns, ``(B, 2)``.
 
     Text is everything real after the first visual token that is not visual; what comes before it is the system prompt. Row and
-    column sums run over the tokens of this forward (no earlier cache).
+    column sums run over the tokens of this forward (no earlier cache). Where there are no such rows (no text after the image) the
+    share is undefined, and given as 1: nothing shows that the other side is no longer looked at.
     """
     q = tap.query.shape[2]
     keys = tap.key.shape[2]
@@ -149,8 +230,47 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
     for rows, cols in ((text, visual), (visual, text)):
         total = attention_colsum(tap.query, tap.key, scaling=tap.scaling, mask=mask, weight=rows.to(torch.float32))[:, -q:]
         mass = (total * cols).sum(1) / (total * real).sum(1).clamp(min=1e-12)
-        out.append(mass)
+        out.append(torch.where(rows.any(1), mass, torch.ones_like(mass)))
     return torch.stack(out, 1)
+
+
+def _key_norm(tap: AttentionTap) -> Tensor:
+    """Sum of the absolute entries of each token's key over all key-value heads, ``(B, K)``.
+
+    The sum depends on the rotation. Keys are turned back by that of the row's first real token, which changes nothing unless
+    padding shifts the row's positions.
+    """
+    key = tap.key if tap.key.dtype == torch.float64 else tap.key.float()
+    if tap.rope is not None:
+        first = tap.valid.int().argmax(1)
+        cos, sin = (t.to(key.dtype).expand(len(key), -1, -1)[torch.arange(len(key), device=t.device), first] for t in tap.rope)
+        size = (cos**2 + sin**2).sqrt()  # some models scale their rotations
+        cos, sin = (cos / size)[:, None, None], (sin / size)[:, None, None]
+        turned = key[..., : cos.shape[-1]]
+        half = turned.shape[-1] // 2
+        other = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+        key = torch.cat([turned * cos - other * sin, key[..., cos.shape[-1] :]], -1)
+    return key.abs().sum((1, 3))
+
+
+def _final_states(tap: StateTap) -> Tensor:
+    """States under the language model's final norm, ``(B, Q, D)``."""
+    return tap.norm(tap.hidden)
+
+
+def _places(tap: StateTap) -> Tensor:
+    """Index of every token among the real tokens of its row, ``(B, Q)`` int64."""
+    return tap.valid.cumsum(1) - 1
+
+
+def _question_attention(tap: AttentionTap) -> Tensor:
+    """Attention of the text behind the last visual token, mean over heads, then over these rows, ``(B, K)``."""
+    asked = tap.question
+    count = asked.sum(1)
+    index = torch.argsort((~asked).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]  # the rows first, in order
+    rows, mask = tap.rows(index)
+    weight = (torch.arange(index.shape[1], device=count.device) < count[:, None]).to(torch.float32)
+    return attention_colsum(rows, tap.key, scaling=tap.scaling, mask=mask, weight=weight) / count[:, None]
 
 
 # ---------------------------------------------------------------------------------------------------------------- needs
@@ -176,6 +296,22 @@ def values(layer: int = -2) -> Need:
 def cls_value_affinity(layer: int = -2) -> Need:
     """Softmax of unscaled value dot products with the class token, mean over heads, ``(B, N)``."""
     return Need("cls_value_affinity", "vision", layer, _cls_value_affinity, requires="cls")
+
+
+def wide_cls_attn(layer: int = -1) -> Need:
+    """CLS attention of a tower layer with all heads taken as one, ``(B, N)``; without a class token the attention received."""
+    other = Need("wide_cls_attn", "vision", layer, _received_attention)
+    return Need("wide_cls_attn", "vision", layer, _wide_cls_attention, requires="cls", substitute=other)
+
+
+def wide_keys(layer: int = -1) -> Need:
+    """Keys of a tower layer, all heads side by side, ``(B, N, H d)``."""
+    return Need("wide_keys", "vision", layer, _wide_keys)
+
+
+def received_attn(layer: int, name: str = "received_attn") -> Need:
+    """Attention every patch of a tower layer receives, mean over heads and over all queries, ``(B, N)``; needs no class token."""
+    return Need(name, "vision", layer, _received_attention)
 
 
 def mean_query_attn(layer: int = -2) -> Need:
@@ -206,3 +342,34 @@ def text_values(layer: int) -> Need:
 def modality_mass(layer: int) -> Need:
     """Share of attention from text to visual tokens and from visual to text tokens, ``(B, 2)``."""
     return Need("modality_mass", "text", layer, _modality_mass, axis="row")
+
+
+def key_norm(layer: int) -> Need:
+    """L1 norm of the keys of a decoder layer, all heads together, ``(B, N)``."""
+    return Need("key_norm", "text", layer, _key_norm)
+
+
+def final_states(layer: int) -> Need:
+    """States entering a decoder layer, under the model's final norm, ``(B, N, D)``."""
+    return Need("final_states", "text", layer, _final_states, of="hidden")
+
+
+def places(layer: int) -> Need:
+    """Position of every token in the sequence a decoder layer is given, padding not counted, ``(B, N)`` int64."""
+    return Need("places", "text", layer, _places, of="hidden")
+
+
+def next_last_attn(layer: int) -> Need:
+    """Attention of the last prompt token in a decoder layer that has yet to run, mean over heads, ``(B, N)``.
+
+    Of the tokens there before the reducers of this layer act.
+    """
+    return Need("next_last_attn", "text", layer, _last_attention, of="preview")
+
+
+def next_question_attn(layer: int) -> Need:
+    """Attention of the question in a decoder layer that has yet to run, mean over heads and rows, ``(B, N)``.
+
+    The question is the text behind the row's last visual token; tokens are those there before the reducers of this layer act.
+    """
+    return Need("next_question_attn", "text", layer, _question_attention, of="preview")

@@ -19,6 +19,10 @@ HISTORY = 4096
 """Calls remembered by one handle; older ones are forgotten."""
 
 
+SHORT = "fewer tokens than the budget: kept whole"
+"""Note on an image that has fewer visual tokens than it may keep."""
+
+
 @dataclass
 class StageStats:
     """One reducer acting on one image.

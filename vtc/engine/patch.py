@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import functools
+import inspect
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from vtc import compat
 from vtc.core import Facts, Reducer, Stage
+from vtc.engine.cache import check_cache
 from vtc.engine.text import TextSide
-from vtc.engine.tower import TowerSide
+from vtc.engine.tower import MADE, TowerSide, replace_attribute
 from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family
@@ -21,7 +25,8 @@ from vtc.registry import create, entries, resolve
 from vtc.stats import StatsLog
 
 _ATTRIBUTE = "_vtc_handle"
-_CACHES = {"quantized", "offloaded", "offloaded_static", "hybrid", "sliding_window", "mamba"}
+_CACHES = {None, "dynamic", "dynamic_full"}  # and "static" where its layers count their own tokens
+_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Handle:
@@ -56,13 +61,13 @@ class Handle:
         try:
             self.tower.install()
             self.text.install()
-            for name, guard in (("generate", self.guard_generate), ("generate_batch", self.refuse_generate_batch)):
+            for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
                 original = getattr(model, name, None)
                 if original is not None:
                     wrapper = functools.wraps(original)(functools.partial(guard, original))
-                    object.__setattr__(model, name, wrapper)
-                    self._undo.append(functools.partial(_drop_attribute, model, name, wrapper))
+                    self._undo.append(replace_attribute(model, name, wrapper))
             object.__setattr__(model, _ATTRIBUTE, self)
+            _forget_graphs()
         except BaseException:
             self._take_off(model)
             raise
@@ -74,6 +79,7 @@ class Handle:
         self.tower.remove()
         if vars(model).get(_ATTRIBUTE) is self:
             object.__delattr__(model, _ATTRIBUTE)
+        _forget_graphs()
 
     @property
     def active(self) -> bool:
@@ -133,10 +139,12 @@ class Handle:
     # --------------------------------------------------------------------------------------------------------- guards
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
-        config = kwargs.get("generation_config") or getattr(self._model(), "generation_config", None)
+        call = inspect.signature(original).bind_partial(*args, **kwargs).arguments
+        call = {**call, **call.get("kwargs", {}), **kwargs}
+        config = call.get("generation_config") or getattr(self._model(), "generation_config", None)
 
         def asked(name: str) -> Any:
-            value = kwargs.get(name)
+            value = call.get(name)
             return value if value is not None else getattr(config, name, None)
 
         if asked("prefill_chunk_size"):
@@ -144,23 +152,28 @@ class Handle:
                 "prefill_chunk_size cannot be used with a reducer, since a chunk holds only part of an image: drop the option"
             )
         cache = asked("cache_implementation")
-        if cache in _CACHES or (cache == "static" and not compat.static_cache_tracks_length()):
+        if cache not in _CACHES and not (cache == "static" and compat.static_cache_tracks_length()):
             raise UnsupportedFeatureError(
                 f"cache_implementation='{cache}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
             )
+        check_cache(call.get("past_key_values"))
         check_attention(self.family)
         with self._lock:
             self._running += 1
+        token = MADE.set([])
         try:
             return original(*args, **kwargs)
         finally:
+            MADE.reset(token)
             with self._lock:
                 self._running -= 1
 
     @staticmethod
-    def refuse_generate_batch(_original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
+    def refuse_batching(original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
         """Continuous batching keeps a paged cache that cannot be shortened."""
-        raise UnsupportedFeatureError("continuous batching (generate_batch) cannot be used with a reducer: use generate()")
+        raise UnsupportedFeatureError(
+            f"continuous batching ({original.__name__}) cannot be used with a reducer: use generate()"
+        )
 
 
 def patch(
@@ -288,6 +301,7 @@ def handle_of(model: nn.Module) -> Handle | None:
     return vars(unwrap(model)).get(_ATTRIBUTE)
 
 
-def _drop_attribute(owner: nn.Module, name: str, wrapper: Any) -> None:
-    if vars(owner).get(name) is wrapper:
-        object.__delattr__(owner, name)
+def _forget_graphs() -> None:
+    """Drop compiled graphs: dynamo does not guard on hooks, so a graph made before would go on without (or with) ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -8,6 +8,7 @@ map is made.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -79,9 +80,9 @@ def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
             "attn_implementation='sdpa'"
         )
     attention.config = _TappedConfig(attention.config, observe)
+    return functools.partial(_detach, attention)  # not a closure: a deep copy of the model must take off its own tap
 
-    def detach() -> None:
-        if isinstance(attention.config, _TappedConfig):
-            attention.config = attention.config._real
 
-    return detach
+def _detach(attention: nn.Module) -> None:
+    if isinstance(attention.config, _TappedConfig):
+        attention.config = attention.config._real

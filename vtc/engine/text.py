@@ -13,7 +13,7 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,13 +24,14 @@ from vtc.core import Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.cache import _Pruned, check_cache, pruned_layer
 from vtc.engine.segment import Segment, cut, remap_mask, take
-from vtc.engine.tower import TowerSide, VisionRecord, add_newlines
+from vtc.engine.tower import MADE, TowerSide, VisionRecord, add_newlines
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
-from vtc.signals import AttentionTap
-from vtc.stats import CallStats, Clock, ImageStats, KeptTokens, StageStats, StatsLog
+from vtc.signals import AttentionTap, StateTap
+from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStats, StatsLog
 
 _CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
+_INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
 _FEATURE_ARGUMENTS = ("pixel_values", "pixel_values_videos", "image_patches")
 
 
@@ -81,8 +82,9 @@ class Context:
     tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
     per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
-    clock: Clock = field(default_factory=Clock)
+    clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     text: tuple[Tensor, Tensor] | None = None
+    rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -91,6 +93,18 @@ class Context:
                 return value
         self.memo.append((key, refs, make()))
         return self.memo[-1][2]
+
+
+class _Preview:
+    """Stands in the place of the context where a layer's forward runs only up to its attention."""
+
+
+class _Seen(Exception):  # noqa: N818  carries a result, not a mishap
+    """q, k, v and scaling of an attention that was only looked at."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        self.parts = parts
 
 
 class TextSide:
@@ -107,6 +121,8 @@ class TextSide:
                 self.decoder.setdefault(p.layer, []).append(p)
         self.needs: dict[int, list[Need]] = {}
         self.notes: dict[int, str] = {}  # part -> substituted signals
+        self.looks: dict[int, list[Need]] = {}  # taken when a layer is entered, before its reducers act
+        self.inside: dict[int, list[Need]] = {}  # taken from the modules of a layer
         for p in parts:
             for need in p.needs:
                 used = need.resolve(self.facts.provides)
@@ -115,11 +131,18 @@ class TextSide:
                         f"{need.name}: this tower lacks '{need.requires}', {used.measure.__name__.strip('_')} used"
                     )
                 if need.source == "text":
-                    layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
-                    if used not in self.needs.setdefault(layer, []):
-                        self.needs[layer].append(used)
+                    self.want(used)
         self.image_ids = torch.tensor(family.image_token_ids)
         self.undo: list[Callable[[], None]] = []
+
+    def want(self, need: Need) -> None:
+        """Note a signal, and first those its measure reads."""
+        for other in need.uses:
+            self.want(other)
+        layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
+        place = self.needs if need.of == "attention" else self.looks if need.of in ("preview", "hidden") else self.inside
+        if need not in place.setdefault(layer, []):
+            place[layer].append(need)
 
     # ----------------------------------------------------------------------------------------------------- installing
     def install(self) -> None:
@@ -137,8 +160,10 @@ class TextSide:
             for i, layer in enumerate(family.layers)
         ]
         self.undo += [h.remove for h in hooks]
-        for i in self.needs:
+        for i in sorted({*self.needs, *(i for i, wanted in self.looks.items() if any(n.of == "preview" for n in wanted))}):
             self.undo.append(taps.attach(family.text_attention[i], functools.partial(self.observe, i)))
+        for i, wanted in self.inside.items():
+            self.undo += self.watch_modules(i, {n.of for n in wanted})
 
     def remove(self) -> None:
         """Take all hooks off, in reverse order."""
@@ -177,10 +202,10 @@ class TextSide:
         real = self.real_tokens(call, visual)
         if not bool(visual.any()):
             return
-        ctx = Context(visual & real, real, visual.shape[1])
+        ctx = Context(visual & real, real, visual.shape[1], clock=Clock())
         records = [getattr(v, "vtc", None) for v in encoded.values() if v is not None]
-        if records and records[0] is not None:
-            ctx.record = records[0]  # encoded by generate before this forward
+        if records:  # encoded by generate before this forward
+            ctx.record = records[0] if records[0] is not None else next(iter(MADE.get() or ()), None)
         self.running[threading.get_ident()] = True
         _CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
 
@@ -203,6 +228,8 @@ class TextSide:
         """Leave no context behind, also when the forward raised."""
         if self.running:
             self.running.pop(threading.get_ident(), None)
+        if self.inside and _INSIDE.get() is not None:
+            _INSIDE.set(None)
         if _CURRENT.get() is not None:
             _CURRENT.set(None)
 
@@ -329,9 +356,9 @@ class TextSide:
             candidates = it.entries
             asked = part.count(len(it.layout), self.facts)
             if not part.decides_itself and asked >= len(candidates):  # newlines included: nothing to do
-                whole = "" if len(candidates) == len(it.layout) == asked else "fewer tokens than the budget: kept whole"
                 n = len(candidates)
-                it.stages.append(StageStats(part.name, part.stage.value, layer, n, n, asked, whole))
+                note = SHORT if asked > n or part.budget.exceeds(n) else ""
+                it.stages.append(StageStats(part.name, part.stage.value, layer, n, n, asked, note))
                 continue
             if part.newline_policy != "compete" and it.layout.has_newlines:
                 candidates = candidates[it.layout.kind.to(candidates.device)[candidates] == Kind.PATCH]
@@ -454,12 +481,16 @@ class TextSide:
         if ctx is None:
             return None
         kwargs = dict(kwargs)
+        if self.inside and ctx.visual is not None:
+            _INSIDE.set(ctx if i in self.inside else None)
         if i not in self.needs:  # only tapped attentions want it
             del kwargs["_vtc"]
         hidden = args[0] if args else kwargs["hidden_states"]
         cache = kwargs.get("past_key_values")
         seg: Segment | None = None
         if ctx.visual is not None:
+            if i in self.looks and not (i in ctx.keep and i < len(ctx.per_layer)):
+                self.look(ctx, i, module, kwargs, hidden)
             hidden, seg = self.enter(ctx, i, hidden)
         layer = None
         if seg is not None and cache is not None:
@@ -478,6 +509,8 @@ class TextSide:
             else:
                 cols, valid = ctx.once(("columns", layer.stored()), (layer.cols,), functools.partial(layer.columns, ctx.q))
         else:
+            if i in self.needs:
+                ctx.rope = rope_of(kwargs)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         mask = kwargs.get("attention_mask")
         if mask is not None or valid is not None:
@@ -504,6 +537,8 @@ class TextSide:
                 ),
             )
         self.rotate(ctx, i, kwargs, hidden, seg, before)
+        if i in self.needs:
+            ctx.rope = rope_of(kwargs)
         kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
@@ -591,18 +626,14 @@ class TextSide:
         ctx: Context | None,
     ) -> None:
         """Compute the signals wanted of decoder layer ``i`` (prefill with images only)."""
-        if ctx is None or ctx.visual is None:
+        if isinstance(ctx, _Preview):
+            raise _Seen(query, key, value, scaling)
+        if ctx is None or ctx.visual is None or i not in self.needs:
             return
         with torch.no_grad(), ctx.clock.span(query.device):
-            b, q = query.shape[0], query.shape[2]
+            q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
-            if seg is None:
-                valid, visual = ctx.real, ctx.visual
-            else:
-                valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
-                visual = ctx.visual.gather(1, seg.rows) & valid
-            index = torch.arange(q, device=query.device).expand(b, -1)
-            last = torch.where(valid, index, -1).max(1).values
+            visual, valid, last = self.tokens_of(ctx, seg)
             keys = key.shape[2]
             full = mask
             if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only
@@ -610,9 +641,118 @@ class TextSide:
                     torch.arange(keys, device=query.device)[None] <= (torch.arange(q, device=query.device) + keys - q)[:, None]
                 )
                 full = mask.bool()[:, None, None, :] & causal
-            tap = AttentionTap(query, key, value, scaling, full, causal=True, last=last, visual=visual, valid=valid)
+            tap = AttentionTap(query, key, value, scaling, full, True, last, visual, valid, rope=ctx.rope)
             for need in self.needs[i]:
-                ctx.tapped[need.key] = (need.measure(tap), seg, keys - q)
+                own = replace(tap, given=self.given(ctx, need, seg)) if need.uses else tap
+                ctx.tapped[need.key] = (need.measure(own), seg, keys - q)
+
+    @staticmethod
+    def tokens_of(ctx: Context, seg: Segment | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds."""
+        if seg is None:
+            visual, valid = ctx.visual, ctx.real
+        else:
+            valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
+            visual = ctx.visual.gather(1, seg.rows) & valid
+        index = torch.arange(valid.shape[1], device=valid.device)
+        return visual, valid, torch.where(valid, index, -1).max(1).values
+
+    @staticmethod
+    def given(ctx: Context, need: Need, seg: Segment | None) -> dict[str, Tensor]:
+        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``."""
+        out = {}
+        for other in need.uses:
+            value, held, offset = ctx.tapped[other.key]
+            if other.axis == "keys":
+                rows = torch.arange(ctx.q, device=value.device).expand(value.shape[0], -1) if seg is None else seg.rows
+                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)  # padding was held nowhere
+                value = take(value, at + offset, 1)
+            out[other.name] = value
+        return out
+
+    def look(self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> None:
+        """Compute the signals that layer ``i`` gives of the tokens there before its reducers act.
+
+        Tokens of earlier forwards (a KV cache handed in) have no part in a preview.
+        """
+        seg = ctx.current
+        with torch.no_grad(), ctx.clock.span(hidden.device):
+            if i in ctx.keep and ctx.keep[i][1] is not None:  # layer 0, after a cut at the boundary
+                hidden = take(hidden, ctx.keep[i][1], 1)
+            visual, valid, last = self.tokens_of(ctx, seg)
+            state = StateTap(hidden, last, visual, valid, self.family.text.norm)
+            ahead: AttentionTap | None = None
+            for need in self.looks[i]:
+                if need.of == "hidden":
+                    tap: Any = state
+                else:
+                    if ahead is None:
+                        ahead = self.preview(ctx, i, layer, kwargs, hidden, seg)
+                    tap = ahead
+                ctx.tapped[need.key] = (need.measure(replace(tap, given=self.given(ctx, need, seg))), seg, 0)
+
+    def preview(
+        self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor, seg: Segment | None
+    ) -> AttentionTap:
+        """Return q, k, v of layer ``i`` for ``hidden``: its forward runs up to the attention, and without the KV cache."""
+        cache, before = kwargs.get("past_key_values"), None
+        if cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
+            before = cache.layers[i].shift
+        own = {k: v for k, v in kwargs.items() if k.startswith("position_embeddings")}
+        own["position_ids"] = kwargs.get("position_ids")
+        self.rotate(ctx, i, own, hidden, seg, before)
+        own["position_ids"] = None
+        try:
+            layer.forward(hidden, attention_mask=None, past_key_values=None, use_cache=False, _vtc=_Preview(), **own)
+        except _Seen as seen:
+            query, key, value, scaling = seen.parts
+        else:
+            raise UnsupportedFeatureError(
+                f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
+            )
+        visual, valid, last = self.tokens_of(ctx, seg)
+        mask = None
+        if not bool(valid.all()):
+            at = torch.arange(valid.shape[1], device=valid.device)
+            # padding rows see themselves: no empty softmax row
+            mask = ((at <= at[:, None]) & (valid[:, None, :] | (at == at[:, None])))[:, None]
+        return AttentionTap(query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(own))
+
+    def watch_modules(self, i: int, places: set[str]) -> list[Callable[[], None]]:
+        """Hook the modules of layer ``i`` that the signals of ``places`` come from; return what takes the hooks off."""
+        mlp = getattr(self.family.layers[i], "mlp", None)
+        modules = {
+            "attention_update": self.family.text_attention[i],
+            "mlp_update": mlp,
+            "neurons": getattr(mlp, "down_proj", None),
+        }
+        off = []
+        for place in sorted(places):
+            if modules[place] is None:
+                raise UnsupportedFeatureError(
+                    f"decoder layer {i} has no module for '{place}' signals: this text model's MLP is not of a known form"
+                )
+            hook = functools.partial(self.observe_module, i, place)
+            off.append(modules[place].register_forward_hook(hook, with_kwargs=True).remove)
+        return off
+
+    def observe_module(
+        self, i: int, place: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """Compute the signals of one module of decoder layer ``i`` (prefill with images only)."""
+        ctx = _INSIDE.get()
+        if ctx is None:
+            return
+        before = args[0] if args else kwargs["hidden_states"]
+        hidden = before if place == "neurons" else out[0] if isinstance(out, tuple) else out
+        with torch.no_grad(), ctx.clock.span(hidden.device):
+            seg = ctx.keep[i][0]
+            visual, valid, last = self.tokens_of(ctx, seg)
+            tap = StateTap(hidden, last, visual, valid, self.family.text.norm, before=before)
+            for need in self.inside[i]:
+                if need.of == place:
+                    own = replace(tap, given=self.given(ctx, need, seg)) if need.uses else tap
+                    ctx.tapped[need.key] = (need.measure(own), seg, 0)
 
 
 def where_of(part: Reducer, layer: int) -> str:
@@ -630,6 +770,11 @@ def write(hidden: Tensor, writes: list[tuple[int, Tensor, Tensor]]) -> Tensor:
     at = torch.cat([at for _, at, _ in writes])
     values = torch.cat([v for _, _, v in writes]).to(hidden.dtype)
     return hidden.index_put((rows, at), values)
+
+
+def rope_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the cosines and sines among a decoder layer's arguments."""
+    return next((v for k, v in kwargs.items() if k.startswith("position_embeddings") and v is not None), None)
 
 
 @functools.cache

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 
 from vtc.core import EncoderReducer, EncoderState, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
-from vtc.errors import UnsupportedFeatureError
+from vtc.errors import InvalidSignalError, UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall
 from vtc.signals import AttentionTap
-from vtc.stats import Clock, StageStats
+from vtc.stats import SHORT, Clock, StageStats
 
 Key = tuple[str, str, int]
 _RUN: contextvars.ContextVar[TowerRun | None] = contextvars.ContextVar("vtc_tower_run", default=None)
+MADE: contextvars.ContextVar[list[VisionRecord] | None] = contextvars.ContextVar("vtc_made", default=None)
+"""Records made since the running ``generate`` began: accelerate rebuilds the outputs a record rides on, and loses it."""
 
 
 @dataclass(eq=False)
@@ -105,8 +107,7 @@ class TowerSide:
         base, part = self.family.base, self.part
         original = base.get_image_features
         wrapper = functools.wraps(original)(functools.partial(self.get_image_features, original))
-        object.__setattr__(base, "get_image_features", wrapper)
-        self.undo.append(functools.partial(_restore, base, "get_image_features", wrapper))
+        self.undo.append(replace_attribute(base, "get_image_features", wrapper))
         by_layer: dict[int, list[Need]] = {}
         for need in self.needs:
             by_layer.setdefault(self.index(need.layer), []).append(need)
@@ -164,6 +165,9 @@ class TowerSide:
             )
         if hasattr(out, "pooler_output"):
             out.vtc = record  # generate encodes images before the first forward: the record rides along
+        made = MADE.get()
+        if made is not None:
+            made.append(record)
         if self.on_record is not None:
             self.on_record(record)
         return out
@@ -253,7 +257,9 @@ class TowerSide:
                 run.carry, alive = part.step(state)
                 run.layer_taps = {}
                 run.fired.add(id(part))
-                index = None if alive is None else self.narrow(run, alive & valid)
+                if alive is not None:
+                    self.check_finite({**state.taps, **run.carry}, valid, i - 1)
+                index = None if alive is None else self.narrow(run, valid, alive & valid)
             if index is not None:
                 gather = index if not head else torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
                 hidden = hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[2]))
@@ -272,13 +278,22 @@ class TowerSide:
                 kwargs = {**kwargs, "attention_mask": mask}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
-    def narrow(self, run: TowerRun, alive: Tensor) -> Tensor | None:
+    def check_finite(self, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
+        """Raise before patches are chosen by numbers that are not finite."""
+        for name, value in signals.items():
+            if not torch.isfinite(value[valid]).all():
+                raise InvalidSignalError(
+                    f"signal '{name}' of '{self.part.name}' at tower layer {layer} contains NaN or infinite values: run the "
+                    "model in bfloat16 or float32, or check the input image"
+                )
+
+    def narrow(self, run: TowerRun, valid: Tensor, alive: Tensor) -> Tensor | None:
         """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped."""
-        count = alive.sum(1)
-        longest = int(count.max())
-        if longest == alive.shape[1]:
+        if torch.equal(alive, valid):
             return None
-        # survivors first, in order; padding repeats entry 0 of the leftovers
+        count = alive.sum(1)
+        longest = int(count.max())  # all of them where one view keeps everything and another does not
+        # survivors first, in order; padding holds some of the leftovers
         index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, :longest]
         ragged = bool((count != longest).any())
         ids = run.ids if run.ids is not None else torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
@@ -319,7 +334,7 @@ class TowerSide:
         for members in groups.values():
             views, layout = run.call.views[members[0]], run.call.patches[members[0]]
             asked = part.count(len(run.call.slots[members[0]]), self.family.facts)
-            whole = asked >= len(run.call.slots[members[0]])
+            whole = not part.decides_itself and asked >= len(run.call.slots[members[0]])
             rows = torch.tensor([starts[m] + v for m in members for v in range(views)], device=features.device)
             mine = features[rows].reshape(len(members), -1, features.shape[-1])
             with run.clock.span(features.device):
@@ -346,9 +361,11 @@ class TowerSide:
             if merged is None:
                 merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))
             for j, m in enumerate(members):
-                at = selection.index[j : j + 1]
+                at, own_tokens = selection.index[j : j + 1], merged[j]
+                if selection.valid is not None:  # images keep different numbers
+                    at, own_tokens = at[:, selection.valid[j]], own_tokens[selection.valid[j]]
                 owner = None if selection.owner is None else selection.owner[j : j + 1]
-                chosen[m], tokens[m] = Selection(at, None, owner, note=selection.note), merged[j]
+                chosen[m], tokens[m] = Selection(at, None, owner, note=selection.note), own_tokens
         run.fired.add(id(part))
         longest = max(t.shape[0] for t in tokens)
         packed = features.new_zeros(len(tokens), longest, features.shape[-1])
@@ -413,14 +430,15 @@ class TowerSide:
             elif acted and run.small is not None:
                 cells = nearest_cells(run.small, facts.grid).to(device)
                 alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
+                group = torch.arange(views)[:, None] * len(cells) + covering_cells(run.small, facts.grid)[None]
+                merges[-1].append((patches.slot, alive, group.flatten()))
             elif acted and run.ids is not None:
                 ids = run.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
                 alive = ids.flatten() if run.valid is None else ids[run.valid[start : start + views]]
             if alive is None:
                 kept = torch.arange(len(slots), device=device)
             else:
-                at = patches.slot.to(device)[alive]
-                kept = at[at >= 0].sort().values
+                kept = slots_of(patches, alive)
                 every = torch.arange(len(slots), device=device)
                 whole = len(alive) == views * per
                 kept = every if whole else add_newlines(slots, kept, every, part.newline_policy)
@@ -428,6 +446,10 @@ class TowerSide:
             row: list[StageStats] = []
             if acted:
                 asked = part.count(len(slots), facts)
+                if isinstance(part, EncoderReducer):  # its budget is one of views
+                    asked = min(len(slots), views * part.view_budget(per, facts))
+                note = "; ".join(x for x in (note, SHORT if part.budget.exceeds(len(slots)) else "") if x)
+                asked = None if part.decides_itself else asked
                 row.append(StageStats(part.name, part.stage.value, 0, len(slots), len(kept), asked, note))
             stages.append(row)
             start += views
@@ -448,6 +470,12 @@ class TowerSide:
             out.append(torch.where(patch, mine, torch.zeros_like(mine)))
             start += views
         return out
+
+
+def slots_of(patches: Layout, alive: Tensor) -> Tensor:
+    """Return the slots of the patches ``alive`` (entries of the view layout), ascending; padding has none."""
+    at = patches.slot.to(alive.device)[alive]
+    return at[at >= 0].sort().values
 
 
 def add_newlines(slots: Layout, kept: Tensor, alive: Tensor, policy: str) -> Tensor:
@@ -472,6 +500,13 @@ def nearest_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return (rows[:, None] * grid[1] + cols[None]).flatten()
 
 
+def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Cell of a coarser grid in which the centre of each patch of ``grid`` lies, ``(grid rows * grid cols,)``."""
+    rows = (2 * torch.arange(grid[0]) + 1) * small[0] // (2 * grid[0])
+    cols = (2 * torch.arange(grid[1]) + 1) * small[1] // (2 * grid[1])
+    return (rows[:, None] * small[1] + cols[None]).flatten()
+
+
 def fingerprint(call: VisionCall, image: int) -> int:
     """Return an integer that depends on the image's pixels exactly, whatever the batch: a wrapping sum of weighted bit patterns."""
     start = sum(call.views[:image])
@@ -482,7 +517,20 @@ def fingerprint(call: VisionCall, image: int) -> int:
     return int((bits * weight).sum()) & 0x7FFFFFFFFFFFFFFF
 
 
-def _restore(owner: nn.Module, name: str, wrapper: Any) -> None:
-    """Delete an instance attribute we set (unless somebody wrapped it again)."""
-    if vars(owner).get(name) is wrapper:
+_ABSENT = object()
+
+
+def replace_attribute(owner: nn.Module, name: str, wrapper: Any) -> Callable[[], None]:
+    """Set an attribute of the instance; return the function that puts back what the instance had (often nothing)."""
+    before = vars(owner).get(name, _ABSENT)
+    object.__setattr__(owner, name, wrapper)
+    return functools.partial(_restore, owner, name, wrapper, before)
+
+
+def _restore(owner: nn.Module, name: str, wrapper: Any, before: Any) -> None:
+    if vars(owner).get(name) is not wrapper:  # somebody wrapped it again
+        return
+    if before is _ABSENT:
         object.__delattr__(owner, name)
+    else:
+        object.__setattr__(owner, name, before)

@@ -1,0 +1,242 @@
+"""FLOPs of a forward, by torch's counter and by a closed formula.
+
+Convention: one multiply-accumulate is 2 FLOPs; matrix products, convolutions and attention products count, everything else
+(norms, activations, softmax, RoPE, pooling) does not. Attention counts the full query x key rectangle, as torch's counter does,
+without the factor 1/2 some papers take for causality. The language-model head runs on the last position only, as in ``generate``.
+
+The formula is fed with the tokens each layer really had: for the decoder from ``handle.stats``, for the tower from the shapes seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+
+from vtc import Handle
+from vtc.errors import VtcError
+from vtc.families import family_of
+
+TOLERANCE = 0.02
+"""Largest accepted relative difference between counter and formula."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs by part of the model.
+
+    Attributes
+    ----------
+    tower, projector, decoder, head : int
+        Vision tower, projector, decoder layers, language-model head.
+    reducer : int
+        Matrix products of the reducer itself (signals, similarities); 0 in the formula, which knows no method.
+    """
+
+    tower: int
+    projector: int
+    decoder: int
+    head: int
+    reducer: int = 0
+
+    @property
+    def model(self) -> int:
+        """FLOPs of the model's own layers."""
+        return self.tower + self.projector + self.decoder + self.head
+
+    @property
+    def total(self) -> int:
+        """FLOPs of the model's own layers and of the reducer."""
+        return self.model + self.reducer
+
+    def to_dict(self) -> dict[str, int]:
+        """Return plain data with the total."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass
+class Tokens:
+    """Tokens every layer ran on (one prompt).
+
+    Attributes
+    ----------
+    patches : int
+        Patches the tower embedded.
+    tower : list of int
+        Tokens of each tower layer, class token included.
+    projector : int
+        Tokens the projector ran on.
+    decoder : list of int
+        Tokens of each decoder layer, text included.
+    """
+
+    patches: int = 0
+    tower: list[int] = field(default_factory=list)
+    projector: int = 0
+    decoder: list[int] = field(default_factory=list)
+
+
+def closed_form(model: nn.Module, tokens: Tokens) -> Flops:
+    """FLOPs of one forward of a LLaVA-like model (CLIP or SigLIP tower, two-layer projector, Llama-like decoder).
+
+    With ``n`` tokens in a layer, width ``d``, ``H`` query heads and ``G`` key-value heads of width ``h``, and MLP width ``f``::
+
+        decoder layer   2 n d h (2 H + 2 G)  +  4 n^2 H h  +  2 n d f * 3
+        tower layer     2 n d d * 4          +  4 n^2 d    +  2 n d f * 2
+        patch embedding 2 patches d (channels * side^2)
+        projector       2 m (d_v d + d d)          for m tokens
+        head            2 d vocabulary             for the last position
+
+    Parameters
+    ----------
+    model : Module
+        Gives the widths, through its config.
+    tokens : Tokens
+        What each layer ran on.
+
+    Raises
+    ------
+    VtcError
+        For a vision tower the formula does not describe.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        raise VtcError(f"the FLOPs formula does not describe a '{vision.model_type}' tower: it knows CLIP and SigLIP")
+    d, f = text.hidden_size, text.intermediate_size
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    h = getattr(text, "head_dim", None) or d // heads
+    decoder = sum(2 * n * d * h * (2 * heads + 2 * groups) + 4 * n * n * heads * h + 2 * n * d * f * 3 for n in tokens.decoder)
+    dv, fv = vision.hidden_size, vision.intermediate_size
+    tower = 2 * tokens.patches * dv * (vision.num_channels * vision.patch_size**2)
+    tower += sum(2 * n * dv * dv * 4 + 4 * n * n * dv + 2 * n * dv * fv * 2 for n in tokens.tower)
+    layers = model.config.vision_feature_layer
+    inputs = dv * (1 if isinstance(layers, int) else len(layers))
+    projector = 2 * tokens.projector * (inputs * d + d * d)
+    return Flops(tower, projector, decoder, 2 * d * text.vocab_size)
+
+
+def _cpu_attention() -> dict[Any, Callable[..., int]]:
+    """Formula for the CPU's flash attention, which the counter of older torch releases passes over."""
+    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    if op is None or op in flop_registry:
+        return {}
+
+    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+        return sdpa_flop_count(query, key, value)
+
+    return {op: count}
+
+
+@contextmanager
+def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
+    """Record the tokens of tower and projector while the body runs. Hooks run after vtc's own, so they see what the layers see."""
+    family = family_of(model)
+
+    def length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return int(hidden.shape[0] * hidden.shape[1])
+
+    def layer(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen.tower.append(length(args, kwargs))
+
+    def projector(_: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.projector += int(args[0].shape[:-1].numel())
+
+    def embedding(_: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
+        seen.patches += int(out.shape[0] * out.shape[-2:].numel())
+
+    patch = next(m for m in family.tower.modules() if isinstance(m, nn.Conv2d))
+    hooks = [m.register_forward_pre_hook(layer, with_kwargs=True) for m in family.encoder_layers]
+    hooks += [family.projector.register_forward_pre_hook(projector), patch.register_forward_hook(embedding)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class Count:
+    """One forward, counted both ways.
+
+    Attributes
+    ----------
+    counted, formula : Flops
+        By torch's counter, by the closed formula.
+    tokens : Tokens
+        What each layer ran on.
+    cache : Cache
+        The KV cache the forward returned.
+    """
+
+    counted: Flops
+    formula: Flops
+    tokens: Tokens
+    cache: Any = field(repr=False)
+
+    @property
+    def mismatch(self) -> float:
+        """Relative difference of the model's own FLOPs, 0 where both agree."""
+        return abs(self.counted.model - self.formula.model) / max(1, self.formula.model)
+
+
+def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None) -> Count:
+    """Count one forward of one prompt both ways.
+
+    Parameters
+    ----------
+    model : Module
+        Patched with ``handle``, or unpatched.
+    inputs : mapping
+        Arguments of ``forward`` for a single prompt with one image.
+    handle : Handle or None
+        The patch in force.
+
+    Returns
+    -------
+    Count
+        Where attention is not a fused op (``eager``), the counter cannot tell the products of a reducer's signals from those of
+        attention, and they count as the model's.
+    """
+    if inputs["input_ids"].shape[0] != 1:
+        raise VtcError("FLOPs are counted on one prompt: pass inputs with a batch of one")
+    family = family_of(model)
+    seen = Tokens()
+    counter = FlopCounterMode(display=False, depth=None, custom_mapping=_cpu_attention())
+    with torch.no_grad(), _watch(model, seen), counter:
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    total = inputs["input_ids"].shape[1]
+    if handle is None or not handle.stats.last.images:
+        seen.decoder = [total] * family.facts.layers
+    else:
+        images = handle.stats.last.images
+        text = total - sum(i.slots for i in images)
+        seen.decoder = [text + sum(n) for n in zip(*(i.tokens_per_layer for i in images), strict=True)]
+    return Count(_attribute(model, counter.get_flop_counts()), closed_form(model, seen), seen, out.past_key_values)
+
+
+def _attribute(model: nn.Module, counts: Mapping[str, Mapping[Any, int]]) -> Flops:
+    """Split the counter's numbers by part; what is neither a linear layer, a convolution nor attention is the reducer's."""
+    root = type(model).__name__
+    family = family_of(model)
+    names = {id(m): f"{root}.{n}" for n, m in model.named_modules()}
+    fused = {op for ops in counts.values() for op in ops if "attention" in str(op)}
+    eager = not fused
+
+    def own(part: nn.Module) -> int:
+        prefix = names[id(part)]
+        modules = [m for m in part.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+        linear = sum(sum(counts.get(names[id(m)], {}).values()) for m in modules)
+        if eager and part is not family.projector:
+            return sum(counts.get(prefix, {}).values())
+        return linear + sum(counts.get(prefix, {}).get(op, 0) for op in fused)
+
+    head = own(model.get_output_embeddings())
+    tower, projector, decoder = own(family.tower), own(family.projector), own(family.text)
+    everything = sum(counts.get("Global", {}).values())
+    return Flops(tower, projector, decoder, head, everything - tower - projector - decoder - head)

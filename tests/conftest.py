@@ -1,0 +1,19 @@
+"""Shared settings of all tests: one thread per process, quiet transformers, no network."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet():
+    import transformers
+
+    transformers.logging.set_verbosity_error()

@@ -1,0 +1,440 @@
+"""Golden files of the methods that act inside the language model: ``CASES`` as in :mod:`golden_cases`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+import vtc
+from vtc.core import Facts, Layout, Reducer, Schedule, Signals, Stage
+from vtc.engine.patch import Handle, bind
+from vtc.families.base import Family, VisionCall
+from vtc.reducers import sparsevlm as sparsevlm_module
+from vtc.reducers.transprune import TransPruneStage, combine, transition, transitions
+from vtc.signals import AttentionTap, StateTap, next_question_attn
+
+Tensors = dict[str, Tensor]
+Run = Callable[[Tensors, dict[str, Any], str], Tensors]
+
+
+def signals_of(features: Tensor, budget: int, *, slots: int | None = None, **taps: Tensor) -> Signals:
+    """Signals of ``B`` images whose geometry is unknown."""
+    batch, n = features.shape[:2]
+    entries = torch.arange(n).expand(batch, n)
+    return Signals(features, Layout.flat(n), entries, budget, slots or n, taps)
+
+
+def span(length: int, start: int, n: int, batch: int = 1) -> Tensor:
+    """``(B, length)`` bool: the visual tokens."""
+    at = torch.arange(length)
+    return ((at >= start) & (at < start + n)).expand(batch, -1)
+
+
+# ---------------------------------------------------------------------------------------------------------------- DART
+def dart(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Measures on the recorded keys and states, then the selection."""
+    key, hidden = inputs["key_states"], inputs["normed_hidden"]
+    start, n, length = params["image_start"], params["N"], hidden.shape[1]
+    budget = {"keep": params["max"]} if params.get("max") else {"keep": 1 - params["ratio"]}
+    reducer = vtc.create(
+        "dart", **budget, image_pivots=params["pivot_image"], text_pivots=params["pivot_text"], official=True, layer=2
+    )
+    visual, valid = span(length, start, n), torch.ones(1, length, dtype=torch.bool)
+    last = torch.tensor([length - 1])
+    taps: Tensors = {}
+    for need in sorted(reducer.needs, key=lambda need: need.layer):
+        if need.of == "attention":
+            tap: Any = AttentionTap(key, key, key, 1.0, None, True, last, visual, valid)
+        else:  # the recorded states are under the final norm already
+            tap = StateTap(hidden, last, visual, valid, lambda t: t, given=taps)
+        taps[need.name] = need.measure(tap)
+    rows = {need.name for need in reducer.needs if need.axis == "row"}
+    own = {k: v if k in rows else v[:, start : start + n] for k, v in taps.items()}
+    wanted = reducer.count(n, FACTS)
+    signals = signals_of(hidden[:, start : start + n], wanted, **own)
+    image, _, where = reducer.pivots(signals)
+    return {
+        "image_pivots": image[0] + start,
+        "text_pivots": taps["text_places"][0],
+        "pivot_order": where[0],
+        "retained_sorted": reducer.select(signals).index[0] + start,
+    }
+
+
+# --------------------------------------------------------------------------------- a text model with the file's weights
+IMAGE = 7
+
+
+def facts_of(layers: int) -> Facts:
+    """Numbers of a model of which only the decoder exists."""
+    return Facts(
+        family="golden",
+        layers=layers,
+        encoder_layers=0,
+        feature_layer=0,
+        tokens=None,
+        max_tokens=None,
+        grid=(1, 1),
+        has_cls=True,
+        provides=frozenset({"attention", "cls"}),
+        stages=dict.fromkeys(Stage, ""),
+    )
+
+
+FACTS = facts_of(32)
+
+
+class Base(nn.Module):
+    """The least a multimodal model is: features in the places of the image tokens, then the text model."""
+
+    def __init__(self, language_model: nn.Module) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def get_image_features(self, pixel_values: list[Tensor]) -> list[Tensor]:
+        return list(pixel_values)
+
+    def forward(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: Any = None, **kwargs: Any) -> Any:
+        if pixel_values is not None:
+            features = torch.cat(self.get_image_features(pixel_values))
+            inputs_embeds = inputs_embeds.masked_scatter((input_ids == IMAGE)[..., None], features)
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+
+def llama(
+    weights: Tensors, *, heads: int, theta: float, eps: float, kind: str = "Llama"
+) -> nn.Module:
+    """A LLaMA (or Qwen2) with these weights, by layer (``0.self_attn...``) and ``norm.weight``."""
+    layers = 1 + max(int(k.split(".")[0]) for k in weights if not k.startswith("norm."))
+    width = weights["0.input_layernorm.weight"].shape[0]
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=16,
+        hidden_size=width,
+        intermediate_size=weights["0.mlp.up_proj.weight"].shape[0],
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=weights["0.self_attn.k_proj.weight"].shape[0] * heads // width,
+        max_position_embeddings=8192,
+        rms_norm_eps=eps,
+        rope_theta=theta,
+    )
+    config._attn_implementation = "sdpa"
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    named = {(k if k.startswith("norm.") else f"layers.{k}"): v for k, v in weights.items()}
+    missing, unexpected = model.load_state_dict(named, strict=False)
+    assert not unexpected
+    assert missing == ["embed_tokens.weight"], missing
+    torch.testing.assert_close(model.rotary_emb.inv_freq, theta ** -(torch.arange(0, width // heads, 2) / (width // heads)))
+    return model
+
+
+def ranking_model(weights: Tensors, *, heads: int, eps: float, theta: float, width: int) -> nn.Module:
+    """Two layers: one that changes nothing, and the one whose norm and projections the file brings (the rest is random)."""
+    full: Tensors = {}
+    generator = torch.Generator().manual_seed(0)
+    for layer in range(2):
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            full[f"{layer}.self_attn.{name}.weight"] = torch.randn(width, width, generator=generator)
+        for name, shape in (("gate_proj", (8, width)), ("up_proj", (8, width)), ("down_proj", (width, 8))):
+            full[f"{layer}.mlp.{name}.weight"] = torch.randn(shape, generator=generator)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            full[f"{layer}.{name}.weight"] = torch.ones(width)
+    full["norm.weight"] = torch.ones(width)
+    full["0.self_attn.o_proj.weight"].zero_()
+    full["0.mlp.down_proj.weight"].zero_()
+    full |= {f"1.{name}": t for name, t in weights.items() if f"1.{name}" in full and "mlp" not in name}
+    narrow = full["1.self_attn.k_proj.weight"].shape[0]  # fewer key heads than query heads
+    for name in ("0.self_attn.k_proj", "0.self_attn.v_proj", "1.self_attn.v_proj"):
+        full[f"{name}.weight"] = full[f"{name}.weight"][:narrow]
+    return llama(full, heads=heads, theta=theta, eps=eps)
+
+
+class Patched:
+    """A patched text model, and what its layers really get: ``hidden[i]``, ``positions[i]`` of the last forward."""
+
+    def __init__(self, text: nn.Module, spans: list[tuple[int, int]], reducer: Reducer) -> None:
+        self.text, self.spans = text, spans
+        layouts = [Layout.flat(n) for _, n in spans]
+        facts = facts_of(len(text.layers))
+        self.base = Base(text)
+        family = Family(
+            name="golden",
+            base=self.base,
+            text=text,
+            layers=text.layers,
+            text_attention=[layer.self_attn for layer in text.layers],
+            tower=nn.Identity(),
+            encoder_layers=nn.ModuleList(),
+            encoder_attention=[],
+            projector=nn.Identity(),
+            image_token_ids=(IMAGE,),
+            facts=facts,
+            describe=lambda call: VisionCall([1] * len(spans), layouts, layouts, torch.zeros(len(spans), 1)),
+        )
+        self.handle = Handle(self.base, family, bind(reducer, facts), strict=True)
+        self.handle.install(self.base)
+        self.hidden: dict[int, Tensor] = {}
+        self.positions: dict[int, Tensor] = {}
+        self.context: Any = None
+        for i, layer in enumerate(text.layers):
+            layer.register_forward_pre_hook(self.watch(i), with_kwargs=True)
+        text.register_forward_hook(self.leave, with_kwargs=True)
+
+    def watch(self, i: int) -> Any:
+        def hook(_module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            self.hidden[i] = args[0] if args else kwargs["hidden_states"]
+            cos, sin = kwargs["position_embeddings"]
+            table = self.text.rotary_emb(self.hidden[i], torch.arange(4096)[None])
+            same = (cos[:, :, None] == table[0][:, None]).all(-1) & (sin[:, :, None] == table[1][:, None]).all(-1)
+            assert bool((same.sum(-1) == 1).all()), "a rotation that is no whole position"
+            self.positions[i] = same.int().argmax(-1).expand(self.hidden[i].shape[:2])
+
+        return hook
+
+    def leave(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], _out: Any) -> None:
+        self.context = kwargs.get("_vtc") or self.context
+
+    def prefill(self, embeds: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
+        ids = torch.ones(embeds.shape[:2], dtype=torch.long)
+        for row, (start, n) in enumerate(self.spans):
+            ids[row, start : start + n] = IMAGE
+        features = [embeds[row, start : start + n] for row, (start, n) in enumerate(self.spans)]
+        blank = torch.where((ids == IMAGE)[..., None], 0.0, embeds)
+        with torch.no_grad():
+            return self.base(input_ids=ids, inputs_embeds=blank, pixel_values=features, attention_mask=mask, **kwargs)
+
+    def left(self, i: int, rows: Tensor) -> Tensor:
+        """``rows (B, P, ...)`` of layer ``i`` with padding on the right, zeroed, as the files have it."""
+        seg = self.context.keep[i][0]
+        out = torch.zeros_like(rows)
+        for b in range(len(rows)):
+            real = rows[b] if seg is None or seg.valid is None else rows[b, seg.valid[b]]
+            out[b, : len(real)] = real
+        return out
+
+    def kept(self, i: int) -> Tensor:
+        """Logical columns layer ``i`` holds (one row)."""
+        seg = self.context.keep[i][0]
+        return torch.arange(self.context.q) if seg is None else seg.rows[0]
+
+
+# --------------------------------------------------------------------------------------------------------- PyramidDrop
+def pyramiddrop(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """The whole engine on the file's decoder; for a single step, on a decoder whose first layer changes nothing."""
+    if "inputs_embeds" in inputs:
+        weights = {k.removeprefix("layers."): v for k, v in inputs.items() if k != "inputs_embeds"}
+        text = llama(weights, heads=params["heads"], theta=params["rope_base"], eps=params["rms_eps"])
+        ratios, cuts = tuple(params["ratio_list"]), tuple(params["layer_list"])
+        reducer = vtc.create("pyramiddrop", keep=ratios[-1], ratios=ratios, layers=cuts)
+        model = Patched(text, [(params["sys_len"], params["n_image"])], reducer)
+        out = model.prefill(inputs["inputs_embeds"])
+        last = len(text.layers) - 1
+        return {
+            **{f"hidden_into_layer{cut}": model.hidden[cut] for cut in cuts},
+            "last_hidden_state": out.last_hidden_state[:, model.kept(last)],
+            "length_per_layer": torch.tensor([model.hidden[i].shape[1] for i in range(last + 1)]),
+        }
+    stage, ratios, full = params["stage"], tuple(params["ratios"]), params["image_tokens_full"]
+    schedule = vtc.create("pyramiddrop", keep=ratios[-1], ratios=ratios[1:], layers=tuple(range(1, len(ratios))))
+    counts = [part.count(full, FACTS) for part in schedule.bind(FACTS).parts()]
+    current = full if stage == 0 else counts[stage - 1]
+    hidden, mask = inputs["hidden_states"], inputs["attention_mask"]
+    weights = {k.removeprefix("next_layer."): v for k, v in inputs.items() if k.startswith("next_layer.")}
+    text = ranking_model(weights, heads=params["heads"], eps=1e-6, theta=1e4, width=hidden.shape[2])
+    reducer = vtc.create("pyramiddrop", keep=counts[stage], ratios=(0.5,), layers=(1,))
+    model = Patched(text, [(start, current) for start in params["image_start"]], reducer)
+    model.prefill(hidden, mask, position_ids=inputs["position_ids"])
+    lengths = [int(m.sum()) - current + counts[stage] for m in mask]
+    padded = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
+    return {
+        "hidden_states": model.left(1, model.hidden[1]),
+        "position_ids": model.left(1, model.positions[1]),
+        "attention_mask": padded,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- TransPrune
+@dataclass(frozen=True, kw_only=True)
+class Given(TransPruneStage):
+    """The product's cut; transitions of layers before the file's come from the file, and what it decides is noted."""
+
+    rows: Tensor | None = None
+    log: list[tuple[Tensor, Tensor]] = field(default_factory=list, compare=False)
+
+    @property
+    def needs(self) -> Any:
+        return super().needs if self.rows is None else (next_question_attn(self.layer),)
+
+    def score(self, signals: Signals) -> Tensor:
+        if self.rows is None:
+            score = super().score(signals)
+        else:
+            score = combine(self.rows[:, None], signals.next_question_attn)
+        self.log.append((score, signals.entries))
+        return score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Several(Schedule):
+    """Given parts as a schedule."""
+
+    given: tuple[Reducer, ...] = ()
+
+    def parts(self) -> tuple[Reducer, ...]:
+        return self.given
+
+
+def transprune(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """The measure, one cut, or the whole engine with a decode step, by what the file brings."""
+    if "before" in inputs:
+        return {"weight": transition(inputs["before"], inputs["after"], shared=True)}
+    weights = {k.removeprefix("w."): v for k, v in inputs.items() if k.startswith("w.")}
+    start, n = params["image_pos"], params["image_tokens"]
+    if "features" in inputs:
+        return transprune_step(inputs, weights, params)
+    text = llama(weights, heads=params["heads"], theta=params["rope_theta"], eps=params["rms_eps"])
+    ratios = tuple(params["ratios"])
+    schedule = vtc.create(
+        "transprune",
+        keep=ratios[-1],
+        ratios=ratios,
+        layers=tuple(params["prune"]),
+        watch=tuple(number - 1 for number in params["acc"]),
+    )
+    bound = schedule.bind(facts_of(len(text.layers)))
+    parts = tuple(Given(**{f.name: getattr(p, f.name) for f in fields(p)}) for p in bound.parts())
+    model = Patched(text, [(start, n)], Several(keep=1.0, given=parts))
+    cache = transformers.DynamicCache()
+    out = model.prefill(inputs["embeds"], past_key_values=cache, use_cache=True)
+    layers, length = range(len(text.layers)), inputs["embeds"].shape[1]
+    held = torch.tensor([layer.keys.shape[2] for layer in cache.layers])
+    result = {
+        "last_hidden": out.last_hidden_state[:, model.kept(layers[-1])],
+        "lens": torch.tensor([*(model.hidden[i].shape[1] for i in layers), len(model.kept(layers[-1]))]),
+        "cache_lens": held,
+    }
+    context = model.context
+    for number in params["acc"]:
+        pair = [context.tapped[need.key][0][0] for need in transitions(number - 1)]
+        result[f"ttv.{number}"] = pair[0] + pair[1]
+    for i, part in enumerate(parts):
+        ((score, entries),) = part.log
+        result[f"score.{i}"] = score[0]
+        result[f"keep.{i}"] = model.kept(part.layer)[start : start + part.count(n, facts_of(len(text.layers)))] - start
+        assert torch.equal(entries[0] + start, model.kept(part.layer - 1)[start : start + len(entries[0])])
+    with torch.no_grad():
+        after = model.base(
+            input_ids=torch.ones(1, 1, dtype=torch.long), inputs_embeds=inputs["decode_embed"], past_key_values=cache
+        )
+    result["decode_hidden"] = after.last_hidden_state
+    result["decode_pos"] = torch.cat([model.positions[i][0] for i in layers])
+    assert cache.get_seq_length() == length + 1
+    return result
+
+
+def transprune_step(inputs: Tensors, weights: Tensors, params: dict[str, Any]) -> Tensors:
+    """One cut in a model whose first layer changes nothing."""
+    stage, ratios, start = params["stage"], tuple(params["ratios"][1:]), params["image_pos"]
+    features, rows = inputs["features"], inputs["ttv"]
+    facts = facts_of(len(ratios) + 1)
+    schedule = vtc.create("transprune", keep=ratios[-1], ratios=ratios, layers=tuple(range(1, len(ratios) + 1)))
+    counts = [part.count(params["image_tokens"], facts) for part in schedule.bind(facts).parts()]
+    current = params["image_tokens"] if stage == 0 else counts[stage - 1]
+    text = ranking_model(
+        {k.removeprefix(f"{params['rank_layer']}."): v for k, v in weights.items()},
+        heads=params["heads"],
+        eps=params["rms_eps"],
+        theta=params["rope_theta"],
+        width=features.shape[2],
+    )
+    part = Given(
+        keep=counts[stage],
+        cuts=(1,),
+        ratios=(0.5,),
+        watched=(0,),
+        stage_index=0,
+        rows=rows[:, start : start + current],
+    )
+    model = Patched(text, [(start, current)], Several(keep=1.0, given=(part,)))
+    model.prefill(features)
+    held = model.kept(1)
+    return {
+        "score": part.log[0][0][0],
+        "keep": held[(held >= start) & (held < start + current)] - start,
+        "features": model.hidden[1],
+        "position_ids": model.positions[1],
+        "ttv_after": rows[:, held],
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- SparseVLM
+@dataclass(frozen=True, kw_only=True)
+class RecordedNoise(sparsevlm_module.SparseVLMStage):
+    """The product's cut with the noise of the file."""
+
+    recorded: Tensor | None = None
+
+    def noise(self, signals: Signals, image: int, n: int) -> Tensor | None:
+        return self.recorded
+
+
+def sparsevlm(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Clustering alone; or raters, scores and selection of every stage on the recorded attention and states."""
+    if "tokens" in inputs:
+        tokens, clusters = inputs["tokens"], params["clusters"]
+        noise = inputs["density_noise"]
+        return {"merged": torch.stack([_clustered(t, clusters, n) for t, n in zip(tokens, noise, strict=True)])}
+    embeds, start, n = inputs["inputs_embeds"], params["sys_len"], params["N"]
+    length = embeds.shape[1]
+    visual, valid = span(length, start, n), torch.ones(1, length, dtype=torch.bool)
+    chosen = sparsevlm_module.raters(StateTap(embeds, torch.tensor([length - 1]), visual, valid, lambda t: t))
+    raters = chosen[0, start + n :].nonzero()[:, 0]
+    version = params["version"].split("_")[0]
+    schedule = vtc.create(
+        "sparsevlm", keep=params["retain"], version=version, layers=tuple(p + 1 for p in params["pruning_layers"]), official=True
+    )
+    text = llama_rope(params["head_dim"])
+    places, current = torch.arange(length), n
+    out: Tensors = {"rater_text_index": raters}
+    for i, part in enumerate(schedule.bind(FACTS).parts()):
+        hidden, attention = inputs[f"stage{i}.hidden_states"], inputs[f"stage{i}.text_to_visual_attn"][None]
+        weight = torch.ones(1, len(raters))
+        rows = attention[:, :, raters]
+        if version == "2":
+            vectors = sparsevlm_module.rope_prior(text(hidden, places[None]))[0]
+            rows = rows / (vectors[start + current + raters] @ vectors[start : start + current].T)
+            score = sparsevlm_module.rate(rows, weight, part.heads)
+        else:
+            score = sparsevlm_module.rate(rows, weight)
+        if part.merges:
+            own = {f.name: getattr(part, f.name) for f in fields(part)}
+            part = RecordedNoise(**own, recorded=inputs[f"stage{i}.density_noise"][0])
+        total = part.count(n, FACTS)
+        selection = part.select(signals_of(hidden[:, start : start + current], total, rater_attention=score))
+        kept = selection.index[0]
+        features = hidden[:, start + kept] if selection.features is None else selection.features
+        out[f"stage{i}.hidden_states"] = torch.cat([hidden[:, :start], features, hidden[:, start + current :]], 1)
+        stay = torch.cat([torch.arange(start), start + kept, torch.arange(start + current, hidden.shape[1])])
+        places = torch.arange(len(stay)) if part.position_policy == "compact" else places[stay]
+        out[f"stage{i}.position_ids"] = places[None]
+        out["last_hidden_state"] = out[f"stage{i}.hidden_states"]
+        current = total
+    return out
+
+
+def _clustered(tokens: Tensor, clusters: int, noise: Tensor) -> Tensor:
+    return sparsevlm_module.merge(tokens, sparsevlm_module.density_peaks(tokens, clusters, noise)[1], clusters)
+
+
+def llama_rope(width: int) -> nn.Module:
+    """Hugging Face's rotations for heads of this width."""
+    config = transformers.LlamaConfig(hidden_size=width, num_attention_heads=1, num_key_value_heads=1, rope_theta=10000.0)
+    return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+
+
+CASES: dict[str, Run] = {"dart": dart, "pyramiddrop": pyramiddrop, "transprune": transprune, "sparsevlm": sparsevlm}

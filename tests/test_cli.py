@@ -1,0 +1,401 @@
+"""The command line: what each command prints, its JSON, its exit codes, and that errors are one sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+import typer
+from models import build
+from PIL import Image
+
+import vtc
+from vtc import cli, doctor, registry
+from vtc.core import Need, Scorer, Stage
+from vtc.inspect import examine, label
+from vtc.trial import trial
+
+
+@pytest.fixture
+def call(capsys):
+    """Run the command line; return exit code, standard output and standard error."""
+
+    def go(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            cli.main(list(arguments))
+        out, err = capsys.readouterr()
+        code = stop.value.code
+        return (0 if code is None else int(code)), out, err
+
+    return go
+
+
+@pytest.fixture(scope="module")
+def pocket():
+    return vtc.load_pocket()
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 255, (60, 90, 3), generator=generator, dtype=torch.uint8)
+    path = tmp_path_factory.mktemp("images") / "noise.png"
+    Image.fromarray(pixels.numpy()).resize((180, 120)).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Folders that hold nothing but a config."""
+    out = {}
+    for name in ("llava_next", "llava_siglip"):
+        folder = tmp_path_factory.mktemp(name)
+        build(name).config.save_pretrained(folder)
+        assert [p.name for p in folder.iterdir()] == ["config.json"]
+        out[name] = str(folder)
+    return out
+
+
+# --------------------------------------------------------------------------------------------------------------- list
+def test_list_names_every_reducer(call):
+    code, out, err = call("list")
+    assert code == 0 and err == ""
+    for name, entry in registry.entries().items():
+        row = next(line for line in out.splitlines() if line.split()[:1] == [name])
+        assert entry.paper in row and entry.stages[0] in row
+    assert f"{len(registry.entries())} reducers" in out
+
+
+def test_list_filters_by_pattern_and_stage(call):
+    names = lambda *a: [row["name"] for row in json.loads(call("list", "--json", *a)[1])]  # noqa: E731
+    assert names() == vtc.list_reducers()
+    assert names("fast") == [n for n in vtc.list_reducers() if "fast" in n]
+    assert names("f*v") == ["fastv"]
+    assert names("--stage", "decoder") == [n for n, e in registry.entries().items() if "decoder" in e.stages]
+    row = json.loads(call("list", "--json", "fastv")[1])[0]
+    assert row["needs"] == ["last_attn"] and row["positions"] == "original" and row["kind"] == "score"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(("list", "zzz"), "no reducer matches 'zzz'"), (("list", "--stage", "decode"), "did you mean 'decoder'")],
+)
+def test_list_refuses_what_does_not_exist(call, arguments, said):
+    code, out, err = call(*arguments)
+    assert code == 1 and out == "" and said in err
+
+
+# --------------------------------------------------------------------------------------------------------------- info
+@pytest.mark.parametrize("name", vtc.list_reducers())
+def test_info_explains_every_reducer(call, name):
+    code, out, _ = call("info", name)
+    entry = registry.info(name)
+    assert code == 0
+    flat = " ".join(out.split())
+    assert entry.summary in flat and "Deviates:" in flat and entry.paper in flat
+    for preset in entry.presets:
+        assert f"{name}.{preset}" in out
+        data = json.loads(call("info", f"{name}.{preset}", "--json")[1])
+        assert data["preset"] == {"name": preset, **entry.presets[preset]}
+    data = json.loads(call("info", name, "--json")[1])
+    assert set(data["options"]) == {k for k in entry.options if k[0] != "_"} and data["doc"].startswith(entry.summary)
+
+
+def test_info_suggests_names(call):
+    code, _, err = call("info", "fastvv")
+    assert code == 1 and "did you mean 'fastv'" in err
+    code, _, err = call("info", "fastv.papr")
+    assert code == 1 and "did you mean 'paper'" in err
+
+
+def test_docstrings_are_refilled_but_lists_are_not():
+    listing = "Parameters\n----------\nkeep : int\n    {}\nlayer : int\n    Where."
+    doc = "First line.\n\nA paragraph that\nwas wrapped.\n\n" + listing.format("Tokens\n    to keep.")
+    assert cli._reflow(doc, 80) == "First line.\n\nA paragraph that was wrapped.\n\n" + listing.format("Tokens to keep.")
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+def test_check_reads_the_structure_from_the_config(call, pocket):
+    code, out, _ = call("check", "pocket", "--json")
+    data = json.loads(out)
+    config = pocket[0].config
+    assert code == 0
+    assert data["decoder"]["layers"] == config.text_config.num_hidden_layers
+    assert data["tower"]["layers"] == config.vision_config.num_hidden_layers and data["tower"]["cls"]
+    assert data["visual_tokens"] == config.image_seq_length == 196 and data["tower"]["grid"] == [14, 14]
+    assert set(data["stages"]) == {s.value for s in Stage} and set(data["reducers"]) == set(vtc.list_reducers())
+    code, out, _ = call("check", "pocket")
+    assert code == 0 and "14x14 patches" in out and "with class token" in out
+
+
+@pytest.mark.parametrize("size", [(56, 30), (30, 56), (20, 20)])
+def test_check_counts_anyres_tokens_as_the_model_does(call, folders, size):
+    from models import make_inputs, visual_of
+
+    width, height = size
+    data = json.loads(call("check", folders["llava_next"], "--image-size", f"{width}x{height}", "--json")[1])
+    model = build("llava_next")
+    inputs = make_inputs("llava_next", model, sizes=[[height, width]])
+    assert data["visual_tokens"] == int(visual_of(inputs).sum())
+    assert data["image_size"] == [width, height] and data["anyres"]
+
+
+def test_check_says_why_a_reducer_does_not_run(call, folders, temporary):
+    code, out, _ = call("check", folders["llava_siglip"])
+    assert code == 0 and "without class token" in out
+    assert f"not {temporary}: '{temporary}': signal 'cls_attn' needs 'cls'" in out
+    data = json.loads(call("check", folders["llava_siglip"], "--json")[1])
+    assert data["reducers"]["uniform"] == "" and "needs 'cls'" in data["reducers"][temporary]
+    served = sum(not reason for reason in data["reducers"].values())
+    assert f"{served} of {len(vtc.list_reducers())}: " in out and served < len(vtc.list_reducers())
+    assert examine("pocket").reducers[temporary] == ""  # this tower has a class token
+
+
+@pytest.fixture
+def temporary():
+    """A reducer that works only with a class token."""
+    from vtc.signals import cls_attn
+
+    @registry.register("only_cls", paper="baseline")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class OnlyCls(Scorer):
+        """Test."""
+
+        stage: ClassVar[Stage] = Stage.BOUNDARY
+
+        @property
+        def needs(self) -> tuple[Need, ...]:
+            return (cls_attn(-2, substitute=False),)
+
+    yield "only_cls"
+    registry.unregister("only_cls")
+
+
+def test_check_answers_for_one_reducer(call, folders, temporary):
+    code, out, _ = call("check", "pocket", "fastv.k3-r75")
+    assert code == 0 and "yes" in out and "196 visual tokens -> 49" in out
+    code, out, err = call("check", "pocket", "fastv", "-o", "layer=9")
+    assert code == 1 and out == "" and "use 1..3" in err
+    code, _, err = call("check", folders["llava_siglip"], temporary)
+    assert code == 1 and "these reducers work here" in err and "uniform" in err
+    code, out, _ = call("check", folders["llava_siglip"], temporary, "--json")
+    assert code == 1 and json.loads(out)["asked"]["runs"] is False
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+QUESTION = "what color is the big shape?"
+
+
+def test_run_prints_both_answers_times_and_tokens(call, pocket, picture, tmp_path):
+    target = tmp_path / "kept.png"
+    code, out, _ = call(
+        *("run", "--image", picture, "--prompt", QUESTION, "--reducer", "fastv.k3-r75", "--keep", "49"),
+        *("--runs", "2", "--max-new-tokens", "3", "--show", str(target), "--json"),
+    )
+    data = json.loads(out)
+    assert code == 0
+    assert data["reducer"] == "fastv(keep=49, layer=3)"
+    assert data["tokens"]["tokens_per_layer"] == [196, 196, 196, 49] and data["tokens"]["avg_tokens"] == 159.25
+    # the answers are those of plain generate
+    model, processor = pocket
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(text=text, images=[Image.open(picture).convert("RGB")], return_tensors="pt")
+    plain = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with vtc.patch(model, "fastv", keep=49, layer=3):
+        short = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    start = inputs["input_ids"].shape[1]
+    for side, output in (("before", plain), ("after", short)):
+        assert data[side]["answer"] == processor.batch_decode(output[:, start:], skip_special_tokens=True)[0].strip() != ""
+        assert data[side]["new_tokens"] == output.shape[1] - start
+        for clock in ("ttft_ms", "total_ms"):
+            assert 0 < data[side][clock]["min"] <= data[side][clock]["median"] <= data[side][clock]["max"]
+    assert data["before"]["reducer_ms"] == 0 < data["after"]["reducer_ms"]
+    assert data["conditions"]["runs"] == 2 and "float32" in data["conditions"]["text"]
+    assert Image.open(target).size[0] > 400
+
+
+def test_run_table_and_composition(call, picture):
+    code, out, _ = call(
+        *("run", "--image", picture, "--prompt", QUESTION, "--reducer", "divprune", "--reducer", "fastv"),
+        *("--keep", "0.5", "--runs", "1", "--max-new-tokens", "2"),
+    )
+    assert code == 0
+    assert "divprune(keep=0.5) + fastv(keep=0.5) on pocket" in out
+    for row in ("answer", "time to first token", "whole answer", "visual tokens, last layer", "visual tokens, layer average"):
+        assert row in out
+    assert "divprune at boundary: 196 -> 98 tokens" in out and "fastv at decoder 2: 98 -> 98 tokens" in out
+
+
+def test_trial_leaves_the_model_as_it_was(pocket, picture):
+    model, processor = pocket
+    before = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    outcome = trial(model, processor, Image.open(picture), QUESTION, vtc.create("uniform", keep=20), max_new_tokens=2, runs=3)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+    assert len(outcome.before.ttft_ms) == len(outcome.after.total_ms) == 3  # the warm-up is not counted
+    assert outcome.image.kept == len(outcome.kept.entries) == 20
+
+
+def test_label():
+    assert label(vtc.create("fastv", keep=64)) == "fastv(keep=64)"
+    assert label(vtc.create("fastv.k3-r75")) == "fastv(keep=0.25, layer=3)"
+
+
+def test_options_are_read_as_json():
+    read = [cli._value(t) for t in ("3", "0.5", "true", "False", "null", "[1, 2]", "compact", "1e-2")]
+    assert read == [3, 0.5, True, False, None, (1, 2), "compact", 0.01]
+    assert [type(cli._amount("keep", t)) for t in ("64", "0.5", "1.0")] == [int, float, float]
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+def test_doctor_is_content_here(call):
+    code, out, _ = call("doctor", "--json")
+    data = json.loads(out)
+    found = {f["what"]: f for f in data["findings"]}
+    assert code == 0 and data["ok"]
+    assert found["reducers"]["text"].startswith(f"{len(vtc.list_reducers())}: ")
+    assert found["pocket model"]["state"] == "ok" and found["transformers"]["state"] == "ok"
+    code, out, _ = call("doctor")
+    assert code == 0 and "everything works" in out
+
+
+@pytest.mark.parametrize("version", [(4, 56, 2), (6, 0, 0)])
+def test_doctor_reports_an_unsupported_transformers(call, monkeypatch, version):
+    monkeypatch.setattr("vtc.compat.transformers_version", lambda: version)
+    monkeypatch.setattr(doctor, "_pocket", lambda: iter(()))
+    code, out, _ = call("doctor", "--json")
+    found = {f["what"]: f for f in json.loads(out)["findings"]}
+    assert code == 1 and found["transformers"]["state"] == "problem" and "pip install" in found["transformers"]["text"]
+
+
+def test_doctor_survives_a_crashing_check(call, monkeypatch):
+    def crash():
+        raise RuntimeError("no weights")
+
+    monkeypatch.setattr("vtc.load_pocket", crash)
+    code, out, _ = call("doctor")
+    assert code == 1 and "RuntimeError: no weights" in out and "1 problem found" in out
+
+
+def test_doctor_sees_our_kernels_folder_posing_as_kernels(monkeypatch, tmp_path):
+    import vtc.kernels
+
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = doctor._kernels_package()
+    assert finding.state == "note" and "not Hugging Face's" in finding.text
+    monkeypatch.setattr(vtc.kernels, "__file__", str(package / "__init__.py"))
+    (finding,) = doctor._kernels_package()
+    assert finding.state == "note" and "use `python -P`" in finding.text
+    monkeypatch.setattr(doctor, "version_of", lambda name: "0.12.0")  # now it would hide the real one
+    (finding,) = doctor._kernels_package()
+    assert finding.state == "problem"
+
+
+def test_doctor_reports_missing_and_broken_commands(monkeypatch):
+    def broken():
+        raise ImportError("gone")
+
+    for points, said in (
+        ([], "are not registered"),
+        ([_point("x", broken)], "'x:register' cannot be loaded (ImportError: gone)"),
+    ):
+        monkeypatch.setattr("importlib.metadata.entry_points", lambda group, points=points: points)
+        (finding,) = doctor._commands()
+        assert finding.state == "problem" and said in finding.text and "reinstall" in finding.text
+
+
+def test_doctor_names_missing_extras(monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "matplotlib" else "1.0")
+    findings = {f.what: f for f in doctor._extras()}
+    assert findings["extra plot"].state == "note" and "pip install 'vtc-reducers[plot]'" in findings["extra plot"].text
+    assert findings["extra eval"].state == "ok"
+
+
+# ------------------------------------------------------------------------------------------------------------- plugins
+def _point(name, load):
+    return SimpleNamespace(name=name, value=f"{name}:register", dist=SimpleNamespace(name="third-party"), load=load)
+
+
+def test_plugins_add_commands_and_a_broken_one_costs_one_line(monkeypatch, capsys):
+    def good():
+        return lambda target: target.command("extra")(lambda: print("extra ran"))
+
+    def broken():
+        raise ImportError("no module named 'gone'")
+
+    app = typer.Typer()
+    app.command("first")(lambda: None)
+    points = [_point("broken", broken), _point("good", good)]
+    monkeypatch.setattr(
+        "importlib.metadata.entry_points", lambda group: points if group == cli.COMMANDS else entry_points(group=group)
+    )
+    cli.load_plugins(app)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "'broken' of third-party" in err and "no module named 'gone'" in err
+    with pytest.raises(SystemExit) as stop:
+        typer.main.get_command(app).main(args=["extra"])
+    assert not stop.value.code and "extra ran" in capsys.readouterr().out
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+def test_errors_are_one_sentence_without_traceback(call):
+    code, out, err = call("info", "nosuch")
+    assert code == 1 and out == ""
+    assert err.startswith("error: no reducer named 'nosuch'") and err.count("\n") == 1 and "Traceback" not in err
+
+
+def test_debug_shows_the_traceback():
+    for arguments in (["--debug", "info", "nosuch"], ["info", "nosuch", "--debug"]):
+        with pytest.raises(vtc.UnknownReducerError):
+            cli.main(arguments)
+
+
+def test_a_bug_says_how_to_report_it(call, monkeypatch):
+    def crash(*_):
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("vtc.registry.info", crash)
+    code, _, err = call("info", "fastv")
+    assert code == 1 and err.startswith("error: ZeroDivisionError: oops") and "--debug" in err
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["info", "fastv", "--debug"])
+
+
+@pytest.mark.parametrize("arguments", [("nosuch",), ("run", "--image", "x.png"), ("list", "--nosuch"), ("run", "--runs", "0")])
+def test_wrong_usage_exits_with_2(call, arguments):
+    assert call(*arguments)[0] == 2
+
+
+def test_version(call):
+    assert call("--version")[:2] == (0, vtc.__version__ + "\n")
+
+
+def test_python_m_vtc_and_quick_help():
+    """Help and list, plugins included, import neither transformers nor the evaluation harness's heavy dependencies."""
+    code = (
+        "import sys, contextlib, io\n"
+        "from vtc.cli import main\n"
+        "for arguments in (['--help'], ['list'], ['info', 'fastv']):\n"
+        "    with contextlib.redirect_stdout(io.StringIO()):\n"
+        "        try: main(arguments)\n"
+        "        except SystemExit as stop: assert not stop.code\n"
+        "heavy = {'transformers', 'triton', 'lmms_eval', 'matplotlib', 'pandas', 'sklearn'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-P", "-m", "vtc", "--version"], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == vtc.__version__

@@ -1,0 +1,85 @@
+"""Confidence intervals: known coverage, pairing, clustering, determinism."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from vtc.errors import VtcError
+from vtc.eval.stats import Bootstrap, Interval, spread
+
+
+def marks(text: str) -> list[bool]:
+    return [c == "1" for c in text]
+
+
+def test_the_point_estimates_are_the_plain_shares():
+    boot = Bootstrap(list("abcd"), resamples=500)
+    assert boot.accuracy(marks("1101")).value == 0.75
+    paired = boot.paired(marks("1000"), marks("1101"))
+    assert paired.difference.value == -0.5 and paired.ratio.value == pytest.approx(1 / 3)
+
+
+def test_coverage_of_a_binomial_is_about_what_is_asked():
+    """200 questions at 70 %, 300 experiments: the 90 % interval must hold the truth in about 90 % of them."""
+    rng = np.random.default_rng(1)
+    boot = Bootstrap([str(i) for i in range(200)], resamples=600, confidence=0.90)
+    inside = 0
+    for _ in range(300):
+        interval = boot.accuracy(rng.random(200) < 0.7)
+        inside += interval.low <= 0.7 <= interval.high
+    assert 0.84 < inside / 300 < 0.95  # three standard errors of the experiment around 90 %
+
+
+def test_the_width_matches_the_normal_approximation():
+    boot = Bootstrap([str(i) for i in range(400)], resamples=4000)
+    interval = boot.accuracy([i % 4 != 0 for i in range(400)])
+    half = 1.96 * (0.75 * 0.25 / 400) ** 0.5
+    assert (interval.high - interval.low) / 2 == pytest.approx(half, rel=0.08)
+
+
+def test_copies_of_a_question_about_one_image_add_no_confidence():
+    answers = [i % 3 != 0 for i in range(60)]
+    single = Bootstrap([str(i) for i in range(60)]).accuracy(answers)
+    five = Bootstrap([str(i // 5) for i in range(300)]).accuracy([answers[i // 5] for i in range(300)])
+    naive = Bootstrap([str(i) for i in range(300)]).accuracy([answers[i // 5] for i in range(300)])
+    # the groups are numbered in another order, so the draws differ in detail
+    assert five.high - five.low == pytest.approx(single.high - single.low, rel=0.15)
+    assert naive.high - naive.low < 0.6 * (five.high - five.low)
+
+
+def test_a_pair_of_equal_runs_has_no_uncertainty_and_pairing_narrows():
+    rng = np.random.default_rng(2)
+    boot = Bootstrap([str(i) for i in range(300)])
+    base = rng.random(300) < 0.8
+    same = boot.paired(base, base)
+    assert same.difference == Interval(0.0, 0.0, 0.0) and same.ratio == Interval(1.0, 1.0, 1.0)
+    nearly = base.copy()
+    nearly[:6] = ~nearly[:6]
+    paired = boot.paired(nearly, base).difference
+    alone = boot.accuracy(nearly)
+    assert paired.high - paired.low < 0.5 * (alone.high - alone.low)
+
+
+def test_draws_depend_on_the_seed_only():
+    groups = [str(i) for i in range(50)]
+    answers = [i % 2 == 0 for i in range(50)]
+    one, two = (Bootstrap(groups, seed=7).accuracy(answers) for _ in range(2))
+    assert one == two
+    assert (Bootstrap(groups, seed=8).weights != Bootstrap(groups, seed=7).weights).any()
+
+
+def test_a_reference_that_is_never_right_has_no_share():
+    boot = Bootstrap(list("abc"))
+    assert boot.paired(marks("111"), marks("000")).ratio is None
+
+
+def test_bad_input():
+    with pytest.raises(VtcError, match="at least one question"):
+        Bootstrap([])
+    with pytest.raises(VtcError, match="2 answers do not match 3 questions"):
+        Bootstrap(list("abc")).accuracy([True, False])
+
+
+def test_spread_is_median_and_quintiles():
+    assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Interval(3.5, 2.0, 5.0)

@@ -1,0 +1,194 @@
+"""The store: cells are complete or absent, whatever kills the process; damage is noticed; other versions are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vtc.errors import StoreError
+from vtc.eval.store import SCHEMA, STATUS, Store, cell_id, latest_store
+
+CONFIG = {"schema": SCHEMA, "reducer": {"name": "random", "options": {"keep": 4}}}
+CELL = cell_id(CONFIG)
+SAMPLES = [{"id": "a/0", "image": "a", "correct": True, "answer": "ja – sí"}]
+
+
+def filled(root) -> Store:
+    store = Store(root, create=True)
+    store.put(CELL, CONFIG, {"seed": 0}, {"accuracy": 1.0}, SAMPLES)
+    return store
+
+
+def test_what_goes_in_comes_out(tmp_path):
+    filled(tmp_path / "s")
+    store = Store(tmp_path / "s")
+    found = store.get(CELL)
+    assert (found.config, found.metrics, found.samples, found.speed, found.error) == (
+        CONFIG,
+        {"accuracy": 1.0},
+        SAMPLES,
+        None,
+        "",
+    )
+    store.put_speed(CELL, {"prefill": 3.5})
+    assert store.get(CELL).speed == {"prefill": 3.5}
+    assert store.get("0" * 16) is None
+    assert sorted(p.name for p in (store.cells / CELL).iterdir()) == sorted(
+        ["config.json", "env.json", "metrics.json", "samples.jsonl", "speed.json", STATUS]
+    )
+
+
+def test_the_address_is_that_of_the_content_not_of_the_key_order():
+    assert cell_id({"a": 1, "b": [1, 2]}) == cell_id({"b": [1, 2], "a": 1})
+    assert cell_id({"a": 1}) != cell_id({"a": 2})
+
+
+def test_failures_are_kept_with_their_reason_and_replaced_by_success(tmp_path):
+    store = Store(tmp_path / "s", create=True)
+    store.put_failure(CELL, CONFIG, {}, "ValueError: broken")
+    assert store.get(CELL).error == "ValueError: broken" and store.get(CELL).metrics == {}
+    store.put(CELL, CONFIG, {}, {"accuracy": 0.5}, SAMPLES)
+    assert store.get(CELL).error == "" and store.get(CELL).metrics == {"accuracy": 0.5}
+    store.put_speed(CELL, {}, "speed pass: broken")
+    assert store.get(CELL).error == "speed pass: broken" and store.get(CELL).metrics == {"accuracy": 0.5}
+
+
+# every os call that makes a file appear is a place to die at
+KILL = """
+import os, sys
+from vtc.eval import store as module
+from vtc.eval.store import Store
+count = 0
+def dying(original):
+    def call(*args, **kwargs):
+        global count
+        count += 1
+        if count > int(sys.argv[2]):
+            os._exit(9)
+        return original(*args, **kwargs)
+    return call
+import pathlib
+config = {config!r}
+store = Store(sys.argv[1], create=True)
+pathlib.Path.replace = dying(pathlib.Path.replace)
+os.fsync = dying(os.fsync)
+store.put({cell!r}, config, {{}}, {{"accuracy": 1.0}}, {samples!r})
+store.put_speed({cell!r}, {{"prefill": 1.0}})
+print(count)
+"""
+
+
+def test_a_process_killed_at_any_moment_leaves_a_whole_cell_or_none(tmp_path):
+    script = tmp_path / "kill.py"
+    script.write_text(textwrap.dedent(KILL).format(config=CONFIG, cell=CELL, samples=SAMPLES))
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+    def run(name: str, after: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, str(script), str(tmp_path / name), str(after)], capture_output=True, text=True, env=environment
+        )
+
+    whole = run("whole", 10_000)
+    assert whole.returncode == 0, whole.stderr
+    steps = int(whole.stdout)
+    assert steps >= 14
+    seen = set()
+    for after in (*range(0, steps, 3), steps - 2, steps - 1):
+        name = f"killed-{after}"
+        assert run(name, after).returncode == 9
+        store = Store(tmp_path / name)
+        with store.locked():  # the lock of a dead process is free, and its leftovers are swept up
+            assert not list(store.cells.glob(".new-*"))
+        found = store.get(CELL)
+        seen.add("none" if found is None else "accuracy" if found.speed is None else "speed")
+        if found is not None:
+            assert found.metrics == {"accuracy": 1.0} and found.samples == SAMPLES and found.speed is None
+        filled(tmp_path / name)  # and the next run can write the cell
+    assert seen == {"none", "accuracy"}
+
+
+@pytest.mark.parametrize("name", ["metrics.json", "samples.jsonl", "config.json", "env.json"])
+@pytest.mark.parametrize("damage", ["cut", "other", "gone"])
+def test_damage_is_noticed_and_the_cell_can_be_moved_aside(tmp_path, name, damage):
+    store = filled(tmp_path / "s")
+    path = store.cells / CELL / name
+    if damage == "gone":
+        path.unlink()
+    else:
+        path.write_text(path.read_text()[:-3] if damage == "cut" else "{}")
+    with pytest.raises(StoreError, match=f"cell {CELL} .* is damaged .*run the sweep again"):
+        store.get(CELL)
+    moved = store.quarantine(CELL)
+    assert moved.is_dir() and store.get(CELL) is None
+    filled(tmp_path / "s")
+    assert store.quarantine(CELL) != moved
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"files": 3, "state": "done"}', "\x00"])
+def test_a_damaged_status_is_noticed(tmp_path, content):
+    store = filled(tmp_path / "s")
+    (store.cells / CELL / STATUS).write_text(content)
+    with pytest.raises(StoreError, match="damaged"):
+        store.get(CELL)
+
+
+def test_a_cell_without_status_or_under_a_wrong_address_is_damaged(tmp_path):
+    store = filled(tmp_path / "s")
+    (store.cells / CELL).rename(store.cells / ("f" * 16))
+    with pytest.raises(StoreError, match="another cell"):
+        store.get("f" * 16)
+    (store.cells / ("f" * 16) / STATUS).unlink()
+    with pytest.raises(StoreError, match="no status"):
+        store.get("f" * 16)
+
+
+def test_a_speed_file_newer_than_the_status_counts_as_not_there(tmp_path):
+    store = filled(tmp_path / "s")
+    store.put_speed(CELL, {"prefill": 1.0})
+    (store.cells / CELL / "speed.json").write_text('{"prefill": 2.0}')
+    assert store.get(CELL).speed is None and store.get(CELL).metrics == {"accuracy": 1.0}
+
+
+def test_other_versions_and_other_folders_are_refused(tmp_path):
+    filled(tmp_path / "s")
+    (tmp_path / "s" / "store.json").write_text(json.dumps({"schema": SCHEMA + 1}))
+    with pytest.raises(StoreError, match=f"schema version {SCHEMA + 1}, and this vtc reads version {SCHEMA}: .*--out"):
+        Store(tmp_path / "s", create=True)
+    (tmp_path / "s" / "store.json").write_text("{")
+    with pytest.raises(StoreError, match="damaged"):
+        Store(tmp_path / "s")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("x")
+    with pytest.raises(StoreError, match="not a vtc results store"):
+        Store(tmp_path / "photos", create=True)
+    with pytest.raises(StoreError, match="not a vtc results store"):
+        Store(tmp_path / "photos" / "cat.jpg", create=True)
+    with pytest.raises(StoreError, match="vtc sweep FILE.yaml --out"):
+        Store(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
+    Store(tmp_path / "new" / "deep", create=True)
+    with pytest.raises(StoreError, match="holds no sweep yet"):
+        Store(tmp_path / "new" / "deep").read_sweep()
+
+
+def test_only_one_process_writes(tmp_path):
+    store = filled(tmp_path / "s")
+    with store.locked(), pytest.raises(StoreError, match="another sweep is writing"), Store(tmp_path / "s").locked():
+        pass
+    with store.locked():
+        pass
+
+
+def test_the_latest_store_is_found(tmp_path):
+    with pytest.raises(StoreError, match="no results store in"):
+        latest_store(tmp_path)
+    for number, name in enumerate(["b", "a"]):
+        filled(tmp_path / name).write_sweep({})
+        os.utime(tmp_path / name / "sweep.json", (number + 1, number + 1))
+    assert latest_store(tmp_path) == tmp_path / "a"
+    assert latest_store(tmp_path / "b") == tmp_path / "b"

@@ -1,0 +1,376 @@
+"""The registry is the single list, and nothing imports what it must not know."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+from cases import CASES
+
+import vtc
+import vtc.eval
+import vtc.kernels
+import vtc.reducers
+from vtc import registry
+from vtc.core import EncoderReducer, ImageReducer, Reducer, Schedule, Scorer, Selection, Stage
+from vtc.errors import BudgetError, DuplicateReducerError, UnknownArgumentError, UnknownReducerError
+
+REDUCERS = vtc.list_reducers()
+reducers = pytest.mark.parametrize("name", REDUCERS)
+
+
+# ------------------------------------------------------------------------------------------------------ every reducer
+def test_cases_and_registry_list_the_same() -> None:
+    assert sorted(CASES) == REDUCERS, "every registered reducer has one line in tests/cases.py, and nothing else has"
+
+
+@reducers
+def test_entry_is_complete(name: str) -> None:
+    entry = vtc.info(name)
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", name)
+    assert entry.name == entry.cls.name == name
+    assert entry.paper == "baseline" or re.fullmatch(r"arXiv:\d{4}\.\d{5}", entry.paper), "name the paper"
+    if entry.code:
+        assert re.fullmatch(r"https://\S+ @ [0-9a-f]{7,40}( \(\S+\))?", entry.code), "name the code and its commit"
+        assert entry.licence, "name the licence of the official code"
+    assert dataclasses.is_dataclass(entry.cls)
+    assert entry.cls.__dataclass_params__.frozen
+    assert set(entry.stages) <= {s.value for s in Stage}
+    assert entry.stages
+
+
+@reducers
+def test_docstring_explains(name: str) -> None:
+    entry = vtc.info(name)
+    doc = inspect.getdoc(entry.cls)
+    assert entry.summary.endswith("."), "one sentence first"
+    assert re.search(r"^Parameters\n-{10}$", doc, re.M)
+    assert "Deviates:" in doc
+    inherited = {f.name for f in dataclasses.fields(Reducer)} - {"keep"}
+    for option in set(entry.options) - inherited:
+        if not option.startswith("_"):
+            assert re.search(rf"^(\w+, )*{option}(, \w+)* : ", doc, re.M), f"option '{option}' is not described"
+
+
+@reducers
+def test_implements_its_stage(name: str) -> None:
+    bases = {Stage.IMAGE: ImageReducer, Stage.ENCODER: EncoderReducer}
+    cls = vtc.info(name).cls
+    if issubclass(cls, Schedule):
+        assert cls.parts is not Schedule.parts
+        return
+    assert issubclass(cls, bases.get(cls.stage, Reducer))
+    if cls.stage not in bases:
+        assert cls.select is not Reducer.select
+        assert not issubclass(cls, Scorer) or cls.score is not Scorer.score
+
+
+@reducers
+def test_presets_and_cases_can_be_made(name: str) -> None:
+    for preset in vtc.info(name).presets:
+        assert vtc.create(f"{name}.{preset}").name == name
+        assert vtc.create(f"{name}.{preset}", keep=7).keep == 7, "a budget given overrides the preset's"
+    for options in (CASES[name].mild, CASES[name].harsh, CASES[name].whole):
+        assert vtc.create(name, **options) == vtc.create(name, **options)
+
+
+def test_one_file_per_method() -> None:
+    modules = [m.name for m in pkgutil.iter_modules(vtc.reducers.__path__)]
+    for module in modules:
+        source = Path(importlib.import_module(f"vtc.reducers.{module}").__file__)
+        mine = [n for n in REDUCERS if vtc.info(n).cls.__module__ == f"vtc.reducers.{module}"]
+        assert mine == [module], f"{source.name} registers {mine}: one method per file, of the same name"
+    assert sorted(modules) == REDUCERS
+
+
+# ----------------------------------------------------------------------------------------------------- bad requests
+def test_unknown_names_show_close_ones() -> None:
+    with pytest.raises(UnknownReducerError, match="no reducer named 'fastvv'; did you mean 'fastv'"):
+        vtc.create("fastvv", keep=3)
+    with pytest.raises(UnknownReducerError, match=r"'fastv' has no preset 'papr'; did you mean 'paper'.*presets: paper"):
+        vtc.create("fastv.papr")
+    with pytest.raises(UnknownArgumentError, match=r"'fastv' has no option 'layr'; did you mean 'layer'.*options: keep"):
+        vtc.create("fastv", keep=3, layr=2)
+    with pytest.raises(UnknownReducerError):
+        vtc.info("nothing_like_it_at_all")
+
+
+@pytest.mark.parametrize("keep", [0, -1, 0.0, 1.5, float("nan"), float("inf"), True, "64"])
+@reducers
+def test_impossible_budgets_are_refused(name: str, keep: object) -> None:
+    with pytest.raises(BudgetError, match="keep="):
+        vtc.create(name, keep=keep)
+
+
+def test_both_or_no_budget_is_refused() -> None:
+    for options in ({}, {"keep": 3, "avg_tokens": 3}):
+        with pytest.raises(BudgetError, match="exactly one"):
+            vtc.create("random", **options)
+
+
+def test_none_means_not_given() -> None:
+    assert vtc.create("fastv", keep=3, layer=None, positions=None) == vtc.create("fastv", keep=3)
+
+
+# ------------------------------------------------------------------------------------------------------ registering
+@pytest.fixture
+def scratch() -> Iterator[None]:
+    """Restore the registry afterwards."""
+    before, loaded = dict(registry._ENTRIES), registry._LOADED
+    yield
+    registry._ENTRIES.clear()
+    registry._ENTRIES.update(before)
+    registry._LOADED = loaded
+
+
+def new_class(title: str = "Scratch") -> type[Reducer]:
+    @dataclass(frozen=True, kw_only=True)
+    class Scratch(Reducer):
+        stage: ClassVar[Stage] = Stage.BOUNDARY
+
+        def select(self, signals: object) -> Selection:
+            raise NotImplementedError
+
+    Scratch.__qualname__ = Scratch.__name__ = title
+    return Scratch
+
+
+@pytest.mark.usefixtures("scratch")
+def test_registering() -> None:
+    add = registry.register("scratch", paper="arXiv:0000.00000")
+    cls = add(new_class())
+    assert "scratch" in vtc.list_reducers()
+    assert vtc.info("scratch").cls is cls
+    again = new_class()
+    assert add(again) is again, "a reloaded module may register its class again"
+    with pytest.raises(DuplicateReducerError, match="'scratch' is already registered"):
+        add(new_class("Other"))
+    elsewhere = new_class()
+    elsewhere.__module__ = "somebody.else"
+    with pytest.raises(DuplicateReducerError):
+        add(elsewhere)
+    registry.unregister("scratch")
+    assert "scratch" not in vtc.list_reducers()
+
+
+@pytest.mark.parametrize("name", ["FastV", "fast-v", "2fast", "fast.v", "", "fast v"])
+def test_names_are_lower_snake_case(name: str) -> None:
+    with pytest.raises(ValueError, match="lower snake case"):
+        registry.register(name, paper="baseline")(new_class())
+
+
+@pytest.mark.usefixtures("scratch")
+def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load() -> None:
+        registry.register("from_outside", paper="arXiv:0000.00000")(new_class())
+
+    def entry_points(*, group: str) -> list[SimpleNamespace]:
+        asked.append(group)
+        return [SimpleNamespace(name="from_outside", load=load)]
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    monkeypatch.setattr(registry, "_LOADED", False)
+    assert "from_outside" in vtc.list_reducers()
+    assert asked == ["vtc.reducers"]
+    assert vtc.create("from_outside", keep=3).name == "from_outside"
+
+
+@pytest.mark.usefixtures("scratch")
+def test_broken_entry_point_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> None:
+        raise ImportError("this plugin is broken")
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [SimpleNamespace(name="x", load=load)])
+    monkeypatch.setattr(registry, "_LOADED", False)
+    for _ in range(2):
+        with pytest.raises(ImportError, match="this plugin is broken"):
+            vtc.list_reducers()
+
+
+# ------------------------------------------------------------------------------------------------------- import laws
+PACKAGES = {"vtc": Path(vtc.__file__).parent, "vtc.kernels": Path(vtc.kernels.__file__).parent}
+PACKAGES["vtc.eval"] = Path(vtc.eval.__file__).parent
+
+
+@dataclass(frozen=True)
+class Arrow:
+    """One import: which module, of what, and whether it runs at import time."""
+
+    source: str
+    target: str
+    top: bool
+
+
+def arrows_of(source: str, module: str, package: bool) -> Iterator[Arrow]:
+    """All imports of one file, also those inside functions and of type checkers."""
+    tree = ast.parse(source)
+    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef)) for n in ast.walk(f)}
+    home = module.split(".") if package else module.split(".")[:-1]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            targets = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = home[: len(home) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            # `from vtc import eval` names a module, too
+            targets = [f"{stem}.{a.name}" if is_module(f"{stem}.{a.name}") else stem for a in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            first = node.args[0] if node.args else None
+            if isinstance(first, ast.JoinedStr):  # only the fixed beginning is known
+                first = first.values[0]
+            if not isinstance(first, ast.Constant):
+                continue
+            targets = [str(first.value).rstrip(".")]
+        else:
+            continue
+        for target in targets:
+            yield Arrow(module, target, id(node) not in inside)
+
+
+def is_module(name: str) -> bool:
+    for root in ("vtc.kernels", "vtc.eval", "vtc"):
+        if name == root:
+            return True
+        if name.startswith(root + "."):
+            path = PACKAGES[root].joinpath(*name[len(root) + 1 :].split("."))
+            return path.is_dir() or path.with_suffix(".py").is_file()
+    return False
+
+
+def files() -> list[tuple[str, Path]]:
+    found = []
+    for package, root in PACKAGES.items():
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            module = ".".join([package, *parts]).removesuffix(".__init__")
+            if package == "vtc" and module.startswith(("vtc.kernels", "vtc.eval")):
+                continue  # an installed copy has them inside vtc
+            found.append((module, path))
+    return found
+
+
+ARROWS = [a for module, path in files() for a in arrows_of(path.read_text("utf-8"), module, path.name == "__init__.py")]
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+# pure helpers that reducers share
+HELPERS = ("vtc.signals", "vtc.views", "vtc.schedule")
+STANDARD = tuple(sys.stdlib_module_names)
+# who may import what of ours, and which third parties; checked for every file of the package
+LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vtc.reducers": (("vtc.core", "vtc.kernels", "vtc.registry", "vtc.errors", *HELPERS), ("torch",)),
+    **{helper: (("vtc.core", "vtc.kernels", "vtc.errors"), ("torch",)) for helper in HELPERS},
+    "vtc.core": (("vtc.errors", "vtc.kernels"), ("torch",)),
+    "vtc.families": (("vtc.core", "vtc.errors", "vtc.families", "vtc.compat"), ("torch", "transformers")),
+    "vtc.engine": (
+        (
+            "vtc.core",
+            "vtc.engine",
+            "vtc.errors",
+            "vtc.signals",
+            "vtc.stats",
+            "vtc.compat",
+            "vtc.registry",
+            "vtc.families",
+            "vtc.kernels",
+        ),
+        ("torch", "transformers"),
+    ),
+    "vtc.kernels": (("vtc.kernels",), ("torch", "triton")),
+}
+
+
+def breaks_law(arrow: Arrow) -> str:
+    """Why an import is not allowed, or an empty string."""
+    source, target = arrow.source, arrow.target
+    for package, (ours, others) in LAWS.items():
+        if within(source, package):
+            allowed = within(target, *ours) if within(target, "vtc") else within(target, *others, *STANDARD)
+            if not allowed:
+                return f"{package} may not import {target}"
+    if within(source, "vtc.engine") and within(target, "vtc.families") and target not in ("vtc.families", "vtc.families.base"):
+        return "the engine knows no family by name"
+    if within(target, "vtc.reducers") and source not in ("vtc.registry", "vtc.reducers"):
+        return "only the registry knows the reducers' folder"
+    if within(source, "vtc.eval"):
+        return "eval uses the public API, not the engine" if within(target, "vtc.engine") else ""
+    if within(target, "vtc.eval", "eval", "kernels"):
+        return "vtc never imports eval, nor the folders by their top-level names"
+    if within(target, "lmms_eval"):
+        return "only eval knows lmms-eval"
+    if within(target, "transformers", "triton") and arrow.top and not within(source, "vtc.engine", "vtc.kernels"):
+        return f"{target} is imported when needed, not on import"
+    return ""
+
+
+def test_import_laws() -> None:
+    broken = [f"{a.source} imports {a.target}: {why}" for a in ARROWS if (why := breaks_law(a))]
+    assert not broken, "\n".join(broken)
+
+
+def test_the_walk_sees_everything() -> None:
+    modules = {m for m, _ in files()}
+    assert {"vtc", "vtc.core", "vtc.engine.text", "vtc.reducers.fastv", "vtc.kernels.ref", "vtc.eval"} <= modules
+    assert Arrow("vtc.engine.text", "vtc.core", True) in ARROWS
+    assert Arrow("vtc.registry", "vtc.reducers", False) in ARROWS
+    assert Arrow("vtc.families", "vtc.families", False) in ARROWS, "a dynamic import, by its fixed beginning"
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("vtc.reducers.x", "import transformers"),
+        ("vtc.reducers.x", "def f():\n    from vtc.engine import patch"),
+        ("vtc.reducers.x", "from vtc.families import family_of"),
+        ("vtc.reducers.x", "from . import fastv"),
+        ("vtc.reducers.x", "from .fastv import FastV"),
+        ("vtc.reducers.x", "from vtc import patch"),
+        ("vtc.families.x", "from vtc import reducers"),
+        ("vtc.families.x", "import importlib\nimportlib.import_module('vtc.engine.patch')"),
+        ("vtc.engine.x", "from vtc.families import llava"),
+        ("vtc.engine.x", "from vtc.reducers.fastv import FastV"),
+        ("vtc.core", "from vtc.stats import StatsLog"),
+        ("vtc.signals", "import transformers"),
+        ("vtc.kernels.x", "from vtc.core import Stage"),
+        ("vtc.kernels.x", "import transformers"),
+        ("vtc.x", "from vtc import eval"),
+        ("vtc.x", "import kernels"),
+        ("vtc.x", "import transformers"),
+        ("vtc.x", "from vtc.reducers import fastv"),
+        ("vtc.eval.x", "from vtc.engine.text import TextSide"),
+    ],
+)
+def test_forbidden_arrows_are_seen(module: str, source: str) -> None:
+    assert any(breaks_law(a) for a in arrows_of(source, module, False))
+
+
+@pytest.mark.parametrize("statement", ["import vtc", "import vtc; vtc.list_reducers(); vtc.create('fastv', keep=3)"])
+def test_import_is_light(statement: str) -> None:
+    code = f"import sys; {statement}; print(*[m for m in ('transformers', 'triton', 'lmms_eval') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []

@@ -1,0 +1,481 @@
+"""The ``vtc`` command: list and explain reducers, check models, try a reducer on one image, diagnose the installation.
+
+Everything that needs transformers is imported inside the commands, so that ``vtc --help`` and ``vtc list`` answer quickly. Other
+packages add commands through the entry point group ``vtc.commands``: each value is a callable ``register(app)`` that gets the typer
+application.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import inspect as pyinspect
+import json
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from vtc._version import __version__
+from vtc.core import Stage
+from vtc.errors import BudgetError, UnknownArgumentError, UnknownReducerError, VtcError, did_you_mean
+
+COMMANDS = "vtc.commands"
+"""Entry point group of further commands."""
+
+app = typer.Typer(
+    name="vtc",
+    help="Visual-token reducers for Hugging Face vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (works after the command, too).")] = False,
+) -> None:
+    """Visual-token reducers for Hugging Face vision-language models."""
+
+
+# --------------------------------------------------------------------------------------------------------------- list
+@app.command("list")
+def list_(
+    pattern: Annotated[str, typer.Argument(help="Part of a name, or a wildcard such as 'd*'.")] = "",
+    stage: Annotated[str, typer.Option(help="Only reducers acting at this stage: " + ", ".join(s.value for s in Stage))] = "",
+    as_json: Json = False,
+) -> None:
+    """List the reducers: where they act, what they look at, where they come from."""
+    from vtc.inspect import needs_of, positions_of
+    from vtc.registry import entries
+
+    stages = [s.value for s in Stage]
+    if stage and stage not in stages:
+        raise UnknownArgumentError(f"there is no stage '{stage}'{did_you_mean(stage, stages)} (stages: {', '.join(stages)})")
+    glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
+    chosen = [e for e in entries().values() if fnmatch.fnmatch(e.name, glob) and (not stage or stage in e.stages)]
+    if not chosen:
+        raise UnknownReducerError(
+            f"no reducer matches '{pattern or stage}'{did_you_mean(pattern, entries())} (`vtc list` shows all)"
+        )
+    rows = [
+        {
+            "name": e.name,
+            "stages": list(e.stages),
+            "kind": e.cls.kind,
+            "needs": needs_of(e.name),
+            "positions": positions_of(e.name),
+            "paper": e.paper,
+            "summary": e.summary,
+        }
+        for e in chosen
+    ]
+    if as_json:
+        _json(rows)
+        return
+    table = Table("name", "stages", "kind", "needs", "positions", "paper", "summary", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(
+            Text(row["name"], "bold"),
+            ", ".join(row["stages"]),
+            row["kind"],
+            ", ".join(row["needs"]) or "-",
+            row["positions"],
+            row["paper"],
+            row["summary"],
+        )
+    console = _console()
+    console.print(table)
+    console.print(f"\n{len(rows)} reducers; details: vtc info NAME", style="dim")
+
+
+# --------------------------------------------------------------------------------------------------------------- info
+@app.command()
+def info(name: Annotated[str, typer.Argument(help="A reducer, or reducer.preset.")], as_json: Json = False) -> None:
+    """Explain one reducer: the idea, where it deviates from its release, options, presets, source."""
+    from vtc import registry
+    from vtc.inspect import needs_of, positions_of
+
+    base, _, preset = name.partition(".")
+    entry = registry.info(base)
+    budget = {} if {"keep", "avg_tokens"} & set(entry.presets.get(preset, {})) else {"keep": 0.5}
+    built = registry.create(name, **budget)  # an unknown preset fails here
+    options = {k: v for k, v in entry.options.items() if not k.startswith("_")}
+    doc = pyinspect.getdoc(entry.cls) or ""
+    data = {
+        "name": entry.name,
+        "stages": list(entry.stages),
+        "kind": entry.cls.kind,
+        "needs": needs_of(entry.name),
+        "positions": positions_of(entry.name),
+        "newlines": built.newline_policy,
+        "paper": entry.paper,
+        "code": entry.code,
+        "licence": entry.licence,
+        "options": options,
+        "presets": {k: dict(v) for k, v in entry.presets.items()},
+        "doc": doc,
+    }
+    if preset:
+        data["preset"] = {"name": preset, **entry.presets[preset]}
+    if as_json:
+        _json(data)
+        return
+    console = _console()
+    console.print(Text(name, "bold"))
+    console.print(Text(_reflow(doc, min(console.width, 110))))
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("acts at", ", ".join(data["stages"]))
+    facts.add_row("needs", ", ".join(data["needs"]) or "features only")
+    facts.add_row("positions", f"{data['positions']} (AnyRes newlines: {data['newlines']})")
+    facts.add_row("paper", data["paper"])
+    if entry.code:
+        facts.add_row("code", f"{entry.code} (licence: {entry.licence or 'not stated'})")
+    facts.add_row("options", ", ".join(f"{k}={v!r}" for k, v in options.items()))
+    console.print()
+    console.print(facts)
+    if entry.presets:
+        console.print("\npresets")
+        presets = Table.grid(padding=(0, 2))
+        for key, values in entry.presets.items():
+            mark = "bold" if key == preset else ""
+            presets.add_row(
+                "", Text(f"{entry.name}.{key}", mark), Text(", ".join(f"{k}={v!r}" for k, v in values.items()), mark)
+            )
+        console.print(presets)
+
+
+# -------------------------------------------------------------------------------------------------------------- check
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="A folder, 'pocket', or a hub id in the local cache; only its config is read.")],
+    reducer: Annotated[str, typer.Argument(help="A reducer or reducer.preset to try.")] = "",
+    keep: Annotated[str, typer.Option(help="Tokens per image (int) or share (float); default 0.5.")] = "",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
+    image_size: Annotated[str, typer.Option(help="WxH: count the visual tokens of an image of this size.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Say what vtc can do with a model, from its config alone: structure, stages, tokens per image, reducers that run."""
+    from vtc.inspect import examine, label
+
+    size = _size(image_size) if image_size else None
+    wanted = _reducer([reducer], keep, "", option, share=0.5) if reducer else None
+    _quiet()
+    report = examine(model, size)
+    bound = None
+    error: VtcError | None = None
+    if wanted is not None:
+        from vtc.engine.patch import bind, check_attention
+
+        try:
+            bound = bind(wanted, report.family.facts)
+            check_attention(report.family)
+        except VtcError as refusal:
+            error = refusal
+    if as_json:
+        data = report.to_dict()
+        if wanted is not None:
+            data["asked"] = {"reducer": reducer, "runs": error is None, "reason": str(error or "")}
+        _json(data)
+        raise typer.Exit(1 if error else 0)
+    if wanted is None:
+        _print_report(report)
+        return
+    if error is not None:
+        raise error
+    slots, facts = report.slots or report.family.facts.max_tokens, report.family.facts
+    counts = [p.count(slots, facts) for p in bound.parts() if not p.decides_itself] if slots else []
+    tokens = f": {slots} visual tokens -> {' -> '.join(str(c) for c in counts)}" if counts else ""
+    _console().print(Text.assemble(("yes", "bold green"), f", {label(wanted)} runs on {model}{tokens}"))
+
+
+def _print_report(report: Any) -> None:
+    data, console = report.to_dict(), _console()
+    tower, decoder = data["tower"], data["decoder"]
+    rows, cols = tower["grid"]
+    tokens = f"{data['visual_tokens']}" if data["visual_tokens"] else "depends on the image"
+    if data["image_size"]:
+        tokens += " for an image of {}x{}".format(*data["image_size"])
+    if data["anyres"]:
+        tokens += f" ({data['views']} views; at most {data['max_visual_tokens']})"
+    cls = "with" if tower["cls"] else "without"
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("model", escape(f"{data['model']} ({data['architecture']}, family {data['family']})"))
+    grid.add_row("language model", f"{decoder['type']}, {decoder['layers']} decoder layers")
+    grid.add_row(
+        "vision tower",
+        f"{tower['type']}, {tower['layers']} layers, features of layer {tower['feature_layer']}, "
+        f"{rows}x{cols} patches a view, {cls} class token",
+    )
+    grid.add_row("visual tokens", tokens)
+    grid.add_row("signals", ", ".join(data["signals"]))
+    served = [s for s, reason in data["stages"].items() if not reason]
+    grid.add_row("stages", ", ".join(served))
+    for stage, reason in data["stages"].items():
+        if reason:
+            grid.add_row("", Text(f"not {stage}: {reason}", "yellow"))
+    runs = [n for n, reason in data["reducers"].items() if not reason]
+    grid.add_row("reducers", f"{len(runs)} of {len(data['reducers'])}: {', '.join(runs)}")
+    for name, reason in data["reducers"].items():
+        if reason:
+            grid.add_row("", Text(f"not {name}: {reason}", "yellow"))
+    console.print(grid)
+
+
+# ---------------------------------------------------------------------------------------------------------------- run
+@app.command()
+def run(
+    image: Annotated[str, typer.Option(help="Image file.")],
+    prompt: Annotated[str, typer.Option(help="Question about it.")],
+    reducer: Annotated[list[str], typer.Option(help="A reducer or reducer.preset; several compose (different stages).")],
+    keep: Annotated[str, typer.Option(help="Tokens per image (int) or share of them (float in (0, 1]).")] = "",
+    avg_tokens: Annotated[str, typer.Option(help="Instead of --keep: average tokens over the decoder layers.")] = "",
+    model: Annotated[str, typer.Option(help="A folder, 'pocket', or a hub id in the local cache.")] = "pocket",
+    option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
+    show: Annotated[str, typer.Option(help="Write a picture of the kept tokens to this file.")] = "",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each kind.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Ask one question with and without a reducer: answers, time, tokens, and a picture of what was kept."""
+    from vtc.inspect import label, load_model, open_image, writable_picture
+
+    wanted = _reducer(reducer, keep, avg_tokens, option)
+    picture = open_image(image)
+    target = writable_picture(show) if show else None
+    _quiet()
+    loaded, processor = load_model(model, device, dtype)
+    from vtc.trial import trial
+
+    outcome = trial(loaded, processor, picture, prompt, wanted, max_new_tokens=max_new_tokens, runs=runs)
+    data = {"model": model, "reducer": label(wanted), **outcome.to_dict()}
+    if target is not None:
+        outcome.picture(caption=_caption(data)).save(target)
+        data["picture"] = str(target)
+    if as_json:
+        _json(data)
+        return
+    _print_run(data)
+
+
+def _caption(data: dict[str, Any]) -> str:
+    tokens = data["tokens"]
+    count = f"{tokens['kept']} of {tokens['slots']} visual tokens"
+    return f"{data['reducer']}: {count}, {tokens['avg_tokens']:.1f} per layer on average"
+
+
+def _print_run(data: dict[str, Any]) -> None:
+    console = _console()
+    before, after, tokens = data["before"], data["after"], data["tokens"]
+    table = Table("", "unreduced", "reduced", "", box=None, pad_edge=False)
+    table.add_row(
+        "answer", Text(before["answer"], "bold"), Text(after["answer"], "bold"), "same" if data["same_answer"] else "differs"
+    )
+    for key, label in (("ttft_ms", "time to first token"), ("total_ms", "whole answer")):
+        b, a = before[key], after[key]
+        table.add_row(label, _ms(b), _ms(a), f"{b['median'] / a['median']:.2f}x")
+    table.add_row("tokens generated", str(before["new_tokens"]), str(after["new_tokens"]), "")
+    kept = f"{tokens['kept']} ({tokens['kept'] / tokens['slots']:.1%})"
+    table.add_row("visual tokens, last layer", str(tokens["slots"]), kept, "")
+    average = f"{tokens['avg_tokens']:.1f} ({tokens['avg_tokens'] / tokens['slots']:.1%})"
+    table.add_row("visual tokens, layer average", str(tokens["slots"]), average, "")
+    table.add_row("signals and selection", "", f"{after['reducer_ms']:.2f} ms", "inside the times above")
+    console.print(Text(f"{data['reducer']} on {data['model']}", "bold"))
+    console.print(table)
+    for stage in tokens["stages"]:
+        layer = f" {stage['layer']}" if stage["stage"] == "decoder" else ""
+        note = f" ({stage['note']})" if stage["note"] else ""
+        line = f"{stage['reducer']} at {stage['stage']}{layer}: {stage['before']} -> {stage['after']} tokens{note}"
+        console.print(Text(line, "dim"))
+    console.print(Text(data["conditions"]["text"], "dim"))
+    if "picture" in data:
+        console.print(Text(f"picture: {data['picture']}"))
+
+
+def _ms(spread: dict[str, float]) -> str:
+    return f"{spread['median']:.1f} ms ({spread['min']:.1f}..{spread['max']:.1f})"
+
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check the installation: versions, devices, models and reducers found, extras; exit code 1 if something is broken."""
+    from vtc.doctor import diagnose
+
+    _quiet()
+    findings = diagnose()
+    broken = [f for f in findings if f.state == "problem"]
+    if as_json:
+        _json({"ok": not broken, "findings": [vars(f) for f in findings]})
+        raise typer.Exit(1 if broken else 0)
+    console = _console()
+    marks = {"ok": ("ok", "green"), "note": ("--", "yellow"), "problem": ("!!", "bold red")}
+    table = Table.grid(padding=(0, 2))
+    for f in findings:
+        table.add_row(Text(*marks[f.state]), f.what, Text(f.text))
+    console.print(table)
+    if broken:
+        console.print(Text(f"\n{len(broken)} problem{'s' * (len(broken) > 1)} found", "bold red"))
+        raise typer.Exit(1)
+    console.print(Text("\neverything works", "bold green"))
+
+
+# ------------------------------------------------------------------------------------------------------------ parsing
+def _reducer(
+    names: Sequence[str], keep: str, avg_tokens: str, options: Sequence[str] | None, share: float | None = None
+) -> Any:
+    """Make the reducer the options describe; ``share`` is the budget if none is given and no preset brings one."""
+    from vtc.registry import info as entry_of
+    from vtc.registry import resolve
+
+    given: dict[str, Any] = {}
+    for text in options or ():
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise UnknownArgumentError(f"--option {text!r} is not name=value: write for example --option layer=3")
+        given[key.strip()] = _value(value.strip())
+    if keep:
+        given["keep"] = _amount("keep", keep)
+    if avg_tokens:
+        given["avg_tokens"] = _amount("avg_tokens", avg_tokens)
+    if share is not None and not {"keep", "avg_tokens"} & set(given):
+        base, _, preset = names[0].partition(".")
+        brought = entry_of(base).presets.get(preset, {})
+        if not {"keep", "avg_tokens"} & set(brought):
+            given["keep"] = share
+    return resolve(names[0] if len(names) == 1 else list(names), **given)
+
+
+def _value(text: str) -> Any:
+    """Read an option's value: JSON where it is JSON (numbers, true, false, null, lists), else the text itself."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _amount(name: str, text: str) -> int | float:
+    """Read a budget: an int is a number of tokens, a float a share."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    raise BudgetError(f"{name}={text!r} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise UnknownArgumentError(f"--image-size {text!r} is not WxH: write for example --image-size 672x448")
+    return int(width), int(height)
+
+
+# ------------------------------------------------------------------------------------------------------------ output
+def _json(data: Any) -> None:
+    print(json.dumps(data, indent=2, default=str))
+
+
+def _console() -> Console:
+    """Return a console as wide as the terminal, or wide enough for our tables where there is none (pipes, logs)."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(width=160, highlight=False)
+
+
+def _reflow(doc: str, width: int) -> str:
+    """Wrap a docstring to ``width``: paragraphs are filled, headings, rules and the parameter list keep their lines."""
+    out: list[str] = []
+    for block in doc.split("\n\n"):
+        lines = block.splitlines()
+        listing = any(set(line) == {"-"} for line in lines)
+        joined: list[str] = []
+        for line in lines:
+            indent = len(line) - len(line.lstrip())
+            last = joined[-1] if joined else None
+            same = last is not None and len(last) - len(last.lstrip()) == indent
+            if same and (indent or not listing):
+                joined[-1] = f"{last} {line.strip()}"
+            else:
+                joined.append(line)
+        for line in joined:
+            pad = " " * (len(line) - len(line.lstrip()))
+            out.append(textwrap.fill(line.strip(), width, initial_indent=pad, subsequent_indent=pad, break_on_hyphens=False))
+        out.append("")
+    return "\n".join(out).rstrip()
+
+
+def _quiet() -> None:
+    """Keep transformers' progress bars and advice out of our output."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _say(message: str, style: str) -> None:
+    Console(stderr=True, soft_wrap=True, highlight=False).print(Text(message, style))
+
+
+# --------------------------------------------------------------------------------------------------------------- entry
+def load_plugins(target: typer.Typer) -> None:
+    """Let every entry point of the group :data:`COMMANDS` add its commands; one that fails costs a line of warning."""
+    for point in importlib.metadata.entry_points(group=COMMANDS):
+        try:
+            point.load()(target)
+        except Exception as error:  # a broken plugin must not take the other commands with it
+            owner = point.dist.name if point.dist is not None else point.value
+            _say(
+                f"warning: the commands '{point.name}' of {owner} are missing ({type(error).__name__}: {error}): "
+                f"reinstall or remove {owner}",
+                "yellow",
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 refused or failed, 2 wrong usage, 130 interrupted.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Arguments without the program's name; those of the process if not given.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    if not getattr(app, "_vtc_plugins", False):
+        app._vtc_plugins = True  # type: ignore[attr-defined]
+        load_plugins(app)
+    try:
+        typer.main.get_command(app).main(args=arguments, prog_name="vtc")
+    except VtcError as error:
+        if debug:
+            raise
+        _say(f"error: {error}", "red")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        _say(f"error: {type(error).__name__}: {error} (unexpected: add --debug for the traceback, and report it)", "red")
+        sys.exit(1)

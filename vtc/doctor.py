@@ -1,0 +1,200 @@
+"""``vtc doctor``: is this installation complete, does it fit together, and what can it do."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+DISTRIBUTION = "vtc-reducers"
+_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+).*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"]")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the diagnosis.
+
+    Attributes
+    ----------
+    state : {"ok", "note", "problem"}
+        ``"note"``: something optional is missing; ``"problem"``: something vtc needs does not work.
+    what : str
+        What was looked at.
+    text : str
+        What was found, and what to do about it.
+    """
+
+    state: Literal["ok", "note", "problem"]
+    what: str
+    text: str
+
+
+def diagnose() -> list[Finding]:
+    """Run every check; one that crashes becomes a problem of its own instead of ending the diagnosis."""
+    findings: list[Finding] = []
+    checks: tuple[Callable[[], Iterator[Finding]], ...] = (
+        _versions,
+        _optional,
+        _devices,
+        _kernels_package,
+        _registries,
+        _commands,
+        _pocket,
+        _extras,
+    )
+    for check in checks:
+        try:
+            findings += check()
+        except Exception as error:
+            findings.append(Finding("problem", check.__name__.strip("_"), f"{type(error).__name__}: {error}"))
+    return findings
+
+
+def version_of(distribution: str) -> str | None:
+    """Return the installed version of a distribution, or None."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[Finding]:
+    """Everything vtc cannot do without."""
+    from vtc import compat
+    from vtc._version import __version__
+
+    yield Finding("ok", "vtc", __version__)
+    yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    import torch
+
+    yield Finding("ok", "torch", torch.__version__)
+    import transformers
+
+    oldest = tuple(int(p) for p in compat.OLDEST.split("."))
+    newest = int(compat.NEWEST_EXCLUSIVE)
+    fits = oldest <= compat.transformers_version()[:2] and compat.transformers_version()[0] < newest
+    window = f"supported: >={compat.OLDEST},<{newest}"
+    if fits:
+        yield Finding("ok", "transformers", f"{transformers.__version__} ({window})")
+    else:
+        fix = f"pip install 'transformers>={compat.OLDEST},<{newest}'"
+        yield Finding("problem", "transformers", f"{transformers.__version__} is not supported ({window}): {fix}")
+
+
+def _optional() -> Iterator[Finding]:
+    """Packages that make more possible."""
+    uses = {
+        "triton": "fast GPU kernels",
+        "accelerate": "device_map, big checkpoints",
+        "lmms-eval": "public benchmarks",
+        "matplotlib": "plots",
+    }
+    for name, use in uses.items():
+        found = version_of(name)
+        yield Finding("ok", name, found) if found else Finding("note", name, f"not installed ({use})")
+
+
+def _devices() -> Iterator[Finding]:
+    """Where models can run, and what serves attention and the kernels there."""
+    import torch
+
+    threads = torch.get_num_threads()
+    if not torch.cuda.is_available():
+        yield Finding("note", "devices", f"CPU only, {threads} threads")
+    else:
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        yield Finding("ok", "devices", f"CPU, {threads} threads; {', '.join(names)} (CUDA {torch.version.cuda})")
+    backends = ["torch"] + (["triton"] if torch.cuda.is_available() and importlib.util.find_spec("triton") else [])
+    attention = ["eager", "sdpa"] + (["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])
+    yield Finding("ok", "backends", f"kernels: {', '.join(backends)}; attention: {', '.join(attention)}")
+
+
+def _kernels_package() -> Iterator[Finding]:
+    """Our folder ``kernels/`` must not pass for Hugging Face's package of that name (it would, from the root of a checkout)."""
+    import vtc.kernels
+
+    spec = importlib.util.find_spec("kernels")
+    if spec is None:
+        yield Finding("ok", "kernels", "the Hugging Face package 'kernels' is not installed; nothing shadows it")
+        return
+    places = [Path(p).resolve() for p in spec.submodule_search_locations or [Path(spec.origin or ".").parent]]
+    ours = Path(vtc.kernels.__file__).resolve().parent
+    owner = version_of("kernels")
+    if ours in places:  # harmless only as long as transformers does not find the other package's metadata
+        yield Finding(
+            "note" if owner is None else "problem",
+            "kernels",
+            "the checkout's folder kernels/ is importable as 'kernels' and would hide the Hugging Face package: run `vtc` instead "
+            "of `python -m vtc`, use `python -P`, or change to another folder",
+        )
+    elif owner is None:
+        yield Finding(
+            "note", "kernels", f"a package 'kernels' that is not Hugging Face's lies in {places[0]}: transformers may import it"
+        )
+    else:
+        yield Finding("ok", "kernels", f"Hugging Face kernels {owner}; ours is vtc.kernels")
+
+
+def _registries() -> Iterator[Finding]:
+    """Reducers and families."""
+    from vtc.families import list_families
+    from vtc.registry import entries
+
+    names, families = list(entries()), list_families()
+    for what, found in (("reducers", names), ("families", families)):
+        if found:
+            yield Finding("ok", what, f"{len(found)}: {', '.join(found)}")
+        else:
+            yield Finding("problem", what, f"none found: reinstall, pip install --force-reinstall {DISTRIBUTION}")
+
+
+def _commands() -> Iterator[Finding]:
+    """Commands that other packages add."""
+    from vtc.cli import COMMANDS
+
+    points = list(importlib.metadata.entry_points(group=COMMANDS))
+    if not points:
+        yield Finding(
+            "problem", "commands", f"sweep, table and report are not registered: reinstall, pip install {DISTRIBUTION}"
+        )
+    for point in points:
+        try:
+            point.load()
+        except Exception as error:
+            yield Finding(
+                "problem", "commands", f"'{point.value}' cannot be loaded ({type(error).__name__}: {error}): reinstall it"
+            )
+        else:
+            yield Finding("ok", "commands", point.value)
+
+
+def _pocket() -> Iterator[Finding]:
+    """The embedded model loads and can be patched."""
+    import vtc
+
+    model, _ = vtc.load_pocket()
+    with vtc.patch(model, vtc.list_reducers()[0], keep=0.5):
+        pass
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    yield Finding("ok", "pocket model", f"loads and can be patched ({parameters:.1f} M parameters)")
+
+
+def _extras() -> Iterator[Finding]:
+    """Optional dependencies by extra, as the installed metadata declare them."""
+    extras: dict[str, list[str]] = {}
+    for line in importlib.metadata.requires(DISTRIBUTION) or []:
+        match = _REQUIREMENT.match(line)
+        if match and match["name"] != DISTRIBUTION:
+            extras.setdefault(match["extra"], []).append(match["name"])
+    for extra, packages in extras.items():
+        missing = [p for p in packages if version_of(p) is None]
+        if missing:
+            yield Finding("note", f"extra {extra}", f"missing {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'")
+        else:
+            yield Finding("ok", f"extra {extra}", ", ".join(packages))

@@ -1,0 +1,160 @@
+"""Working view by view: an image cut into crops shares its budget among them, and every view is judged by itself.
+
+Methods released for one picture per image treat each crop as a picture of its own. :func:`each_view` does that for any of them:
+it hands the method one view of one image at a time and puts the answers together again. One image at a time also means that no
+rounding depends on the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vtc.core import Selection, Signals
+from vtc.kernels import apportion
+
+NO_CLS = "no class token in this tower: patches are scored by the attention they receive"
+"""Note of a method that had to do without the class token."""
+
+
+def each_view(
+    signals: Signals, choose: Callable[[Signals], Selection], *, floor: bool = False, always: bool = False
+) -> Selection:
+    """Ask ``choose`` about every view of every image and return one selection of the images' tokens.
+
+    The budget is shared evenly; what a small view cannot use, and what does not divide evenly, goes to the other views (lowest
+    first), so that exactly the budget is kept. Padding patches (no slot) are left out. Newline tokens, where they compete, form a
+    group of their own that is served last. A view that may keep everything is kept as it is.
+
+    Parameters
+    ----------
+    signals : Signals
+        ``B`` images. All taps have one entry per token.
+    choose : callable
+        Gets the :class:`Signals` of one view of one image (batch 1) with ``0 < budget < N`` (``<= N`` with ``always``); returns
+        its :class:`Selection` without ``valid``.
+    floor : bool, default False
+        Every view gets ``budget // views``, even where that leaves fewer than the budget in total: what releases with a budget per
+        crop do. Budgets below one token per view are shared as otherwise.
+    always : bool, default False
+        Ask also about views that may keep everything: for methods that find their own number of tokens.
+    """
+    batch, n = signals.shape
+    device = signals.features.device
+    view, real = signals.of("view"), signals.of("slot") >= 0
+    parts = [_one_image(signals, b, view[b], real[b], choose, floor, always) for b in range(batch)]
+    longest = max(len(p.index[0]) for p in parts)
+    valid = None
+    if any(len(p.index[0]) < longest for p in parts):
+        count = torch.tensor([len(p.index[0]) for p in parts], device=device)
+        valid = torch.arange(longest, device=device) < count[:, None]
+
+    def pad(t: Tensor) -> Tensor:
+        return t if t.shape[1] == longest else torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], 1)
+
+    features = owner = None
+    if any(p.features is not None for p in parts):
+        features = torch.cat([pad(_own(p, signals.features[b : b + 1])) for b, p in enumerate(parts)])
+        owner = torch.cat([_owners(p, n) for p in parts])
+    notes = list(dict.fromkeys(p.note for p in parts if p.note))
+    return Selection(torch.cat([pad(p.index) for p in parts]), features, owner, valid, "; ".join(notes))
+
+
+def _one_image(
+    signals: Signals,
+    image: int,
+    view: Tensor,
+    real: Tensor,
+    choose: Callable[[Signals], Selection],
+    floor: bool,
+    always: bool,
+) -> Selection:
+    """Return the selection (batch 1) of one image."""
+    views, n = signals.layout.views, signals.shape[1]
+    members = [((view == v) & real).nonzero()[:, 0] for v in [*range(views), -1]]
+    size = [len(m) for m in members]
+    if floor and signals.budget >= views:
+        quota = [min(s, signals.budget // views) for s in size[:-1]] + [0]
+    else:
+        quota = apportion(signals.budget, [1.0] * views + [0.0], size)
+    index, features, owner, note, start = [], [], torch.full((1, n), -1, device=view.device), [], 0
+    merged = False
+    for v, (tokens, share) in enumerate(zip(members, quota, strict=True)):
+        if share == 0:
+            continue
+        mine = narrow(signals, image, tokens, share, v)
+        whole = share == len(tokens) and not always
+        part = Selection.all(len(tokens), 1, view.device) if whole else choose(mine)
+        index.append(tokens[part.index])
+        features.append(_own(part, mine.features))
+        own = _owners(part, len(tokens))
+        owner[:, tokens] = torch.where(own >= 0, own + start, own)
+        start += part.index.shape[1]
+        merged = merged or part.features is not None
+        note.append(part.note)
+    order = torch.cat(index, 1).argsort(1)
+    place = torch.empty_like(order).scatter(1, order, torch.arange(start, device=view.device)[None])
+    chosen = torch.cat(index, 1).gather(1, order)
+    notes = "; ".join(dict.fromkeys(x for x in note if x))
+    if not merged:
+        return Selection(chosen, note=notes)
+    tokens = torch.cat(features, 1)[:, order[0]]
+    return Selection(chosen, tokens, torch.where(owner >= 0, place[0][owner.clamp(min=0)], owner), note=notes)
+
+
+def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
+    """Move the merged tokens of each image into its first slots, view after view, in the order they are listed.
+
+    For methods whose tokens are in no place of the picture: the language model then reads them in this order, while the slots of
+    several crops alternate. A selection that merged nothing is returned as it is.
+    """
+    if chosen.features is None:
+        return chosen
+    slot = signals.layout.slot
+    room = (slot >= 0).nonzero()[:, 0]
+    room = room[slot[room].argsort()]  # entries of the view layout are not in slot order
+    batch, most = chosen.index.shape
+    count = [most] * batch if chosen.valid is None else chosen.valid.sum(1).tolist()
+    index, features, owner = torch.zeros_like(chosen.index), [], []
+    for b, k in enumerate(count):
+        first = room[:k].to(chosen.index.device)
+        turn = first.argsort()
+        index[b, :k] = first[turn]
+        features.append(torch.cat([chosen.features[b, turn], chosen.features[b, k:]]))
+        place = torch.empty_like(turn).scatter(0, turn, torch.arange(k, device=turn.device))
+        owner.append(torch.where(chosen.owner[b] >= 0, place[chosen.owner[b].clamp(min=0)], -1))
+    return dataclasses.replace(chosen, index=index, features=torch.stack(features), owner=torch.stack(owner))
+
+
+def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int) -> Signals:
+    """Return the signals of some ``tokens (n,)`` of one image (batch 1)."""
+    at = slice(image, image + 1)
+    return dataclasses.replace(
+        signals,
+        features=signals.features[at, tokens],
+        entries=signals.entries[at, tokens],
+        budget=budget,
+        taps={name: t[at, tokens] for name, t in signals.taps.items()},
+        cls=signals.cls[at, view : view + 1] if signals.cls is not None else None,
+        text=signals.text[at] if signals.text is not None else None,
+        text_mask=signals.text_mask[at] if signals.text_mask is not None else None,
+        fingerprint=signals.fingerprint[at] if signals.fingerprint else (),
+    )
+
+
+def _own(part: Selection, features: Tensor) -> Tensor:
+    """Features of the survivors: the new ones, or their own."""
+    if part.features is not None:
+        return part.features
+    return features.gather(1, part.index[..., None].expand(-1, -1, features.shape[2]))
+
+
+def _owners(part: Selection, n: int) -> Tensor:
+    """``(1, n)`` survivor each token went into; without merging every survivor holds itself alone."""
+    if part.owner is not None:
+        return part.owner
+    places = torch.arange(part.index.shape[1], device=part.index.device)
+    return torch.full((1, n), -1, device=part.index.device).scatter(1, part.index, places[None])
