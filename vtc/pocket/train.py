@@ -220,7 +220,7 @@ RECIPES: dict[str, Recipe] = {
             ),
             Stage(
                 "C",
-                steps=900,
+                steps=300,
                 batch_size=8,
                 easy_images=2,
                 learning_rate=1e-3,
@@ -241,7 +241,7 @@ RECIPES: dict[str, Recipe] = {
                 patch_weight=0.0,
                 content_weight=0.0,
                 mention_weight=1.0,
-                position_weight=0.1,
+                position_weight=0.3,
             ),
             Stage("N", steps=300, batch_size=4, learning_rate=4e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
