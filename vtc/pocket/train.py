@@ -1,26 +1,24 @@
-"""Train a pocket model from scratch: ``python -m vtc.pocket.train --recipe cpu --out DIR``.
+"""Train the pocket models: ``python -m vtc.pocket.train --recipe cpu --out DIR``.
 
-Stage A trains the vision tower on dense per-patch labels and on what the image contains. Stage B trains the whole
-model on answers. The recipe exports a ``from_pretrained`` folder to ``DIR/export``.
+Stage A trains the vision tower on dense per-patch labels and on what the image contains. Stages B to D train on
+answers, with auxiliary read-outs of what the noun phrases of a question refer to and of where visual tokens lie. Stage N
+turns the result into a LLaVA-NeXT model that sees wide scenes as thumbnail and crops. A recipe exports
+``from_pretrained`` folders to ``DIR/export`` and ``DIR/export-next``.
 
 Runs are deterministic: a batch depends on (seed, stage, step) only, and a checkpoint holds float32 master weights,
 optimizer and step, so on one machine with one build and thread count, a repeated or resumed run is bit-equal.
 
-What the shipped checkpoint used
---------------------------------
-The ``cpu`` recipe states the *final* settings of the prototype that the shipped checkpoint comes from, but that
-lineage changed hyper-parameters at restarts and cannot be reproduced by one command:
+What the shipped checkpoints used
+---------------------------------
+The ``grow`` recipe. It starts from the first pocket checkpoint (four decoder layers; 60,000 images on two CPU cores),
+adds two decoder layers and trains on. That file is part of this repository's history, pinned by its SHA-256::
 
-* Stage A: its first 200 steps had 16 images each and a learning rate that was not recorded; the other 1,800 are as
-  here.
-* Stage B: the learning rate followed a cosine planned for 1,900 steps until step 1,100, for 3,700 until 2,200, and for
-  4,800 from there; here it is one cosine over 4,800.
-* The tower's freeze was introduced at step 1,100, and questions about every digit at 2,200; here both follow the final
-  form from the start (trainable to 1,100, frozen to 4,000, trainable to the end).
-* It ran as two processes that averaged gradients, with a compiled decoder, and also trained on the digits and the
-  easy-VQA images that ``"val"`` now holds out.
+    git show 0c5be50:vtc/assets/pocket/model.safetensors > first.safetensors
+    python -m vtc.pocket.train --recipe grow --start first.safetensors --out DIR
 
-So a run of this recipe gives a *similar* model; no figure of the shipped one is claimed for it.
+The first checkpoint itself came from restarts with changing settings and no single command repeats it; it also trained
+on the handwritten digits and the easy-VQA images that ``"val"`` now holds out (never on those of ``"test"``). The
+``cpu`` recipe starts from random weights instead. It has not been run to its end, and nothing is claimed for its result.
 """
 
 from __future__ import annotations
@@ -66,7 +64,7 @@ from vtc.pocket.model import (
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
 START_NAME = "start.safetensors"
-STAGE_NAMES = ("A", "B", "C", "D", "N")
+STAGE_NAMES = ("A", "B", "C", "D", "E", "N")
 _MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
@@ -82,7 +80,7 @@ class Stage:
     Attributes
     ----------
     name
-        ``"A"`` (tower only), ``"B"``, ``"C"`` or ``"D"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
+        ``"A"`` (tower only), ``"B"`` to ``"E"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
         scenes seen as crops, which makes the model a LLaVA-NeXT one).
     steps
         Length of the schedule.
@@ -93,6 +91,10 @@ class Stage:
     muon_rate
         Peak rate, on the same schedule, of the Muon optimizer (Jordan et al., 2024), which then updates the decoder's
         matrices in place of AdamW; 0 for AdamW throughout.
+    end
+        Stop after this many steps of the schedule; None runs all of it.
+    restore_tower
+        Start from the vision tower that the recipe's first stage started from.
     constant
         Hold the peak rate, after a warm-up of 100 steps; otherwise a cosine takes it down to 2 %.
     vision_rates
@@ -114,6 +116,8 @@ class Stage:
     constant: bool = False
     muon_rate: float = 0.0
     position_weight: float = 0.0
+    end: int | None = None
+    restore_tower: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
@@ -121,6 +125,11 @@ class Stage:
             raise PocketError(f"a stage is named {', '.join(STAGE_NAMES)}, not {self.name!r}")
         if not 0 <= self.easy_images < self.batch_size:
             raise PocketError("a batch needs at least one scene: easy_images must be below batch_size")
+
+    @property
+    def length(self) -> int:
+        """Number of steps to run."""
+        return self.steps if self.end is None else min(self.steps, self.end)
 
     @property
     def asks(self) -> bool:
@@ -172,10 +181,8 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
-    # 0.10-0.16 s per step on two idle cores, so about a quarter of an hour; the prototype took 39 minutes on a busy
-    # machine. The tower is trained gently, then not at all, then strongly at a low overall rate: training it hard early
-    # in stage B damaged what stage A had taught it about words. See the module's text for what differs from the
-    # shipped checkpoint.
+    # From random weights. On two idle cores stage A takes about 0.09 s per step and the others about 0.25 s, so about an
+    # hour; stages A and B have been run in part only.
     "cpu": Recipe(
         PocketConfig(),
         (
@@ -188,6 +195,7 @@ RECIPES: dict[str, Recipe] = {
                 learning_rate=1.5e-3,
                 vision_rates=((0, 0.0),),
                 mention_weight=1.0,
+                position_weight=0.3,
                 constant=True,
             ),
             Stage(
@@ -200,11 +208,14 @@ RECIPES: dict[str, Recipe] = {
                 patch_weight=0.14,
                 content_weight=0.7,
                 mention_weight=1.0,
+                position_weight=0.3,
             ),
             Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
         ranks=2,
     ),
+    # What the shipped checkpoints come from: 0.25 s per step on two idle cores; 1 to 2 s on the busy machine it ran on.
+    # The tower starts frozen, because fresh decoder layers send it noise; the position head comes with stage C.
     "grow": Recipe(
         PocketConfig(),
         (
@@ -242,6 +253,18 @@ RECIPES: dict[str, Recipe] = {
                 content_weight=0.0,
                 mention_weight=1.0,
                 position_weight=0.3,
+                end=300,
+            ),
+            Stage(
+                "E",
+                steps=500,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=8e-4,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                position_weight=0.3,
+                restore_tower=True,
             ),
             Stage("N", steps=300, batch_size=4, learning_rate=4e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
@@ -524,6 +547,9 @@ def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
     else:
         settings.pop("constant")
     start = [] if recipe.start_sha256 is None else [recipe.start_sha256]
+    settings.pop("end")  # what a step does is independent of it
+    if not stage.restore_tower:
+        settings.pop("restore_tower")
     if not stage.position_weight:
         settings.pop("position_weight")
     if not stage.muon_rate:
@@ -623,7 +649,7 @@ def run_stage(
         trainer = Trainer.load(checkpoint, recipe, stage, seed)
     else:
         trainer = Trainer(recipe, stage, seed, _start_weights(recipe, stage, Path(out), seed))
-    end = stage.steps if options.stop_at is None else min(stage.steps, options.stop_at)
+    end = stage.length if options.stop_at is None else min(stage.length, options.stop_at)
     log = _Log(folder / "log.jsonl", trainer.step, silent=rank > 0)
     if trainer.step >= end:
         return checkpoint
@@ -688,8 +714,14 @@ def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[s
     saved = torch.load(path, weights_only=True)
     if saved["fingerprint"] != _fingerprint(recipe, before, seed):
         raise PocketError(f"{path} was written with another recipe or seed; use another --out")
-    if saved["step"] < before.steps:
-        raise PocketError(f"stage {before.name} stopped at step {saved['step']} of {before.steps}: resume it first")
+    if saved["step"] < before.length:
+        raise PocketError(f"stage {before.name} stopped at step {saved['step']} of {before.length}: resume it first")
+    if stage.restore_tower:
+        first = _start_weights(recipe, recipe.stages[0], out, seed)
+        if first is None:
+            raise PocketError("restore_tower needs a recipe that starts from a checkpoint")
+        tower = {name: value for name, value in first["model"].items() if "vision_tower" in name}
+        saved["weights"]["model"].update(tower)
     return saved["weights"]
 
 
