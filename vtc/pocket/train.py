@@ -253,7 +253,7 @@ RECIPES: dict[str, Recipe] = {
                 content_weight=0.0,
                 mention_weight=1.0,
                 position_weight=0.3,
-                end=300,
+                end=400,
             ),
             Stage(
                 "E",
