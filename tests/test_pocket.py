@@ -566,6 +566,26 @@ def test_growing_needs_the_pinned_checkpoint(tmp_path):
         train._grown_weights(train.RECIPES["grow"], tmp_path / "wrong.safetensors", 0)
 
 
+def test_a_stage_may_end_early_and_another_restore_the_tower(tmp_path, monkeypatch):
+    config = model.PocketConfig(width=32, vision_layers=2, text_layers=1)
+    first = {"model": model.build_model(config, seed=9).state_dict()}
+    monkeypatch.setattr(train, "_grown_weights", lambda *_: first)
+    common = {"batch_size": 2, "learning_rate": 1e-2, "mention_weight": 1.0, "position_weight": 0.3}
+    stages = (
+        train.Stage("B", steps=40, end=2, **common),
+        train.Stage("E", steps=1, vision_rates=((0, 0.0),), restore_tower=True, **common),
+    )
+    recipe = train.Recipe(config, stages, start_sha256="x", validation_scenes=1, dtype="float32")
+    saved = [
+        torch.load(train.run_stage(recipe, stage.name, tmp_path), weights_only=True)["weights"]["model"] for stage in stages
+    ]
+    tower = [name for name in first["model"] if "vision_tower" in name and "patch_embedding" in name]
+    assert all(not torch.equal(saved[0][name], first["model"][name]) for name in tower)
+    assert tower and all(torch.equal(saved[1][name], first["model"][name]) for name in tower)
+    lines = (tmp_path / "B" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 2, 2]
+
+
 def test_two_processes_average_their_gradients(tmp_path):
     recipe = replace(train.RECIPES["smoke"], ranks=2, stages=(train.Stage("A", steps=2, batch_size=2, learning_rate=1e-3),))
     train.run_stage(recipe, "A", tmp_path / "one")

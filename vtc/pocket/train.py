@@ -64,7 +64,7 @@ from vtc.pocket.model import (
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
 START_NAME = "start.safetensors"
-STAGE_NAMES = ("A", "B", "C", "D", "E", "N")
+STAGE_NAMES = ("A", "B", "C", "D", "E", "F", "N")
 _MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
@@ -80,7 +80,7 @@ class Stage:
     Attributes
     ----------
     name
-        ``"A"`` (tower only), ``"B"`` to ``"E"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
+        ``"A"`` (tower only), ``"B"`` to ``"F"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
         scenes seen as crops, which makes the model a LLaVA-NeXT one).
     steps
         Length of the schedule.
@@ -265,6 +265,16 @@ RECIPES: dict[str, Recipe] = {
                 mention_weight=1.0,
                 position_weight=0.3,
                 restore_tower=True,
+            ),
+            Stage(
+                "F",
+                steps=1000,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                position_weight=0.3,
             ),
             Stage("N", steps=300, batch_size=4, learning_rate=4e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
