@@ -51,7 +51,15 @@ _PREFIX_WORDS = (BOS, "user", ":")
 _CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
 _MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
 # Each stage starts far down the train stream, on scenes that the ones before it never reach.
-_STAGE_OFFSETS = {"A": 0, "B": 500_000_000, "C": 700_000_000, "D": 800_000_000, "E": 850_000_000, "F": 870_000_000, "N": 900_000_000}
+_STAGE_OFFSETS = {
+    "A": 0,
+    "B": 500_000_000,
+    "C": 700_000_000,
+    "D": 800_000_000,
+    "E": 850_000_000,
+    "F": 870_000_000,
+    "N": 900_000_000,
+}
 
 
 @dataclass(frozen=True)
