@@ -23,6 +23,7 @@ import transformers  # noqa: E402
 
 from vtc.pocket import (  # noqa: E402
     DETAIL_QUESTION_TYPES,
+    POCKET_MODELS,
     QUESTION_TYPES,
     MissingPocketDataError,
     PocketError,
@@ -47,6 +48,8 @@ from vtc.pocket import answer as answer_module  # noqa: E402
 # Questions of the first 20 test scenes and of the first 6 wide ones, as they were when the checkpoints were trained.
 QUESTIONS_SHA256 = "6f61115d0a103ebed44294887e5ecf859bf7c1d48998d6efc275e593f7932ab7"
 
+
+CONFIGS = {"pocket": model.PocketConfig(), "pocket-next": model.PocketNextConfig()}
 
 # The processor of the package's own loader; torchvision's would resample differently.
 PIL_BACKEND = {"use_fast": False} if int(transformers.__version__.split(".")[0]) < 5 else {"backend": "pil"}
@@ -86,14 +89,26 @@ def test_unknown_model_names_the_close_match():
         pocket_path("zzz")
 
 
-def test_files_match_manifest_and_writer():
-    folder = pocket_path()
+@pytest.mark.parametrize("name", POCKET_MODELS)
+def test_files_match_manifest_and_writer(name):
+    folder, config = pocket_path(name), CONFIGS[name]
     manifest = json.loads((folder / "MANIFEST.json").read_text())
-    for name, expected in manifest["sha256"].items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == expected, name
-    for name, text in model.folder_files().items():
-        assert (folder / name).read_text(encoding="utf-8") == text, f"{name} differs from vtc.pocket.model"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 4_000_000
+    for file, expected in manifest["sha256"].items():
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == expected, file
+    for file, text in model.folder_files(config).items():
+        assert (folder / file).read_text(encoding="utf-8") == text, f"{file} differs from vtc.pocket.model"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_500_000
+    weights = [json.loads(line) for line in (folder / "training.jsonl").read_text().splitlines()]
+    assert {"start", "train", "validate"} <= {entry["kind"] for entry in weights}
+
+
+def test_shipped_weights_are_the_recipes_last_stages():
+    """The settings in the manifests are those of the recipe in this repository."""
+    recipe = train.RECIPES["grow"]
+    for name, stage in (("pocket", recipe.stages[-2]), ("pocket-next", recipe.stages[-1])):
+        made = json.loads((pocket_path(name) / "MANIFEST.json").read_text())["model.safetensors"]
+        assert made["settings"] == json.loads(train._fingerprint(recipe, stage, 0))
+        assert made["provenance"] == {"stage": stage.name, "step": stage.length, "seed": 0}
 
 
 def test_loads_in_eval_mode_on_request(pocket):
@@ -106,15 +121,17 @@ def test_loads_in_eval_mode_on_request(pocket):
     assert half.config.text_config._attn_implementation == "eager"
 
 
-def test_plain_from_pretrained_reads_everything(pocket):
+@pytest.mark.parametrize("name", POCKET_MODELS)
+def test_plain_from_pretrained_reads_everything(name):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    plain, info = AutoModelForImageTextToText.from_pretrained(pocket_path(), output_loading_info=True)
+    plain, info = AutoModelForImageTextToText.from_pretrained(pocket_path(name), output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert plain.dtype == torch.float32
     weights = plain.state_dict()
-    assert all(torch.equal(weights[name], value) for name, value in pocket[0].state_dict().items())
-    processor = AutoProcessor.from_pretrained(pocket_path())
+    loaded, _ = load_pocket(name)
+    assert all(torch.equal(weights[key], value) for key, value in loaded.state_dict().items())
+    processor = AutoProcessor.from_pretrained(pocket_path(name))
     assert processor.tokenizer.get_vocab() == model.build_vocabulary()
 
 
@@ -132,6 +149,9 @@ def test_loading_and_answering_are_quick(pocket):  # the fixture has paid for im
     question = scene_questions(n=1)
     assert _best_seconds(load_pocket) < 2  # 0.05 s on an idle core
     assert _best_seconds(lambda: answer_questions(*pocket, question)) < 0.5  # 0.02 s
+    crops = load_pocket("pocket-next")
+    wide = detail_questions(n=1)
+    assert _best_seconds(lambda: answer_questions(*crops, wide)) < 0.5
 
 
 # ---------------------------------------------------------------------------------------------- data

@@ -1,9 +1,11 @@
-"""The embedded pocket model: a 1.9 M-parameter LLaVA with the data that trained it, for CPU-only checks.
+"""The embedded pocket models: tiny LLaVAs with the data that trained them, for CPU-only checks.
 
-`load_pocket` returns an ordinary ``LlavaForConditionalGeneration`` (112x112 images, 196 visual tokens, 94-word
-vocabulary) and its processor from files inside the package: no download. `scene_questions` and
-`easy_vqa_questions` give questions whose answers depend on the image, and `answer_questions` scores a model on
-them through plain ``generate``, so that a full pruning curve takes minutes on two CPU cores.
+`load_pocket` returns an ordinary ``LlavaForConditionalGeneration`` (112x112 images, 196 visual tokens, six decoder
+layers) or, for ``"pocket-next"``, a ``LlavaNextForConditionalGeneration`` (thumbnail and crops, up to 1008 visual
+tokens) and its processor from files inside the package: no download. `scene_questions`, `detail_questions` and
+`easy_vqa_questions` give questions whose answers depend on the image, and `answer_questions` scores a model on them
+through plain ``generate``, so that a full pruning curve takes minutes on two CPU cores. ``vtc/assets/pocket/README.md``
+is the model card.
 
 Importing this package imports neither transformers nor the optional data packages (scikit-learn, easy-vqa): every
 public name but the loader is resolved on first use.

@@ -276,7 +276,7 @@ RECIPES: dict[str, Recipe] = {
                 mention_weight=1.0,
                 position_weight=0.3,
             ),
-            Stage("N", steps=300, batch_size=4, learning_rate=4e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
+            Stage("N", steps=500, batch_size=4, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
         ranks=2,
         start_sha256="83f971f9501b1f3a214738117564d1b4ecc05ff6b2122c90db45e9387af3ddf8",
