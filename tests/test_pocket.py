@@ -347,10 +347,10 @@ def test_accuracy_is_above_the_floor(measured):
     assert [a.id for a in answers] == [q.id for q in questions]
     accuracy = accuracy_by_type(answers)
     easy = [a.correct for a in answers if a.type.startswith("easy")]
-    assert sum(easy) / len(easy) >= 0.90
-    # Measured 2026-11 with 30 questions per type; the floors leave room for numerical differences only.
-    floors = {"color_big": 0.95, "shape_big": 0.95, "color": 0.80, "shape": 0.60, "presence": 0.65, "count": 0.65}
-    floors |= {"count_sub": 0.55, "lookup": 0.65, "word": 0.65}
+    assert sum(easy) / len(easy) >= 0.92
+    # 27 questions per type; the model card has the figures of several hundred.
+    floors = {"color_big": 0.95, "shape_big": 0.95, "color": 0.80, "shape": 0.85, "presence": 0.85, "count": 0.70}
+    floors |= {"count_sub": 0.85, "compare": 0.65, "digit": 0.55, "lookup": 0.50, "word": 0.60}
     assert {kind: accuracy[kind] for kind, floor in floors.items() if accuracy[kind] < floor} == {}
 
 
