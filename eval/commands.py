@@ -42,14 +42,15 @@ def sweep(
 
     config = load_sweep(file, overrides or ())
     root = out if out is not None else RESULTS / file.stem
-    if root.exists() or not dry_run:
-        Store(root, create=not dry_run)  # a folder that cannot be used is refused before the model is loaded
+    used = root.exists() and (not root.is_dir() or any(root.iterdir()))
+    if used:
+        Store(root)  # a folder that cannot be used is refused before the model is loaded
     from vtc.eval.run import Sweep
 
     console = Console(stderr=True)
     running = Sweep(config, str(file))
     if dry_run:
-        store = Store(root) if root.exists() else None
+        store = Store(root) if used else None
         rows = [
             {"label": p.cell.label, "budget": p.cell.budget, "id": p.id, "state": running.state(store, p)}
             for p in running.planned

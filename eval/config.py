@@ -248,15 +248,16 @@ class Cell:
         Registered name (without preset), ``"none"`` for the unreduced run.
     budget : str
         The budget as tables print it, ``""`` for the unreduced run.
-    key : str
-        Where in the file it comes from, for error messages.
+    key, budget_key : str
+        Where in the file reducer and budget come from, for error messages.
     """
 
     label: str
     reducer: Reducer | None
     name: str
     budget: str
-    key: str
+    key: str = ""
+    budget_key: str = ""
 
 
 # ----------------------------------------------------------------------------------------------------------- reading
@@ -457,6 +458,10 @@ def cells(config: SweepConfig, place: Any = None) -> list[Cell]:
     wanted: list[tuple[ReducerConfig, Path_]] = [(r, ("reducers", i)) for i, r in enumerate(config.reducers)]
     used = {b.text: b for b in config.budgets} | {b.text: b for r in config.reducers for b in r.budgets or ()}
     budgets = list(used)
+    asked: dict[str, Path_] = {b.text: ("budgets", j) for j, b in enumerate(config.budgets)}
+    for r, key in wanted:
+        for j, b in enumerate(r.budgets or ()):
+            asked.setdefault(b.text, (*key, "budgets", j))
     for name in BASELINES:  # every budget in use gets its floors
         there = {b.text for r, _ in wanted if r.name == name and not r.options for b in r.budgets or config.budgets}
         if added := [b for text, b in used.items() if text not in there]:
@@ -469,7 +474,7 @@ def cells(config: SweepConfig, place: Any = None) -> list[Cell]:
         forbidden = sorted({"keep", "avg_tokens"} & set(reducer.options))
         if forbidden:
             raise ConfigError(f"{place((*key, 'options', forbidden[0]))}: a budget is not an option: write it under 'budgets'")
-        for j, budget in enumerate(reducer.budgets or config.budgets):
+        for budget in reducer.budgets or config.budgets:
             leaf: Path_ = key
             try:
                 made = vtc.create(reducer.name, **reducer.options, **budget.options)
@@ -477,7 +482,7 @@ def cells(config: SweepConfig, place: Any = None) -> list[Cell]:
                 if isinstance(error, vtc.UnknownReducerError):
                     leaf = (*key, "name")
                 elif isinstance(error, vtc.BudgetError):
-                    leaf = (*key, "budgets", j) if key and reducer.budgets else ("budgets", budgets.index(budget.text))
+                    leaf = asked[budget.text]
                 elif reducer.options:
                     leaf = (*key, "options")
                 raise ConfigError(f"{place(leaf)}: {error}") from None
@@ -488,6 +493,7 @@ def cells(config: SweepConfig, place: Any = None) -> list[Cell]:
                 raise ConfigError(
                     f"{place(key)}: two rows are called '{reducer.title}' at budget {budget.text}: give one of them a `label`"
                 )
-            found[name] = Cell(reducer.title, made, reducer.name.partition(".")[0], budget.text, place(key))
+            where = place(key or asked[budget.text]), place(asked[budget.text])
+            found[name] = Cell(reducer.title, made, reducer.name.partition(".")[0], budget.text, *where)
     rows = sorted(found.values(), key=lambda c: budgets.index(c.budget))  # stable: keeps the order of the reducers
     return [Cell(UNREDUCED, None, UNREDUCED, "", "the unreduced row"), *rows]

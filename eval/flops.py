@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_c
 from vtc import Handle
 from vtc.errors import VtcError
 from vtc.families import family_of
+from vtc.stats import Clock
 
 TOLERANCE = 0.02
 """Largest accepted relative difference between counter and formula."""
@@ -200,15 +201,15 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
     Returns
     -------
     Count
-        Where attention is not a fused op (``eager``), the counter cannot tell the products of a reducer's signals from those of
-        attention, and they count as the model's.
+        Both results, what each layer ran on, and the KV cache.
     """
     if inputs["input_ids"].shape[0] != 1:
         raise VtcError("FLOPs are counted on one prompt: pass inputs with a batch of one")
     family = family_of(model)
     seen = Tokens()
     counter = FlopCounterMode(display=False, depth=None, custom_mapping=_cpu_attention())
-    with torch.no_grad(), _watch(model, seen), counter:
+    parts = _Parts(model, counter)
+    with torch.no_grad(), _watch(model, seen), counter, parts.observing():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
     total = inputs["input_ids"].shape[1]
     if handle is None or not handle.stats.last.images:
@@ -217,26 +218,54 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
         images = handle.stats.last.images
         text = total - sum(i.slots for i in images)
         seen.decoder = [text + sum(n) for n in zip(*(i.tokens_per_layer for i in images), strict=True)]
-    return Count(_attribute(model, counter.get_flop_counts()), closed_form(model, seen), seen, out.past_key_values)
+    return Count(parts.result(), closed_form(model, seen), seen, out.past_key_values)
 
 
-def _attribute(model: nn.Module, counts: Mapping[str, Mapping[Any, int]]) -> Flops:
-    """Split the counter's numbers by part; what is neither a linear layer, a convolution nor attention is the reducer's."""
-    root = type(model).__name__
-    family = family_of(model)
-    names = {id(m): f"{root}.{n}" for n, m in model.named_modules()}
-    fused = {op for ops in counts.values() for op in ops if "attention" in str(op)}
-    eager = not fused
+class _Parts:
+    """Splits the counter's numbers: what is counted while a span of the engine's clock is open is the reducer's."""
 
-    def own(part: nn.Module) -> int:
-        prefix = names[id(part)]
-        modules = [m for m in part.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
-        linear = sum(sum(counts.get(names[id(m)], {}).values()) for m in modules)
-        if eager and part is not family.projector:
-            return sum(counts.get(prefix, {}).values())
-        return linear + sum(counts.get(prefix, {}).get(op, 0) for op in fused)
+    def __init__(self, model: nn.Module, counter: FlopCounterMode) -> None:
+        family, names = family_of(model), {id(m): n for n, m in model.named_modules()}
+        parts = {
+            "tower": family.tower,
+            "projector": family.projector,
+            "decoder": family.text,
+            "head": model.get_output_embeddings(),
+        }
+        self.names = {part: f"{type(model).__name__}.{names[id(module)]}" for part, module in parts.items()}
+        self.counter = counter
+        self.depth = 0
+        self.before: dict[str, int] = {}
+        self.reducer = dict.fromkeys((*parts, "all"), 0)
 
-    head = own(model.get_output_embeddings())
-    tower, projector, decoder = own(family.tower), own(family.projector), own(family.text)
-    everything = sum(counts.get("Global", {}).values())
-    return Flops(tower, projector, decoder, head, everything - tower - projector - decoder - head)
+    def now(self) -> dict[str, int]:
+        """Numbers so far, by part and in all."""
+        counts = self.counter.get_flop_counts()
+        found = {part: sum(counts.get(name, {}).values()) for part, name in self.names.items()}
+        return {**found, "all": sum(counts.get("Global", {}).values())}
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Listen to the engine's clock while the body runs."""
+        Clock.observers.append(self.span)
+        try:
+            yield
+        finally:
+            Clock.observers.remove(self.span)
+
+    def span(self, begins: bool) -> None:
+        """A span began or ended; nested ones belong to the outermost."""
+        self.depth += 1 if begins else -1
+        if begins and self.depth == 1:
+            self.before = self.now()
+        elif not begins and self.depth == 0:
+            after = self.now()
+            for part in self.reducer:
+                self.reducer[part] += after[part] - self.before[part]
+
+    def result(self) -> Flops:
+        """The split; products outside every part (there are none in the models known) count as the decoder's."""
+        total = self.now()
+        model = {part: total[part] - self.reducer[part] for part in total}
+        rest = model.pop("all") - sum(model.values())
+        return Flops(model["tower"], model["projector"], model["decoder"] + rest, model["head"], self.reducer["all"])

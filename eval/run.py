@@ -85,7 +85,7 @@ class Sweep:
         If the model, the questions or a reducer of the file cannot be had, before anything is written.
     """
 
-    def __init__(self, config: SweepConfig, source: str = "") -> None:
+    def __init__(self, config: SweepConfig, source: str = "the sweep") -> None:
         self.config, self.source = config, source
         if config.model not in POCKET_MODELS:
             raise ConfigError(
@@ -123,7 +123,8 @@ class Sweep:
             with vtc.patch(self.model, cell.reducer) as handle:
                 return handle.reducer
         except VtcError as error:
-            raise ConfigError(f"{cell.key}: {error}") from None
+            key = cell.budget_key if isinstance(error, vtc.BudgetError) else cell.key
+            raise ConfigError(f"{self.source}: {key}: {error}") from None
 
     # ------------------------------------------------------------------------------------------------------- states
     def state(self, store: Store | None, item: Planned) -> str:

@@ -288,7 +288,7 @@ def _cost_columns(results: Results, terminal: bool) -> list[Column]:
     def flops(row: Row) -> str:
         if row.flops is None:
             return MISSING
-        share = "" if row.flops_share is None else f" ({100 * row.flops_share:.0f} %)"
+        share = "" if row.flops_share is None else f" ({100 * row.flops_share:.0f}%)"
         return f"{row.flops / scale:.{digits}f}{MARK if row.mismatch > TOLERANCE else ''}{share}"
 
     def kv(row: Row) -> str:
@@ -469,9 +469,10 @@ def _terminal(
 ) -> str:
     made = []
     for cols in tables:
-        table = Table(box=_box(), pad_edge=False, padding=(0, 1))
+        table = Table(box=_box(), pad_edge=False, padding=(0, 1, 0, 0))
         for c in cols:
-            table.add_column(Text(c.title), justify="left" if c.left else "right")
+            words = [w for entry in (c.title, *(clean(c.show(row)) for row in rows)) for w in entry.split()]
+            table.add_column(Text(c.title), justify="left" if c.left else "right", min_width=max(map(len, words)))
         for group in _groups(rows):
             for row in group:
                 style = "bold" if row.reducer == UNREDUCED else "red" if row.error and row.accuracy is None else ""
@@ -480,7 +481,8 @@ def _terminal(
         made.append(table)
     out = io.StringIO()
     probe = Console(width=10_000, file=io.StringIO())
-    least, needed = (max(getattr(probe.measure(t), which) for t in made) for which in ("minimum", "maximum"))
+    needed = max(probe.measure(t).maximum for t in made)
+    least = max(sum((c.min_width or 0) + 3 for c in t.columns) for t in made)  # below that, rich cuts words
     # a terminal too narrow for the table folds entries at their spaces; a pipe gets the whole width
     columns_ = max(needed, 100) if width is None else max(width, least)
     console = Console(file=out, width=columns_, force_terminal=color, no_color=not color, highlight=False, legacy_windows=False)

@@ -137,6 +137,60 @@ def attention_colsum(
     return total
 
 
+def attention_walk(
+    query: Tensor,
+    key: Tensor,
+    start: Tensor,
+    *,
+    steps: int,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    block: int | None = None,
+) -> Tensor:
+    """Send mass along ``softmax(Q K^T)`` for some steps, each head on its own: ``p <- p M``, in row blocks.
+
+    Rows that may attend to nothing pass nothing on. With more keys than queries (a KV cache) the last keys are the queries' own,
+    and mass that reaches the others stays out of the following steps.
+
+    Parameters
+    ----------
+    query, key : Tensor
+        ``(B, H, R, d)`` and ``(B, Hkv, N, d)``.
+    start : Tensor
+        ``(B, R)`` mass of every row before the first step.
+    steps : int
+        Steps, at least 1.
+    scaling, mask : float, Tensor
+        As in :func:`attention_rows`.
+    causal : bool
+        Without a mask: a row sees no key behind its own.
+    block : int or None
+        Query rows per block; ``None``: as many as keep a block below 128 MiB.
+
+    Returns
+    -------
+    Tensor
+        ``(B, H, N)`` mass of every key after the last step.
+    """
+    b, h, r, _ = query.shape
+    n = key.shape[2]
+    block = max(1, min(256, 2**25 // (b * h * n))) if block is None else block
+    at = torch.arange(n, device=key.device)
+    mass = start.to(_wide(key).dtype)[:, None].expand(b, h, r)
+    for _ in range(steps):
+        total = torch.zeros(b, h, n, dtype=_wide(key).dtype, device=key.device)
+        for lo in range(0, r, block):
+            hi = min(lo + block, r)
+            part = mask[..., lo:hi, :] if mask is not None and mask.shape[-2] != 1 else mask
+            if mask is None and causal:
+                part = (at <= at[n - r + lo : n - r + hi, None])[None, None]
+            rows = attention_rows(query[:, :, lo:hi], key, scaling=scaling, mask=part, reduce="none")
+            total += torch.einsum("bhr,bhrn->bhn", mass[:, :, lo:hi], torch.nan_to_num(rows, nan=0.0))
+        mass = total[..., n - r :]
+    return total
+
+
 def farthest_point(features: Tensor, k: int, first: Tensor) -> Tensor:
     """Greedy max-min diversification (k-center) under cosine distance, O(N D) memory.
 
@@ -461,15 +515,15 @@ def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = Tru
         Tokens to choose, ``1 <= k <= N``.
     guard : bool, default True
         Once no token adds anything (the kernel's numerical rank is used up) choose by relevance, and never choose a token twice.
-        ``False``: the bare recurrence, whose result may hold repetitions from there on.
+        ``False``: the bare recurrence on rows that are taken as normalised, whose result may hold repetitions from there on.
 
     Returns
     -------
     Tensor
         ``(B, k)`` int64 in pick order.
     """
-    unit, weight = _unit(features), _wide(relevance)
-    weight = weight.to(unit.dtype)
+    unit = _unit(features) if guard else _wide(features)
+    weight = _wide(relevance).to(unit.dtype)
     return torch.stack([_dpp(u, w, k, guard) for u, w in zip(_images(unit), _images(weight), strict=True)])
 
 
@@ -500,9 +554,7 @@ def _dpp(unit: Tensor, weight: Tensor, k: int, guard: bool) -> Tensor:
     return torch.stack(picks)
 
 
-def absorb_neighbours(
-    features: Tensor, keys: Tensor, weight: Tensor, rows: Tensor, count: int, *, block: int = 256
-) -> Tensor:
+def absorb_neighbours(features: Tensor, keys: Tensor, weight: Tensor, rows: Tensor, count: int, *, block: int = 256) -> Tensor:
     """Add to some tokens the weighted sum of their nearest neighbours, in blocks (no full matrix).
 
     Parameters
@@ -539,4 +591,356 @@ def absorb_neighbours(
                 total = total + (near * w) @ x
             parts.append(total)
         out.append(torch.cat(parts) if parts else x[own])
+    return torch.stack(out)
+
+
+def farthest_point_weighted(features: Tensor, weight: Tensor, k: int) -> Tensor:
+    """Greedy choice by weight times cosine distance to the nearest chosen token, O(N D) memory.
+
+    The first token is the heaviest; every further one has the largest ``w_i min_c (1 - cos(i, c))`` of those not chosen yet.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    weight : Tensor
+        ``(B, N)``, not negative.
+    k : int
+        Tokens to choose, ``1 <= k <= N``.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k)`` int64 in pick order.
+    """
+    images, weight = _images(_unit(features)), _wide(weight)
+    batch = torch.arange(len(images), device=weight.device)
+    picks = [weight.argmax(-1)]
+    near = 1 - _cosine(images, picks[0])
+    taken = torch.zeros_like(weight, dtype=torch.bool)
+    taken[batch, picks[0]] = True
+    for _ in range(k - 1):
+        pick = (weight * near).masked_fill(taken, -torch.inf).argmax(-1)
+        picks.append(pick)
+        taken[batch, pick] = True
+        near = torch.minimum(near, 1 - _cosine(images, pick))
+    return torch.stack(picks, 1)
+
+
+def nearest_centre(points: Tensor, centres: Tensor, *, block: int = 4096) -> Tensor:
+    """Index of the Euclidean nearest centre of every point, in blocks; the lowest among equals.
+
+    Parameters
+    ----------
+    points, centres : Tensor
+        ``(B, N, D)`` and ``(B, K, D)``.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)`` int64.
+    """
+    return torch.stack([_nearest(p, c, block) for p, c in zip(_images(_wide(points)), _images(_wide(centres)), strict=True)])
+
+
+def k_means(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Lloyd's algorithm from given tokens, O(N D + K D) memory; an empty cluster keeps its centre.
+
+    Parameters
+    ----------
+    points : Tensor
+        ``(B, N, D)``.
+    start : Tensor
+        ``(B, K)`` int64, tokens whose features are the first centres.
+    iterations : int
+        Most updates, at least 1; stops early when nothing changes.
+    weight : Tensor or None
+        ``(B, N)`` weights of the means, not negative; a cluster without weight takes the plain mean.
+
+    Returns
+    -------
+    centres, owner : Tensor
+        ``(B, K, D)``, at least float32, and ``(B, N)`` the cluster of every token that these centres are the means of.
+    """
+    out = []
+    wide = _wide(points)
+    weights = torch.ones_like(wide[..., 0]) if weight is None else _wide(weight).to(wide.dtype)
+    for p, w, first in zip(_images(wide), weights, start, strict=True):
+        centres, owner, clusters = p[first], None, len(first)
+        for _ in range(iterations):
+            previous, owner = owner, _nearest(p, centres, 4096)
+            if previous is not None and torch.equal(previous, owner):
+                break
+            mass = w.new_zeros(clusters).index_add(0, owner, w)
+            used = torch.where(mass[owner] > 0, w, torch.ones_like(w))
+            size = w.new_zeros(clusters).index_add(0, owner, used)
+            mean = torch.zeros_like(centres).index_add(0, owner, p * used[:, None])
+            centres = torch.where(size[:, None] > 0, mean / size.clamp(min=torch.finfo(w.dtype).tiny)[:, None], centres)
+        out.append((centres, owner))
+    return torch.stack([c for c, _ in out]), torch.stack([o for _, o in out])
+
+
+def k_medoids(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Alternating weighted k-medoids under Euclidean distance, no matrix larger than a cluster's block.
+
+    A medoid is the member of its cluster with the smallest weighted sum of distances to the members; the weights are those of the
+    members served. A medoid always belongs to its own cluster, so no cluster is empty.
+
+    Parameters
+    ----------
+    points, start, iterations, weight
+        As in :func:`k_means`; the weights are those of the sums.
+
+    Returns
+    -------
+    medoids, owner : Tensor
+        ``(B, K)`` int64 in the order of ``start``, and ``(B, N)`` the cluster of every token under these medoids.
+    """
+    out = []
+    wide = _wide(points)
+    weights = torch.ones_like(wide[..., 0]) if weight is None else _wide(weight).to(wide.dtype)
+    for p, w, first in zip(_images(wide), weights, start, strict=True):
+        medoids, places = first.clone(), torch.arange(len(first), device=p.device)
+        for turn in range(iterations + 1):
+            owner = _nearest(p, p[medoids], 4096)
+            owner[medoids] = places
+            if turn == iterations:
+                break
+            by_cluster = torch.sort(owner, stable=True).indices.split(owner.bincount(minlength=len(first)).tolist())
+            moved = torch.stack([members[_central(p[members], w[members])] for members in by_cluster])
+            if torch.equal(moved, medoids):
+                break
+            medoids = moved
+        out.append((medoids, owner))
+    return torch.stack([m for m, _ in out]), torch.stack([o for _, o in out])
+
+
+def _nearest(points: Tensor, centres: Tensor, block: int) -> Tensor:
+    """:func:`nearest_centre` of one image."""
+    offset = centres.square().sum(1)
+    return torch.cat([(offset - 2 * p @ centres.T).argmin(1) for p in points.split(block)])
+
+
+def _central(points: Tensor, weight: Tensor, block: int = 1024) -> Tensor:
+    """Index of the point with the smallest weighted sum of distances to all ``points (n, D)``."""
+    exact = "donot_use_mm_for_euclid_dist"  # a point's distance to itself, and to its copies, is exactly zero
+    return torch.cat([torch.cdist(p, points, compute_mode=exact) @ weight for p in points.split(block)]).argmin()
+
+
+def seat_clusters(features: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every cluster of one image a token to sit in, all different.
+
+    A cluster sits in its member nearest to its centre; one without members takes the lowest-numbered token in which no other sits.
+
+    Parameters
+    ----------
+    features, centres : Tensor
+        ``(N, D)`` and ``(K, D)``, ``K <= N``.
+    owner : Tensor
+        ``(N,)`` int64 cluster of every token.
+
+    Returns
+    -------
+    anchors, owner : Tensor
+        ``(K,)`` int64 tokens, and ``(N,)`` clusters, none of them empty.
+    """
+    distance = (features.to(centres.dtype) - centres[owner]).square().sum(1)
+    near = torch.sort(distance, stable=True).indices
+    near = near[torch.sort(owner[near], stable=True).indices]  # cluster by cluster, the nearest first
+    size = owner.bincount(minlength=len(centres))
+    anchors = near[(size.cumsum(0) - size).clamp(max=len(owner) - 1)]
+    empty = (size == 0).nonzero()[:, 0]
+    if len(empty):
+        free = torch.ones_like(owner, dtype=torch.bool)
+        free[anchors[size > 0]] = False
+        anchors[empty] = free.nonzero()[: len(empty), 0]
+        owner = owner.scatter(0, anchors[empty], empty)
+    return anchors, owner
+
+
+def ward(points: Tensor, clusters: int, *, ties: bool = False) -> Tensor:
+    """Ward's hierarchical clustering, cut at a number of clusters, on the CPU in float64.
+
+    A nearest-neighbour chain: O(N^2) steps with a distance matrix up to 4,096 tokens, O(N D) memory with centroids above.
+
+    Parameters
+    ----------
+    points : Tensor
+        ``(B, N, D)``.
+    clusters : int
+        Clusters wanted, ``1 <= clusters <= N``.
+    ties : bool, default False
+        Apply all merges of the same height together, so that fewer clusters may be left; otherwise exactly ``clusters`` are.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)`` int64 labels, numbered as :func:`scipy.cluster.hierarchy.fcluster` does.
+    """
+    return torch.stack([_ward(p.detach().double().cpu(), clusters, ties) for p in points]).to(points.device)
+
+
+def _ward(points: Tensor, clusters: int, ties: bool) -> Tensor:
+    """Labels ``(N,)`` of one image."""
+    n = len(points)
+    tree, heights = _merge_tree(points)
+    applied = n - clusters
+    while ties and 0 < applied < n - 1 and heights[applied] <= heights[applied - 1]:
+        applied += 1
+    labels = torch.zeros(n, dtype=torch.long)
+    count, stack = 0, [(2 * n - 2, False)] if n > 1 else []
+    while stack:
+        node, take = stack.pop()
+        if not take and node >= n + applied:  # undone: first the inner children, the lower number first, then the leaves
+            children = tree[node - n]
+            order = [c for c in children if c >= n] + [c for c in children if c < n]
+            stack += [(c, False) for c in reversed(order)]
+            continue
+        members = [node]
+        while members:
+            m = members.pop()
+            if m < n:
+                labels[m] = count
+            else:
+                members += tree[m - n]
+        count += 1
+    return labels
+
+
+def _merge_tree(points: Tensor, matrix: int = 4096) -> tuple[list[tuple[int, int]], list[float]]:
+    """Children of every merge (node ``N + t`` is merge ``t``, in order of height) and the squared heights."""
+    n = len(points)
+    size, alive = points.new_ones(n), torch.ones(n, dtype=torch.bool)
+    sizes = [1.0] * n
+    centre, square, table = points.clone(), points.square().sum(1), None
+    if n <= matrix:
+        table = (square[:, None] + square - 2 * points @ points.T).clamp(min=0).fill_diagonal_(torch.inf)
+
+    def row(x: int) -> Tensor:
+        if table is not None:
+            return table[x]
+        apart = (square[x] + square - 2 * (centre @ centre[x])).clamp(min=0)
+        apart = (apart * (2 * sizes[x] * size / (sizes[x] + size))).masked_fill(~alive, torch.inf)
+        apart[x] = torch.inf
+        return apart
+
+    chain: list[int] = []
+    found: list[tuple[float, int, int]] = []
+    for _ in range(n - 1):
+        if not chain:
+            chain.append(int(alive.int().argmax()))
+        while True:
+            x = chain[-1]
+            apart = row(x)
+            y = int(apart.argmin())
+            height = float(apart[y])
+            if len(chain) > 1 and float(apart[chain[-2]]) <= height:
+                y = chain[-2]
+                break
+            chain.append(y)
+        del chain[-2:]
+        found.append((height, x, y))
+        alive[x] = False
+        mine, other = sizes[x], sizes[y]
+        if table is not None:  # the distance to a union follows from those to its parts
+            new = torch.addcmul((mine + size) * table[x], other + size, table[y])
+            new = ((new - height * size) / (mine + other + size)).masked_fill_(~alive, torch.inf)
+            new[y] = torch.inf
+            table[y], table[:, y] = new, new
+            table[x], table[:, x] = torch.inf, torch.inf
+        else:
+            centre[y] = (mine * centre[x] + other * centre[y]) / (mine + other)
+            square[y] = centre[y].square().sum()
+        sizes[y] = mine + other
+        size[y] = mine + other
+    root, tree = list(range(2 * n - 1)), []
+
+    def top(node: int) -> int:
+        while root[node] != node:
+            root[node] = root[root[node]]
+            node = root[node]
+        return node
+
+    found.sort(key=lambda merge: merge[0])  # stable: equal heights in the order they were found
+    for t, (_, x, y) in enumerate(found):
+        a, b = sorted((top(x), top(y)))
+        root[a] = root[b] = n + t
+        tree.append((a, b))
+    return tree, [height for height, _, _ in found]
+
+
+def similarity_rows(features: Tensor) -> Tensor:
+    """Points whose mutual distances are those of the rows of ``E E^T``, in at most ``min(N, D)`` dimensions, float64.
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    """
+    wide = features.detach().double()
+    if wide.shape[1] <= wide.shape[2]:
+        return wide @ wide.transpose(1, 2)
+    values, vectors = torch.linalg.eigh(wide.transpose(1, 2) @ wide)
+    return wide @ (vectors * values.clamp(min=0).sqrt()[:, None])
+
+
+def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
+    """Neighbourhood of every token in the graph of cosines of at least ``threshold``, in blocks (no full matrix).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    threshold : float
+        Least cosine of neighbours; a token is compared with itself, too.
+    block : int
+        Rows per block.
+
+    Returns
+    -------
+    count, within, mean : Tensor
+        ``(B, N)`` number of neighbours, sum of their cosines, and mean cosine with all tokens.
+    """
+    out = []
+    for u in _images(_unit(features)):
+        parts = []
+        for rows in u.split(block):
+            cosine = rows @ u.T
+            near = cosine >= threshold
+            parts.append(torch.stack([near.sum(1).to(u.dtype), (cosine * near).sum(1), cosine.mean(1)]))
+        out.append(torch.cat(parts, 1))
+    count, within, mean = torch.stack(out, 1)
+    return count, within, mean
+
+
+def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Greedy choice by a gain that every pick shrinks by the squared kernel entry over its own gain, O(N D) memory.
+
+    The kernel is ``r_i cos_ij r_j``, and gains start as its diagonal. Unlike in :func:`greedy_dpp` a pick is not made orthogonal
+    to earlier ones. A pick whose gain is not positive shrinks nothing.
+
+    Parameters
+    ----------
+    features, relevance, k
+        As in :func:`greedy_dpp`.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k)`` int64 in pick order, no token twice.
+    """
+    out = []
+    unit = _unit(features)
+    for u, w in zip(_images(unit), _images(_wide(relevance).to(unit.dtype)), strict=True):
+        gain, picks = w * u.square().sum(1) * w, []
+        taken = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        for _ in range(k):
+            pick = gain.masked_fill(taken, -torch.inf).argmax()[None]
+            own = gain.index_select(0, pick)
+            row = w * w.index_select(0, pick) * (u @ u.index_select(0, pick)[0])
+            loss = (row / (own.clamp(min=0).sqrt() + 1e-6)).square()
+            gain = gain - torch.where(own > 0, loss, torch.zeros_like(loss))
+            taken = taken.index_fill(0, pick, True)
+            picks.append(pick)
+        out.append(torch.cat(picks))
     return torch.stack(out)

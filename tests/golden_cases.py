@@ -6,9 +6,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -338,3 +340,14 @@ CASES: dict[str, Run] = {
     "divprune": divprune,
     "flowcut": flowcut,
 }
+
+
+def load_all() -> dict[str, Run]:
+    """Add the ``CASES`` of every ``golden_*.py`` beside this file, and return the map of all methods."""
+    for path in sorted(Path(__file__).parent.glob("golden_*.py")):
+        if path.stem == "golden_cases":
+            continue
+        for method, case in getattr(importlib.import_module(path.stem), "CASES", {}).items():
+            if CASES.setdefault(method, case) is not case:
+                raise ValueError(f"{path.name}: '{method}' has a golden case already")
+    return CASES

@@ -7,12 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtc
-from vtc.core import Layout, Signals
+from vtc.core import Kind, Layout, Signals
+from vtc.engine.project import Projection
 from vtc.engine.segment import cut, take
-from vtc.signals import AttentionTap, wide_cls_attn, wide_keys
+from vtc.engine.tower import add_newlines
+from vtc.kernels import k_means, nearest_centre
+from vtc.reducers.tokenpooling import third_party_start
+from vtc.signals import AttentionTap, wide_cls_attn, wide_keys, zeroth_order_sensitivity
+from vtc.views import narrow
 
 Tensors = dict[str, Tensor]
 
@@ -118,9 +123,115 @@ def prumerge(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     return {"cls_attention": attention, "tokens": reducer.select(signals).features}
 
 
+def zooprune(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Measure the sensitivity of the file's projector, then pick in the file's tokens."""
+    w1, w2 = inputs["w1"], inputs["w2"]
+    projector = nn.Sequential(nn.Linear(*w1.shape[::-1]), nn.GELU(), nn.Linear(*w2.shape[::-1]))
+    projector.load_state_dict({"0.weight": w1, "0.bias": inputs["b1"], "2.weight": w2, "2.bias": inputs["b2"]})
+    project = Projection(projector).function(params.get("rank"))
+    measured = zeroth_order_sensitivity(inputs["features"], project, inputs["directions"], params["h"])
+    if "sequence" not in inputs:
+        projected = project(inputs["features"])
+        reducer = vtc.create("zooprune", keep=params["k"], official=True)
+        signals = signals_of(projected[None], params["k"], sensitivity=measured[None])
+        return {
+            "projected": projected,
+            "sensitivity": measured,
+            "order": reducer.pick(signals)[0],
+            "keep_indices": reducer.select(signals).index[0],
+        }
+    label, n = inputs["frame_label"], len(inputs["frame_label"])
+    patch, frames = label != params["newline_label"], int(label.max()) + 1
+    zero, entry = torch.zeros(n, dtype=torch.long), torch.arange(n)
+    kind = torch.where(patch, int(Kind.PATCH), int(Kind.NEWLINE))
+    layout = Layout(kind, torch.where(patch, label, -1), zero, zero, zero, zero, entry, ((1, n),) * frames, True)
+    shown = entry[patch]
+    reducer = vtc.create("zooprune", keep=params["total_budget"], official=True)
+    signals = Signals(
+        features=inputs["sequence"][None, shown],
+        layout=layout,
+        entries=shown[None],
+        budget=params["total_budget"],
+        slots=n,
+        taps={"sensitivity": inputs["sequence_score"][None, shown]},
+    )
+    kept = shown[reducer.select(signals).index[0]]
+    frame = [(label[shown] == f).nonzero()[:, 0] for f in range(frames)]
+    order = [shown[t[reducer.pick(narrow(signals, 0, t, params["per_frame"], f))[0]]] for f, t in enumerate(frame)]
+    return {
+        "sensitivity_lowrank": measured,
+        "order": torch.cat(order),
+        "keep_indices": add_newlines(layout, kept, entry, reducer.newline_policy),
+    }
+
+
+def tokenpooling(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """K-means from given starts, or medoids by the third-party rules."""
+    tokens, k, rounds = inputs["tokens"], params["clusters"], params["iterations"]
+    weighted = params["weighted"]
+    if "init_indices" in inputs:
+        weight = inputs["token_weight"][None] if weighted else None
+        centres, _ = k_means(tokens[None], inputs["init_indices"][None], rounds, weight=weight)
+        return {"centers": centres[0], "assignment": nearest_centre(tokens[None], centres)[0]}
+    reducer = vtc.create("tokenpooling", keep=k, weighted=weighted, iterations=rounds, compat="tokenreduction")
+    if weighted:
+        weight = inputs["token_weight"]
+        start = torch.sort(weight, dim=1, descending=True, stable=True).indices[:, :k]
+        index = reducer.select(signals_of(tokens, k, received_attn=weight)).index
+    else:
+        weight, index = None, None
+        first = inputs["first_index"].expand(len(tokens)).split(1)
+        start = torch.stack([third_party_start(t, f, k) for t, f in zip(tokens, first, strict=True)])
+    medoids, owner = reducer.medoids(tokens, weight, start)
+    if index is not None and all(len(m.unique()) == k for m in medoids):
+        assert torch.equal(index, medoids.sort(1).values)
+    return {
+        "center_indices": medoids,
+        "centers": tokens.gather(1, medoids[..., None].expand(-1, -1, tokens.shape[2])),
+        "assignment": owner,
+    }
+
+
+def hierpool(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Pool one document after the other, as released; padding and shuffling are what the callers of the release do around it."""
+    factor = params["pool_factor"]
+
+    def pool(document: Tensor, count: int, **more: Any) -> tuple[Tensor, Tensor]:
+        keep = max(1, count // factor)
+        if keep == len(document):  # nothing is pooled, and the release calls it one cluster
+            return document, torch.zeros(len(document), dtype=torch.long)
+        chosen = vtc.create("hierpool", keep=keep, official=True, **more).select(signals_of(document[None], keep))
+        return chosen.features[0], chosen.owner[0]
+
+    if "lengths" in inputs:  # the first ones after a shuffle are left alone, and means keep their length
+        protected, parts = params["protected_tokens"], []
+        lengths = inputs["lengths"].tolist()
+        for document, shuffle in zip(inputs["embs"].split(lengths), inputs["shuffle"].split(lengths), strict=True):
+            mixed = document[shuffle]
+            parts.append(torch.cat([pool(mixed[protected:], len(mixed), renormalize=False)[0], mixed[:protected]]))
+        return {"pooled": torch.cat(parts), "lengths": torch.tensor([len(p) for p in parts])}
+    if "embs" in inputs:
+        parts, left = [], params["padding_side"] == "left"
+        for row in inputs["embs"]:
+            real = (row != 0).any(1).nonzero()[:, 0]
+            document = row[int(real[0]) :] if left else row[: int(real[-1]) + 1]
+            parts.append(pool(document, len(document))[0])
+        longest = max(map(len, parts))
+        pad = [(0, 0, longest - len(p), 0) if left else (0, 0, 0, longest - len(p)) for p in parts]
+        return {"pooled": torch.stack([nn.functional.pad(p, q) for p, q in zip(parts, pad, strict=True)])}
+    out = {}
+    for i in range(len(inputs)):
+        document = inputs[f"emb{i}"]
+        out[f"pooled{i}"], out[f"label{i}"] = pool(document, len(document))
+    return out
+
+
 CASES: dict[str, Callable[[Tensors, dict[str, Any], str], Tensors]] = {
     "vispruner": vispruner,
     "hiprune": hiprune,
     "cdpruner": cdpruner,
     "prumerge": prumerge,
+    "zooprune": zooprune,
+    "tokenpooling": tokenpooling,
+    "hierpool": hierpool,
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Facts, Layout, Reducer, Schedule, Signals, Stage
+from vtc.engine import taps
 from vtc.engine.patch import Handle, bind
 from vtc.families.base import Family, VisionCall
+from vtc.reducers import aim as aim_module
+from vtc.reducers import corematching as corematching_module
 from vtc.reducers import sparsevlm as sparsevlm_module
 from vtc.reducers.transprune import TransPruneStage, combine, transition, transitions
 from vtc.signals import AttentionTap, StateTap, next_question_attn
@@ -40,7 +44,8 @@ def dart(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     """Measures on the recorded keys and states, then the selection."""
     key, hidden = inputs["key_states"], inputs["normed_hidden"]
     start, n, length = params["image_start"], params["N"], hidden.shape[1]
-    budget = {"keep": params["max"]} if params.get("max") else {"keep": 1 - params["ratio"]}
+    tokens = params.get("max") or params.get("retain")
+    budget = {"keep": min(tokens, params["N"] - params["pivot_image"]) if tokens else 1 - params["ratio"]}
     reducer = vtc.create(
         "dart", **budget, image_pivots=params["pivot_image"], text_pivots=params["pivot_text"], official=True, layer=2
     )
@@ -106,9 +111,7 @@ class Base(nn.Module):
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
 
-def llama(
-    weights: Tensors, *, heads: int, theta: float, eps: float, kind: str = "Llama"
-) -> nn.Module:
+def llama(weights: Tensors, *, heads: int, theta: float, eps: float, kind: str = "Llama") -> nn.Module:
     """A LLaMA (or Qwen2) with these weights, by layer (``0.self_attn...``) and ``norm.weight``."""
     layers = 1 + max(int(k.split(".")[0]) for k in weights if not k.startswith("norm."))
     width = weights["0.input_layernorm.weight"].shape[0]
@@ -158,8 +161,9 @@ class Patched:
     """A patched text model, and what its layers really get: ``hidden[i]``, ``positions[i]`` of the last forward."""
 
     def __init__(self, text: nn.Module, spans: list[tuple[int, int]], reducer: Reducer) -> None:
-        self.text, self.spans = text, spans
-        layouts = [Layout.flat(n) for _, n in spans]
+        self.text = text
+        self.spans = [(row, start, n) for row, (start, n) in enumerate(spans) if start >= 0]  # -1: a row without image
+        layouts = [Layout.flat(n) for _, _, n in self.spans]
         facts = facts_of(len(text.layers))
         self.base = Base(text)
         family = Family(
@@ -174,7 +178,7 @@ class Patched:
             projector=nn.Identity(),
             image_token_ids=(IMAGE,),
             facts=facts,
-            describe=lambda call: VisionCall([1] * len(spans), layouts, layouts, torch.zeros(len(spans), 1)),
+            describe=lambda call: VisionCall([1] * len(layouts), layouts, layouts, torch.zeros(len(layouts), 1)),
         )
         self.handle = Handle(self.base, family, bind(reducer, facts), strict=True)
         self.handle.install(self.base)
@@ -201,9 +205,9 @@ class Patched:
 
     def prefill(self, embeds: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Any:
         ids = torch.ones(embeds.shape[:2], dtype=torch.long)
-        for row, (start, n) in enumerate(self.spans):
+        for row, start, n in self.spans:
             ids[row, start : start + n] = IMAGE
-        features = [embeds[row, start : start + n] for row, (start, n) in enumerate(self.spans)]
+        features = [embeds[row, start : start + n] for row, start, n in self.spans]
         blank = torch.where((ids == IMAGE)[..., None], 0.0, embeds)
         with torch.no_grad():
             return self.base(input_ids=ids, inputs_embeds=blank, pixel_values=features, attention_mask=mask, **kwargs)
@@ -249,7 +253,8 @@ def pyramiddrop(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     reducer = vtc.create("pyramiddrop", keep=counts[stage], ratios=(0.5,), layers=(1,))
     model = Patched(text, [(start, current) for start in params["image_start"]], reducer)
     model.prefill(hidden, mask, position_ids=inputs["position_ids"])
-    lengths = [int(m.sum()) - current + counts[stage] for m in mask]
+    gone = current - counts[stage]
+    lengths = [int(m.sum()) - gone * (start >= 0) for m, start in zip(mask, params["image_start"], strict=True)]
     padded = torch.tensor([[1] * n + [0] * (max(lengths) - n) for n in lengths])
     return {
         "hidden_states": model.left(1, model.hidden[1]),
@@ -396,7 +401,11 @@ def sparsevlm(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     raters = chosen[0, start + n :].nonzero()[:, 0]
     version = params["version"].split("_")[0]
     schedule = vtc.create(
-        "sparsevlm", keep=params["retain"], version=version, layers=tuple(p + 1 for p in params["pruning_layers"]), official=True
+        "sparsevlm",
+        keep=params["retain"],
+        version=version,
+        layers=tuple(p + 1 for p in params["pruning_layers"]),
+        official=True,
     )
     text = llama_rope(params["head_dim"])
     places, current = torch.arange(length), n
@@ -437,4 +446,162 @@ def llama_rope(width: int) -> nn.Module:
     return transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
 
 
-CASES: dict[str, Run] = {"dart": dart, "pyramiddrop": pyramiddrop, "transprune": transprune, "sparsevlm": sparsevlm}
+# ------------------------------------------------------------------------------------------------------------------ AIM
+def aim(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Merging, the importance, or the whole schedule on the file's decoder, by what the file brings."""
+    if "x" in inputs:
+        return aim_merging(inputs, params)
+    if "logits" in inputs:
+        return {"importance": aim_importance(inputs["logits"], inputs["masked_keys"], params)}
+    return aim_decoder(inputs, params)
+
+
+def aim_merging(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    x = inputs["x"]
+    groups, n, _ = x.shape
+    metric = inputs.get("metric", x)
+    out: Tensors = {}
+    place = torch.arange(n).expand(groups, -1)
+    now = aim_module.Merged(metric, x, place, place)
+    weights = aim_module.Merged(metric, torch.eye(n).expand(groups, -1, -1), place, place)
+    for i, r in enumerate(params["r"]):
+        now, weights = (aim_module.merge_once(m, r, official=True) for m in (now, weights))
+        out[f"x{i}"] = now.tokens
+    halving = aim_module.merge_to(metric, x, now.tokens.shape[1], official=True).tokens
+    if params["r"][:-1] == [n >> i for i in range(1, len(params["r"]))]:  # the release's own schedules
+        assert torch.equal(halving, now.tokens)
+    return {**out, "assign": weights.tokens}
+
+
+def aim_importance(logits: Tensor, masked: Tensor, params: dict[str, Any]) -> Tensor:
+    """The measure on queries whose products with unit keys are the recorded logits."""
+    assert params["d"] == 0.0
+    batch, heads, n, _ = logits.shape
+    unit = torch.eye(n).expand(batch, heads, n, n)
+    allowed = torch.ones(n, n, dtype=torch.bool).tril() & ~masked[:, None, None, :].bool()
+    valid = torch.ones(batch, n, dtype=torch.bool)
+    tap = AttentionTap(logits, unit, unit, 1.0, allowed, True, None, valid, valid)
+    return aim_module.importance(tap, params["iters"], params["tau"])
+
+
+def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    """The release hides tokens instead of dropping them: a stock model, whose layers are given masks from the product's stages."""
+    weights = {k.removeprefix("w."): v for k, v in inputs.items() if k.startswith("w.")}
+    kind = "Qwen2" if "0.self_attn.q_proj.bias" in weights else "Llama"
+    text = llama(weights, heads=params["heads"], theta=params["rope_theta"], eps=params["rms_eps"], kind=kind)
+    layers, before, n, length = params["layers"], params["sys"], params["vis"], inputs["embeds"].shape[1]
+    facts = replace(facts_of(layers), tokens=n)
+    stages = {part.after: part for part in vtc.create("aim", keep=1.0).bind(facts).parts() if part.stage is Stage.DECODER}
+    first, end = aim_module.RELEASED[layers]
+    assert sorted(stages) == list(range(first, end)), "the released schedule"
+    visible = torch.ones(length, dtype=torch.bool)
+    scores, masks = [], []
+
+    def observe(i: int, _module: Any, query: Tensor, key: Tensor, value: Tensor, _mask: Any, scaling: float, _ctx: Any) -> None:
+        nonlocal visible
+        if query.shape[2] == 1:
+            return
+        every = torch.ones(1, length, dtype=torch.bool)
+        allowed = torch.ones(length, length, dtype=torch.bool).tril() & visible
+        score = aim_module.importance(AttentionTap(query, key, value, scaling, allowed[None, None], True, None, every, every))
+        scores.append(score)
+        if i in stages and bool(visible[before : before + n].any()):
+            left = visible[before : before + n].nonzero()[:, 0]
+            part = stages[i]
+            signals = signals_of(torch.zeros(1, len(left), 1), part.count(n, facts), importance=score[:, before + left])
+            visible = visible.clone()
+            visible[before : before + n] = False
+            visible[before + left[part.select(signals).index[0]]] = True
+        masks.append(visible)
+
+    def hide(i: int, _module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        seen = torch.ones(length, dtype=torch.bool) if i == 0 else masks[i - 1]
+        seen = torch.cat([seen, torch.ones(length_now - length, dtype=torch.bool)])
+        allowed = torch.ones(length_now, length_now, dtype=torch.bool).tril()[-queries:] & seen
+        return args, {**kwargs, "attention_mask": allowed[None, None]}
+
+    undo = [taps.attach(layer.self_attn, functools.partial(observe, i)) for i, layer in enumerate(text.layers)]
+    hooks = [
+        layer.register_forward_pre_hook(functools.partial(hide, i), with_kwargs=True) for i, layer in enumerate(text.layers)
+    ]
+    cache = transformers.DynamicCache()
+    length_now = length
+    try:
+        with torch.no_grad():
+            full = text(inputs_embeds=inputs["embeds"], past_key_values=cache, use_cache=True).last_hidden_state
+            length_now = length + 1
+            place = torch.tensor([[length]])
+            decoded = None
+            if "decode_embed" in inputs:
+                decoded = text(
+                    inputs_embeds=inputs["decode_embed"], past_key_values=cache, position_ids=place
+                ).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for off in undo:
+            off()
+    out = {
+        "importance": torch.stack(scores),
+        "mask_after": torch.stack(masks)[:, None].long(),
+        "n_keep": torch.stack(masks).sum(1),
+        "last_hidden": full,
+    }
+    return out if decoded is None else {**out, "decode_hidden": decoded}
+
+
+# -------------------------------------------------------------------------------------------------------- CoreMatching
+def corematching(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """A stock MLP with the file's weights; measure, knee and selection on what its last projection is given."""
+    hidden, key, value = inputs["hidden_states"], inputs["key"], inputs["value"]
+    width, inner = hidden.shape[2], inputs["gate_weight"].shape[0]
+    config = transformers.LlamaConfig(
+        hidden_size=width,
+        intermediate_size=inner,
+        hidden_act=params["activation"],
+        num_attention_heads=1,
+        num_key_value_heads=1,
+    )
+    mlp = transformers.models.llama.modeling_llama.LlamaMLP(config)
+    mlp.load_state_dict({f"{name}_proj.weight": inputs[f"{name}_weight"] for name in ("gate", "up", "down")})
+    start, n, length = params["image_start"], params["num_image_tokens"], hidden.shape[1]
+    visual, valid = span(length, start, n), torch.ones(1, length, dtype=torch.bool)
+    reducer = vtc.create("corematching", keep=1.0, layer=params["layer_idx"] + 1, reference=params["reference_position"])
+    (need,) = reducer.needs
+    seen: Tensors = {}
+
+    def observe(_module: nn.Module, args: Any) -> None:
+        seen["overlap"] = need.measure(StateTap(args[0], torch.tensor([length - 1]), visual, valid, lambda t: t))
+
+    hook = mlp.down_proj.register_forward_pre_hook(observe)
+    with torch.no_grad():
+        out: Tensors = {"mlp": mlp(hidden), "key": key, "value": value}
+    hook.remove()
+    if params["layers_cached_including_this"] - 1 not in corematching_module.RELEASED:
+        return out
+    overlap = seen["overlap"][:, start : start + n]
+    index = reducer.select(signals_of(hidden[:, start : start + n], n, overlap=overlap)).index[0]
+    place, height = corematching_module.knee(overlap)
+    gone = torch.ones(length, dtype=torch.bool)
+    gone[:start] = gone[start + n :] = gone[start + index] = False
+    zero = gone[None, None, :, None]  # the release blanks the cache where the product drops
+    return {
+        **out,
+        "overlap": overlap[0],
+        "elbow_index": place,
+        "elbow_value": height,
+        "core_indices": index,
+        "key": key.masked_fill(zero, 0.0),
+        "value": value.masked_fill(zero, 0.0),
+    }
+
+
+CASES: dict[str, Run] = {
+    "dart": dart,
+    "pyramiddrop": pyramiddrop,
+    "transprune": transprune,
+    "sparsevlm": sparsevlm,
+    "aim": aim,
+    "corematching": corematching,
+}

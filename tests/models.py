@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,6 +99,11 @@ def build(
     model = model.to(dtype).eval()
     set_attention(model, impl)
     return model
+
+
+def where(condition: Any) -> Callable[[Any], Any]:
+    """Decorator: collect a test only where the installed transformers has the feature. Put it on the outside."""
+    return lambda test: test if condition else None
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
+from cases import CASES
 from models import build, make_inputs, visual_of
 from PIL import Image
 
@@ -298,7 +299,7 @@ def test_an_image_with_fewer_tokens_than_the_budget_is_kept_whole(reducer):
     assert tokens < 80 < most, "the budget is possible on this model, just not for this image"
     with torch.no_grad():
         expected = model(**inputs).logits
-        with vtc.patch(model, reducer, keep=80) as handle:
+        with vtc.patch(model, reducer, **{**CASES[reducer].whole, "keep": 80}) as handle:
             logits = model(**inputs).logits
     image = handle.stats.last.images[0]
     if not handle.reducer.parts()[-1].decides_itself:
@@ -306,7 +307,7 @@ def test_an_image_with_fewer_tokens_than_the_budget_is_kept_whole(reducer):
         torch.testing.assert_close(logits, expected)
     assert image.stages[0].before == image.stages[0].after == tokens
     assert image.stages[0].note == "fewer tokens than the budget: kept whole", "and reported"
-    with vtc.patch(model, reducer, keep=1.0) as handle, torch.no_grad():
+    with vtc.patch(model, reducer, **CASES[reducer].whole) as handle, torch.no_grad():
         model(**inputs)
     assert handle.stats.last.images[0].stages[0].note == "", "a budget that is met exactly is nothing to report"
 

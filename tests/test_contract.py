@@ -196,6 +196,22 @@ def test_half_precision_has_no_nan(reducer: str, family: str, dtype: torch.dtype
     assert call.fired
 
 
+@pytest.mark.parametrize("reducer", [n for n in REDUCERS if vtc.info(n).cls.default_newlines == "none"])
+@pytest.mark.parametrize("short", [1, 8, 9])
+def test_newlines_are_not_kept_to_fill_the_budget(reducer: str, short: int) -> None:
+    """80 patches and 8 newlines: a budget of 87, 80 or 79 keeps patches only where newlines are dropped."""
+    model = model_of("llava_next", "sdpa")
+    inputs = make_inputs("llava_next", model, 1, sizes=[[56, 56]])
+    with vtc.patch(model, reducer, keep=88 - short) as handle, torch.no_grad():
+        model(**inputs)
+    (image,) = handle.stats.last.images
+    assert image.slots == 88
+    for stage in image.stages:
+        part = next(p for p in handle.reducer.parts() if (p.stage.value, p.layer) == (stage.stage, stage.layer))
+        if part.newline_policy == "none" and part.stage is not Stage.ENCODER and not part.decides_itself:
+            assert stage.after <= min(80, stage.requested)
+
+
 # ------------------------------------------------------------------------------------------------------------- generate
 @reducers
 @families
@@ -260,20 +276,24 @@ def first_token_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- selection on plain tensors
-class _Zoo:
-    """Signals every reducer may ask for, by name: one vector or row per token."""
+# what follows the batch and the tokens in the shape of a signal; a part that needs another one is run by the matrix above only
+SHAPES: dict[str, tuple[int, ...]] = {
+    "cls_attn": (),
+    "cls_value_affinity": (),
+    "keys": (6,),
+    "last_attn": (),
+    "last_logits": (2,),
+    "last_value_logits": (2,),
+    "mean_query_attn": (),
+    "text_values": (6,),
+    "values": (6,),
+    **dict.fromkeys(("next_last_attn", "next_question_attn", "rater_attention", "importance", "overlap"), ()),
+    **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
+}
 
-    @staticmethod
-    def taps(reducer: Reducer, batch: int, n: int, generator: torch.Generator, values: str) -> dict[str, Tensor]:
-        out = {}
-        for need in reducer.needs:
-            shape = {"keys": (batch, n, 6), "values": (batch, n, 6), "text_values": (batch, n, 6)}.get(need.name, (batch, n))
-            if need.name in ("last_logits", "last_value_logits"):
-                shape = (batch, n, 2)
-            if need.axis == "row":
-                shape = (batch, 2)
-            out[need.name] = draw(shape, generator, values).abs()
-        return out
+
+def taps_of(part: Reducer, batch: int, n: int, generator: torch.Generator, values: str) -> dict[str, Tensor]:
+    return {need.name: draw((batch, n, *SHAPES[need.name]), generator, values).abs() for need in part.needs}
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator, values: str) -> Tensor:
@@ -292,7 +312,10 @@ def selecting() -> list[tuple[str, Reducer]]:
         found += [
             (f"{name}-{p.stage.value}", p)
             for p in parts
-            if p.stage in (Stage.BOUNDARY, Stage.DECODER, Stage.VISION) and p.kind != "merge" and not p.decides_itself
+            if p.stage in (Stage.BOUNDARY, Stage.DECODER, Stage.VISION)
+            and p.kind != "merge"
+            and not p.decides_itself
+            and {need.name for need in p.needs} <= {*SHAPES}
         ]
     return found
 
@@ -320,7 +343,7 @@ def test_selection_is_exact(
     k = max(1, math.ceil(share * n))
     layout = several(rows, cols, views)
     features = (draw((batch, n, 5), generator, values) + (values == "ties")).to(dtype)
-    tapped = {name: t.to(dtype) if t.dim() == 3 else t for name, t in _Zoo.taps(part, batch, n, generator, values).items()}
+    tapped = {name: t.to(dtype) if t.dim() == 3 else t for name, t in taps_of(part, batch, n, generator, values).items()}
     marks = tuple(torch.randint(0, 2**31, (batch,), generator=generator).tolist())
 
     def ask(rows_of: slice) -> Any:

@@ -51,8 +51,9 @@ def test_every_file_named_exists():
 def test_commands_named_exist():
     from typer.main import get_command
 
-    from vtc.cli import app
+    from vtc.cli import app, load_plugins
 
+    load_plugins(app)
     known = set(get_command(app).commands)
     for name in re.findall(r"^vtc (\w+)", README, re.MULTILINE):
         assert name in known, name

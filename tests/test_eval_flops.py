@@ -13,6 +13,7 @@ from vtc.eval import flops
 from vtc.eval.speed import kv_cache_bytes
 from vtc.families import family_of
 from vtc.pocket import encode_questions, scene_questions
+from vtc.stats import Clock
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def test_grouped_heads_make_smaller_key_and_value_projections(pocket):
     text = LlamaConfig(
         hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, vocab_size=50, head_dim=8
     )
-    config = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(hidden_size=32, intermediate_size=48, patch_size=4))
+    config = LlavaConfig(text_config=text, vision_config=CLIPVisionConfig(hidden_size=36, patch_size=4))
     model = torch.nn.Module()
     model.config = config
     found = flops.closed_form(model, flops.Tokens(decoder=[5]))
@@ -63,7 +64,9 @@ def test_grouped_heads_make_smaller_key_and_value_projections(pocket):
 
 def test_both_ways_agree_unreduced(pocket):
     found = counted(pocket)
-    assert found.mismatch == 0 and found.counted == found.formula
+    assert found.mismatch < 1e-4  # some transformers releases write RoPE's angles as a matrix product
+    for part in ("tower", "projector", "head"):
+        assert getattr(found.counted, part) == getattr(found.formula, part)
     text = pocket[1]["input_ids"].shape[1]
     assert found.tokens == flops.Tokens(196, [197] * 5, 196, [text] * 4)
 
@@ -71,12 +74,14 @@ def test_both_ways_agree_unreduced(pocket):
 @pytest.mark.parametrize("keep", [98, 11])
 @pytest.mark.parametrize("name", vtc.list_reducers())
 def test_both_ways_agree_for_every_reducer(pocket, name, keep):
-    model = pocket[0]
-    assert name in usable(family_of(model).facts)
+    if name not in usable(family_of(pocket[0]).facts):
+        with pytest.raises(VtcError):
+            counted(pocket, name, keep=keep)
+        return
     found = counted(pocket, name, keep=keep)
     full = counted(pocket)
     assert found.mismatch <= 0.001 < flops.TOLERANCE
-    assert 0 <= found.counted.reducer < 0.1 * found.counted.total
+    assert found.counted.reducer >= 0
     assert found.counted.decoder < full.counted.decoder and found.counted.model < full.counted.model
     # the counter looked at what ran, the formula at what the statistics say: both saw the same shorter layers
     assert found.tokens.decoder[-1] <= full.tokens.decoder[-1] - (196 - keep)
@@ -106,9 +111,17 @@ def test_a_reducers_own_products_are_set_apart(pocket):
 
 
 def test_eager_attention_counts_the_same(pocket):
-    model, _ = vtc.load_pocket(attn_implementation="eager")
-    found = flops.count(model, pocket[1], None)
-    assert found.counted == found.formula == counted(pocket).formula
+    eager, _ = vtc.load_pocket(attn_implementation="eager")
+    assert flops.count(eager, pocket[1], None).counted == counted(pocket).counted
+    with vtc.patch(eager, "fastv", keep=49) as handle:
+        assert flops.count(eager, pocket[1], handle).counted == counted(pocket, "fastv", keep=49).counted
+
+
+def test_looking_ahead_costs_the_reducer_not_the_model(pocket):
+    """PyramidDrop computes q, k, v of a layer before it cuts: three products of 128 x 128 for every token there."""
+    found = counted(pocket, "pyramiddrop", keep=49)
+    layers = found.tokens.decoder
+    assert found.counted.reducer >= sum(layers[i] * 3 * 2 * 128 * 128 for i in range(3) if layers[i + 1] < layers[i])
 
 
 def test_torch_releases_without_a_formula_for_cpu_attention_count_it_too(pocket, monkeypatch):
@@ -126,6 +139,12 @@ def test_one_prompt_at_a_time(pocket):
 
 
 def test_counting_leaves_no_hook_behind(pocket):
-    model = pocket[0]
+    """Transformers keeps hooks of its own on the tower's layers from the first call on; ours are gone."""
+
+    def hooks():
+        return [(*m._forward_hooks.values(), *m._forward_pre_hooks.values()) for m in pocket[0].modules()]
+
+    counted(pocket)
+    before = hooks()
     counted(pocket, "fastv", keep=49)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert hooks() == before and not Clock.observers

@@ -98,7 +98,7 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_cell_or_none(tmp_path):
     steps = int(whole.stdout)
     assert steps >= 14
     seen = set()
-    for after in (*range(0, steps, 3), steps - 2, steps - 1):
+    for after in (1, steps // 2, steps - 5, steps - 4, steps - 1):
         name = f"killed-{after}"
         assert run(name, after).returncode == 9
         store = Store(tmp_path / name)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from vtc.errors import StoreError
-from vtc.eval.report import render_report, write_report
+from vtc.eval.report import render_report, summary, write_report
 from vtc.eval.store import SCHEMA, Store, cell_id
 from vtc.eval.tables import FORMATS, collect, render
 
@@ -161,15 +161,17 @@ def test_failed_and_missing_cells_are_named(tmp_path):
 
 def test_a_disagreement_of_the_flops_is_marked(tmp_path):
     text = " ".join(render(collect(fixed_store(tmp_path / "s", mismatch=0.05)), "terminal").split())
-    assert "613! (66 %)" in text and "! marks a disagreement above 2 % with the closed formula (worst: 5.0 %)" in text
+    assert "613! (66%)" in text and "! marks a disagreement above 2 % with the closed formula (worst: 5.0 %)" in text
     assert "!" not in render(collect(fixed_store(tmp_path / "t", mismatch=0.001)), "terminal")
 
 
 def test_a_narrow_terminal_folds_entries_and_loses_none(tmp_path):
     results = collect(fixed_store(tmp_path / "s"))
-    narrow = render(results, "terminal", width=115)
-    assert max(map(len, narrow.splitlines())) <= 115
-    assert sorted(narrow.split()) == sorted(render(results, "terminal").split())
+    narrow = render(results, "terminal", width=122)
+    assert max(map(len, narrow.splitlines())) <= 122
+    wide = render(results, "terminal")
+    assert max(map(len, wide.splitlines())) > 125
+    assert sorted(w for w in narrow.split() if "─" not in w) == sorted(w for w in wide.split() if "─" not in w)
     assert "\x1b[" in render(results, "terminal", color=True)
 
 
@@ -255,9 +257,16 @@ def test_the_report_is_one_file_with_everything_in_it(tmp_path):
     path = write_report(store)
     page = path.read_text(encoding="utf-8")
     assert path == store.root / "report.html"
-    assert page.count("<svg") == 1 and "fastv layer=2" in page and "Example CPU" in page and "66 %" in page
+    assert page.count("<svg") == 1 and "fastv layer=2" in page and "Example CPU" in page and "66%" in page
     # xmlns declarations are names, not addresses that a browser would open
     assert not re.search(r"(src|href)=\"(?!#)", page) and "@import" not in page and "url(http" not in page
+
+
+def test_the_summary_compares_like_with_like(tmp_path):
+    lines = summary(collect(fixed_store(tmp_path / "s")))
+    assert lines[0].startswith("Unreduced, the model answers 90.0 %")
+    assert "uniform is ahead with 70.0 %" in lines[1] and "no method at a like number of tokens" in lines[1]
+    assert "apart, because more tokens per layer are at work: fastv layer=2 (85.0 % from 122 tokens per layer)" in lines[1]
 
 
 def test_the_report_without_matplotlib_says_so(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+CASES = golden_cases.load_all()
 HERE = Path(__file__).parent / "golden"
 FOLDERS = [Path(p) for p in os.environ.get("VTC_GOLDEN", "").split(os.pathsep) if p] or [HERE]
 TOLERANCE, DEEP_TOLERANCE = 1e-5, 1e-4
@@ -46,12 +47,12 @@ def check(path: Path) -> int:
     """Run one file; raise AssertionError on any difference. Returns the number of tensors compared."""
     meta, tensors = load(path)
     method = meta.get("method", "")
-    assert method in golden_cases.CASES, f"{path.name}: no golden case for method '{method}'"
+    assert method in sorted(CASES), f"{path.name}: no golden case for method '{method}'"
     inputs = {k[3:]: v for k, v in tensors.items() if k.startswith("in.")}
     wanted = {k[4:]: v for k, v in tensors.items() if k.startswith("out.")}
     assert wanted, f"{path.name} holds no out.* tensor: nothing would be compared"
     params = json.loads(meta.get("params", "{}"))
-    got = golden_cases.CASES[method](inputs, params, meta.get("case", path.stem))
+    got = CASES[method](inputs, params, meta.get("case", path.stem))
     missing = sorted(set(wanted) - set(got))
     assert not missing, f"{path.name}: not computed: {missing}"
     for name, want in wanted.items():
@@ -118,15 +119,15 @@ def test_empty_folder_fails(tmp_path: Path) -> None:
 def test_every_perturbed_output_fails(tmp_path: Path, method: str) -> None:
     source = one_file(method)
     names = [k for k in load(source)[1] if k.startswith("out.")]
-    outputs = {}
+    outputs, run = {}, CASES[method]
 
-    def once(inputs, params, case, run=golden_cases.CASES[method]):
+    def once(inputs, params, case):
         if not outputs:
             outputs.update(run(inputs, params, case))
         return outputs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(golden_cases.CASES, method, once)
+        patch.setitem(CASES, method, once)
         assert check(source) == len(names)
         for n, name in enumerate(names):
             tensor = load(source)[1][name].clone()

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from typing import Any
 
 import pytest
 import torch
-from models import image_features, make_inputs, shared
+from models import build, image_features, make_inputs, shared
 from torch import Tensor
 
 import vtc
-from vtc.core import Layout, Signals
-from vtc.kernels import absorb_neighbours, drop_duplicates, greedy_dpp
-from vtc.reducers.prumerge import outliers
+from vtc.core import Kind, Layout, Signals
+from vtc.engine.project import Projection
+from vtc.kernels import (
+    absorb_neighbours,
+    drop_duplicates,
+    farthest_point_weighted,
+    greedy_dpp,
+    k_means,
+    k_medoids,
+    seat_clusters,
+    similarity_rows,
+    ward,
+)
+from vtc.kernels.ref import _merge_tree
+from vtc.reducers.flexpool import target_grid
 from vtc.reducers.prumerge_plus import released_samples
-from vtc.signals import AttentionTap, wide_cls_attn, wide_keys
-from vtc.views import each_view, in_first_slots
+from vtc.reducers.tokenpooling import third_party_start
+from vtc.signals import AttentionTap, ProjectionTap, sensitivity, wide_cls_attn, wide_keys, zeroth_order_sensitivity
+from vtc.views import each_view, in_first_slots, outliers
 
 CASES: dict[str, dict[str, Any]] = {
     "vispruner": {},
@@ -29,6 +43,14 @@ CASES: dict[str, dict[str, Any]] = {
     "cdpruner-negated": {"negate": True},
     "prumerge": {},
     "prumerge_plus": {},
+    "zooprune": {"directions": 3},
+    "zooprune-lowrank": {"directions": 2, "rank": 5, "newlines": "none"},
+    "tokenpooling": {},
+    "tokenpooling-kmeans": {"method": "kmeans"},
+    "tokenpooling-plain": {"method": "kmeans", "weighted": False},
+    "hierpool": {},
+    "hierpool-kmeans": {"method": "kmeans"},
+    "hierpool-sequential": {"method": "sequential", "renormalize": True},
 }
 """Reducers and options the edge cases run: ``name`` or ``name-variant``."""
 
@@ -172,6 +194,30 @@ def test_prefill_and_decode_agree(case: str) -> None:
         whole = {**inputs, "input_ids": out.sequences, "attention_mask": torch.ones_like(out.sequences)}
         logits = model(**whole).logits[:, -6:-1]
     torch.testing.assert_close(torch.stack(out.logits, 1).double(), logits.double(), atol=1e-5, rtol=1e-5)
+
+
+TOWER = ("vispruner", "hiprune", "prumerge", "prumerge_plus", "tokenpooling")
+AFTER = ("cdpruner", "zooprune", "hierpool", "flexpool")
+
+
+@pytest.mark.parametrize("first", TOWER)
+@pytest.mark.parametrize("second", AFTER)
+def test_one_before_and_one_after_the_projector(first: str, second: str) -> None:
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, 2)
+    before, after = vtc.create(first, keep=21), vtc.create(second, keep=8)
+    with vtc.patch(model, [before, after]) as handle, torch.no_grad():
+        together = model(**inputs).logits
+        images = handle.stats.last.images
+        real = inputs["attention_mask"][0].bool()
+        one = {k: inputs[k][:1, real] for k in ("input_ids", "attention_mask")}
+        alone = model(**one, pixel_values=inputs["pixel_values"][:1], image_sizes=inputs["image_sizes"][:1]).logits
+    assert torch.isfinite(together[inputs["attention_mask"].bool()]).all()
+    for image in images:
+        assert [s.reducer for s in image.stages] == [first, second]
+        assert image.stages[0].after == image.stages[1].before == 21
+        assert image.kept == 8 or (second == "flexpool" and 1 <= image.kept <= 8)
+    torch.testing.assert_close(together[0, real], alone[0], atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- view by view
@@ -361,7 +407,7 @@ def test_cdpruner_scales_relevance_over_the_views_of_an_image_but_not_over_the_b
 
 def test_dpp_beyond_its_rank_is_guarded_and_as_released_is_not() -> None:
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(1, 60, 4, generator=generator)  # rank 4
+    features = torch.nn.functional.normalize(torch.randn(1, 60, 4, generator=generator), dim=-1)  # rank 4
     weight = torch.rand(1, 60, generator=generator)
     bare = greedy_dpp(features, weight, 40, guard=False)[0].tolist()
     kept = greedy_dpp(features, weight, 40)[0].tolist()
@@ -404,7 +450,7 @@ def merge_example() -> Signals:
 
 
 def test_prumerge_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 2)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 2)
     s = merge_example()
     chosen = vtc.create("prumerge", keep=3).select(s)
     # kept: 0 (neighbours 1 and 2: 0 * 10 + 0.1 * 100) and 3 (neighbours 4 and 5: 0 + 0.1 * 1e5); the rest: 1 2 4 5 6 7
@@ -454,15 +500,15 @@ def test_prumerge_adaptive_in_a_model_has_no_request_to_meet() -> None:
     for name in ("prumerge", "prumerge_plus"):
         for family in ("llava", "llava_next", "llava_siglip"):
             model = shared(family)
-            with vtc.patch(model, name, keep=1.0, adaptive=True) as handle, torch.no_grad():
+            with vtc.patch(model, name, keep=9, adaptive=True) as handle, torch.no_grad():
                 model(**make_inputs(family, model, 2))
             for image in handle.stats.last.images:
-                assert 2 <= image.kept < image.slots
+                assert 1 <= image.kept <= 9
                 assert image.stages[0].requested is None
 
 
 def test_prumerge_plus_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 0)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 0)
     s = dataclasses.replace(merge_example(), budget=5)
     chosen = vtc.create("prumerge_plus", keep=5).select(s)
     # four kept: two by attention (0, 3); of 1 2 4 5 6 7 two at even distances, the places 1 and 4: 2 and 6
@@ -472,7 +518,7 @@ def test_prumerge_plus_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_prumerge_plus_as_released_keeps_a_patch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vtc.reducers.prumerge.NEIGHBOURS", 1)
+    monkeypatch.setattr("vtc.views.AbsorbingReducer.neighbours", 1)
     attention = torch.tensor([[0.0, 0.1, 0.4, 0.2, 0.1, 0.1, 0.3, 0.1]])
     s = changed(merge_example(), 5, wide_cls_attn=attention)
     # two by attention: 2, 6; two sampled of eight at steps of 4 from 2: 2 and 6 again, so each is the nearest to itself
@@ -497,3 +543,385 @@ def test_absorbing_goes_to_the_lowest_index_among_equals() -> None:
     assert absorb_neighbours(features, keys, ones, rows, 2).flatten().tolist() == [111, 111]
     assert absorb_neighbours(features, keys, ones, rows, 2, block=1).flatten().tolist() == [111, 111]
     assert absorb_neighbours(features, keys, ones, rows, 9).flatten().tolist() == [1111, 1111]
+
+
+# --------------------------------------------------------------------------------------------------------- zooprune
+def test_sensitivity_by_hand() -> None:
+    # the square of every coordinate: ((x + h u)^2 - (x - h u)^2) / 2h = 2 x u, along the axes 2 |x_0| and 2 |x_1|; their mean
+    x = torch.tensor([[3.0, 0.0], [1.0, -1.0], [0.0, 0.5]])
+    got = zeroth_order_sensitivity(x, torch.square, torch.tensor([[5.0, 0.0], [0.0, 0.1]]), 0.25)
+    torch.testing.assert_close(got, torch.tensor([3.0, 2.0, 0.5]))
+
+
+def test_zooprune_by_hand() -> None:
+    # first the most sensitive, 0. Then weight times distance 1 - cos: 1: 0.9 * (1 - cos 30) = 0.12; 2: 0.5 * 1 = 0.5;
+    # 3: 0.2 * 2 = 0.4; 4: weight 0. -> 2. Then 3: 0.2 * (1 - cos 90) = 0.2, 1: 0.12 -> 3; then 1, at last 4
+    features = on_circle(0, 30, 90, 180, 270)
+    s = signals(features, 3, sensitivity=torch.tensor([[11.0, 10.0, 6.0, 3.0, 1.0]]))
+    reducer = vtc.create("zooprune", keep=3)
+    assert reducer.pick(dataclasses.replace(s, budget=5)).tolist() == [[0, 2, 3, 1, 4]]
+    assert reducer.select(s).index.tolist() == [[0, 2, 3]]
+
+
+def test_zooprune_takes_the_lowest_of_equals() -> None:
+    weight = torch.zeros(1, 5)
+    assert farthest_point_weighted(on_circle(0, 90, 180, 270, 45), weight, 5).tolist() == [[0, 1, 2, 3, 4]]
+    # equal sensitivities count as 1: plain farthest point from token 0; in a release's crop as 0
+    layout, features = crops(1, 3, 2), on_circle(0, 10, 180, 0, 10, 180)
+    s = signals(features, 4, layout, sensitivity=torch.full((1, 6), 7.0))
+    assert vtc.create("zooprune", keep=4).select(s).index.tolist() == [[0, 2, 3, 5]]
+    assert vtc.create("zooprune", keep=4, official=True).select(s).index.tolist() == [[0, 1, 3, 4]]
+    plain = signals(features[:, :3], 2, sensitivity=torch.full((1, 3), 7.0))
+    assert vtc.create("zooprune", keep=2, official=True).select(plain).index.tolist() == [[0, 2]]
+
+
+def test_sensitivity_in_a_model_is_that_of_its_projector() -> None:
+    for dtype in (torch.float32, torch.float16):
+        model = shared("llava", "sdpa", dtype)
+        inputs = make_inputs("llava", model, 1)
+        seen = []
+        hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _m, a, seen=seen: seen.append(a[0]))
+        with vtc.patch(model, "zooprune", keep=4, directions=2) as handle, torch.no_grad():
+            inner = handle.family.text.register_forward_hook(
+                lambda _m, _a, k, _o, seen=seen: seen.append(k["_vtc"].record.signals), with_kwargs=True
+            )
+            model(**inputs)
+            inner.remove()
+        hook.remove()
+        assert len(seen) == 2, "the measure must not run the model's own hooks"
+        (need,) = handle.reducer.needs
+        draw = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
+        wide = copy.deepcopy(model.model.multi_modal_projector).float()
+        with torch.no_grad():
+            want = zeroth_order_sensitivity(seen[0], wide, draw, 0.01)
+        torch.testing.assert_close(seen[1][need.key][0], want[0])
+        assert model.model.multi_modal_projector.linear_1.weight.dtype == dtype
+
+
+def test_low_rank_projection() -> None:
+    generator = torch.Generator().manual_seed(0)
+    projector = torch.nn.Sequential(torch.nn.Linear(8, 6), torch.nn.GELU(), torch.nn.Linear(6, 6))
+    projection, x = Projection(projector), torch.randn(3, 8, generator=generator)
+    with torch.no_grad():
+        torch.testing.assert_close(projection.function()(x), projector(x))
+        assert projection.function(6)[0].weight.data_ptr() == projector[0].weight.data_ptr(), "full rank: nothing to factor"
+        cut = projection.function(2)
+        u, s, v = torch.linalg.svd(projector[0].weight)
+        best = u[:, :2] @ torch.diag(s[:2]) @ v[:2]
+        torch.testing.assert_close(cut[0](x), x @ best.T + projector[0].bias)
+        assert projection.function(2)[0].first is cut[0].first, "factors are made once"
+        projector[0].weight.mul_(2)
+        torch.testing.assert_close(projection.function(2)[0](x), 2 * x @ best.T + projector[0].bias)
+
+
+def test_directions_depend_on_the_seed_only() -> None:
+    tap = ProjectionTap(torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(1)), lambda _rank: torch.tanh)
+    once, again, other = (sensitivity(directions=4, seed=seed).measure(tap) for seed in (0, 0, 1))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, other)
+    alone = sensitivity(directions=4).measure(dataclasses.replace(tap, features=tap.features[1:]))
+    assert torch.equal(alone[0], once[1])
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "value"),
+    [("zooprune", "directions", 0), ("zooprune", "rank", 0), ("zooprune", "step", 0.0), ("vispruner", "important", 1.5)],
+)
+def test_senseless_options_are_refused(name: str, option: str, value: float) -> None:
+    with pytest.raises(vtc.errors.UnknownArgumentError, match=f"{name}: {option}"):
+        vtc.create(name, keep=4, **{option: value})
+
+
+# ----------------------------------------------------------------------------------------------------- tokenpooling
+def line(*x: float) -> Tensor:
+    """``(1, N, 1)`` points on a line."""
+    return torch.tensor(x, dtype=torch.float32)[None, :, None]
+
+
+def test_weighted_k_medoids_by_hand() -> None:
+    # the most significant ones are 0 (w 5) and 3 (w 4). Round one: 0 1 2 | 10 11 15.
+    # sums of w * distance, left: 0 -> 1*1 + 1*2 = 3; 1 -> 5*1 + 1*1 = 6; 2 -> 11: stays 0.
+    # right, w 4 3 2: 10 -> 3*1 + 2*5 = 13; 11 -> 4*1 + 2*4 = 12; 15 -> 4*5 + 3*4 = 32: moves to 11. Then nothing changes.
+    points, weight = line(0, 1, 2, 10, 11, 15), torch.tensor([[5.0, 1, 1, 4, 3, 2]])
+    medoids, owner = k_medoids(points, torch.tensor([[0, 3]]), 5, weight=weight)
+    assert medoids.tolist() == [[0, 4]]
+    assert owner.tolist() == [[0, 0, 0, 1, 1, 1]]
+    chosen = vtc.create("tokenpooling", keep=2).select(signals(points, 2, received_attn=weight))
+    assert chosen.index.tolist() == [[0, 4]]
+    assert chosen.features is None
+    # without weights: left 0 -> 3, 1 -> 2, 2 -> 3; right 10 -> 6, 11 -> 5, 15 -> 9
+    plain = vtc.create("tokenpooling", keep=2, weighted=False).select(signals(points, 2, received_attn=weight))
+    assert plain.index.tolist() == [[1, 4]]
+
+
+def test_third_party_medoids_weight_themselves() -> None:
+    # sums of all distances: 0: 39, 1: 35, 2: 33, 10: 33, 11: 35, 15: 51; times the own weight 195 35 33 132 105 102
+    # clusters of 0 and 3: 0 1 2 | 3 4 5: cheapest 2 (33) and 15 (102). Then |x - 2| against |x - 15|: 10 and 11 go to 15
+    points, weight = line(0, 1, 2, 10, 11, 15), torch.tensor([[5.0, 1, 1, 4, 3, 2]])
+    s = signals(points, 2, received_attn=weight)
+    reducer = vtc.create("tokenpooling", keep=2, compat="tokenreduction")
+    assert reducer.select(s).index.tolist() == [[2, 5]]
+    medoids, owner = reducer.medoids(points, weight, torch.tensor([[0, 3]]))
+    assert medoids.tolist() == [[2, 5]]
+    assert owner.tolist() == [[0, 0, 0, 1, 1, 1]]
+    # of two equal centres the second gets nothing, and jumps to token 0
+    medoids, _ = vtc.create("tokenpooling", keep=2, compat="tokenreduction", iterations=1).medoids(
+        line(5, 5, 7), torch.ones(1, 3), torch.tensor([[0, 1]])
+    )
+    assert medoids.tolist() == [[0, 0]]
+
+
+def test_third_party_start_takes_the_largest_distance() -> None:
+    # from 4: distances 4 3 0 6 -> 3 (at 10). Largest distances then: 10, 9, 0 (chosen), 0 (chosen) -> 0, although 1 is as far
+    # from its nearest chosen one
+    assert third_party_start(line(0, 1, 4, 10)[0], torch.tensor([2]), 3).tolist() == [2, 3, 0]
+    chosen = vtc.create("tokenpooling", keep=3, compat="tokenreduction", weighted=False)
+    s = dataclasses.replace(signals(torch.randn(2, 30, 4, generator=torch.Generator().manual_seed(0)), 3), fingerprint=(7, 8))
+    assert chosen.needs == ()
+    assert torch.equal(chosen.select(s).index, chosen.select(s).index)
+    assert not torch.equal(chosen.select(s).index, chosen.select(dataclasses.replace(s, fingerprint=(9, 8))).index)
+
+
+def test_weighted_k_means_by_hand() -> None:
+    # starts 0 and 10; left mean (3*0 + 1*4) / 4 = 1, right (1*10 + 1*12) / 2 = 11; nothing changes any more
+    points, weight = line(0, 4, 10, 12), torch.tensor([[3.0, 1, 1, 1]])
+    centres, owner = k_means(points, torch.tensor([[0, 2]]), 5, weight=weight)
+    assert centres.flatten().tolist() == [1, 11]
+    assert owner.tolist() == [[0, 0, 1, 1]]
+    reducer = vtc.create("tokenpooling", keep=2, method="kmeans")
+    chosen = reducer.select(signals(points, 2, received_attn=torch.tensor([[3.0, 1, 2, 1]])))
+    # weights 2 and 1 on the right: 32 / 3; the nearest patches are 0 (1 away from the mean, 4 is 3 away) and 10
+    torch.testing.assert_close(chosen.features.flatten(), torch.tensor([1.0, 32 / 3]))
+    assert chosen.index.tolist() == [[0, 2]]
+    assert chosen.owner.tolist() == [[0, 0, 1, 1]]
+
+
+def test_k_means_conserves_the_weighted_sum() -> None:
+    generator = torch.Generator().manual_seed(2)
+    features, weight = torch.randn(2, 40, 6, generator=generator), torch.rand(2, 40, generator=generator)
+    s = signals(features, 9, received_attn=weight)
+    chosen = vtc.create("tokenpooling", keep=9, method="kmeans").select(s)
+    mass = torch.zeros(2, 9).scatter_add(1, chosen.owner, weight)
+    torch.testing.assert_close((chosen.features * mass[..., None]).sum(1), (features * weight[..., None]).sum(1))
+
+
+def test_a_cluster_without_members_gets_a_place_of_its_own() -> None:
+    features = line(5, 5, 5, 9)[0]
+    anchors, owner = seat_clusters(features, torch.tensor([[5.0], [5.0], [9.0]]), torch.tensor([0, 0, 0, 2]))
+    assert anchors.tolist() == [0, 1, 3]
+    assert owner.tolist() == [0, 1, 0, 2]
+
+
+def test_tokenpooling_options_that_do_not_go_together() -> None:
+    for options in ({"method": "median"}, {"compat": "x"}, {"compat": "tokenreduction", "method": "kmeans"}, {"iterations": 0}):
+        with pytest.raises(vtc.errors.UnknownArgumentError, match="tokenpooling"):
+            vtc.create("tokenpooling", keep=4, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- hierpool
+def test_ward_by_hand() -> None:
+    # squared heights: 3 4 (0 and 1): 1; 1 2 (10 and 12): 4; these two together: 2 * 2 * 2 / 4 * (11 - 0.5)^2 = 220.5, less than
+    # 30 with the right one: 2 * 2 * 1 / 3 * 19^2 = 481. So node 5 = {3, 4}, 6 = {1, 2}, 7 = {5, 6}, 8 = {0, 7}
+    points = line(30, 10, 12, 0, 1)
+    tree, heights = _merge_tree(points[0].double())
+    assert tree == [(3, 4), (1, 2), (5, 6), (0, 7)]
+    assert heights[:3] == pytest.approx([1, 4, 220.5])
+    # three clusters: the inner children of the root come before its leaf
+    assert ward(points, 3).tolist() == [[2, 1, 1, 0, 0]]
+    # four: node 6 is undone, its leaves are numbered in turn
+    assert ward(points, 4).tolist() == [[3, 1, 2, 0, 0]]
+    assert ward(points, 1).tolist() == [[0, 0, 0, 0, 0]]
+
+
+def test_ward_ties_are_merged_together_on_request_only() -> None:
+    points = line(0, 1, 10, 11, 30)
+    assert len(ward(points, 4).unique()) == 4
+    assert ward(points, 4, ties=True).tolist() == [[0, 0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize("n", [2, 3, 17, 40])
+def test_ward_equals_trying_all_pairs(n: int) -> None:
+    points = torch.randn(n, 3, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    groups = [[i] for i in range(n)]
+    for clusters in range(n - 1, 0, -1):
+
+        def cost(pair: tuple[int, int], groups: list[list[int]] = groups) -> float:
+            a, b = (points[groups[i]] for i in pair)
+            return float(len(a) * len(b) / (len(a) + len(b)) * (a.mean(0) - b.mean(0)).square().sum())
+
+        a, b = min(((i, j) for i in range(len(groups)) for j in range(i)), key=cost)
+        groups = [g for i, g in enumerate(groups) if i not in (a, b)] + [groups[a] + groups[b]]
+        labels = ward(points[None], clusters)[0]
+        assert sorted(sorted(g) for g in groups) == sorted((labels == c).nonzero()[:, 0].tolist() for c in range(clusters))
+
+
+def test_ward_without_a_matrix_gives_the_same_tree() -> None:
+    points = torch.randn(120, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with_table, heights = _merge_tree(points)
+    without, others = _merge_tree(points, matrix=0)
+    assert with_table == without
+    assert heights == pytest.approx(others)
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+def test_similarity_rows_keep_the_distances(shape: tuple[int, int]) -> None:
+    e = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0)).double()
+    rows = 1 - e @ e.transpose(1, 2)
+    points = similarity_rows(e)
+    assert points.shape[2] == 4
+    torch.testing.assert_close(torch.cdist(points, points), torch.cdist(rows, rows), atol=1e-9, rtol=1e-9)
+
+
+def test_hierpool_by_hand() -> None:
+    # three directions; lengths have no influence on the clusters, but the mean is that of the tokens as they are
+    length = torch.tensor([1.0, 3.0, 1.0, 1.0, 2.0])
+    features = on_circle(90, 0, 2, 180, 92) * length[:, None]
+    chosen = vtc.create("hierpool", keep=3).select(signals(features, 3))
+    assert chosen.index.tolist() == [[0, 1, 3]]
+    assert chosen.owner.tolist() == [[0, 1, 1, 2, 0]]
+    want = torch.stack([(features[0, 0] + features[0, 4]) / 2, (features[0, 1] + features[0, 2]) / 2, features[0, 3]])
+    torch.testing.assert_close(chosen.features[0], want)
+    scaled = vtc.create("hierpool", keep=3, renormalize=True).select(signals(features, 3)).features[0]
+    torch.testing.assert_close(scaled, want / want.norm(dim=1, keepdim=True))
+    # k-means from tokens 0, 2 and 4: 180 degrees falls to 92, whose centre so moves to 136, and 92 itself goes over to 90
+    means = vtc.create("hierpool", keep=3, method="kmeans").select(signals(features, 3))
+    owner = means.owner[0].tolist()
+    assert owner[0] == owner[4] != owner[1] == owner[2] != owner[3]
+    torch.testing.assert_close(means.features[0, [owner[0], owner[1], owner[3]]], want)
+
+
+def test_hierpool_sequential_runs_are_even() -> None:
+    features = line(0, 1, 2, 3, 4, 5, 6)
+    chosen = vtc.create("hierpool", keep=3, method="sequential").select(signals(features, 3))
+    assert chosen.owner.tolist() == [[0, 0, 0, 1, 1, 2, 2]]
+    assert chosen.features.flatten().tolist() == [1, 3.5, 5.5]
+    assert chosen.index.tolist() == [[0, 3, 5]]
+
+
+def test_hierpool_as_released_pools_all_views_as_one_document() -> None:
+    features = on_circle(0, 90, 1, 91)
+    s = signals(features, 2, crops(1, 2, 2))
+    assert vtc.create("hierpool", keep=2).select(s).owner.tolist() == [[0, 0, 1, 1]]
+    released = vtc.create("hierpool", keep=2, official=True).select(s)
+    assert released.owner[0, 0] == released.owner[0, 2] != released.owner[0, 1] == released.owner[0, 3]
+    torch.testing.assert_close(released.features.norm(dim=2), torch.ones(1, 2))
+    model = shared("llava_next")
+    with vtc.patch(model, "hierpool", keep=6, official=True) as handle, torch.no_grad():
+        model(**make_inputs("llava_next", model, 2))
+    assert [i.kept for i in handle.stats.last.images] == [6, 6, 6]
+
+
+def test_hierpool_options_that_do_not_go_together() -> None:
+    for options in ({"method": "single"}, {"method": "kmeans", "official": True}):
+        with pytest.raises(vtc.errors.UnknownArgumentError, match="hierpool"):
+            vtc.create("hierpool", keep=4, **options)
+
+
+# --------------------------------------------------------------------------------------------------------- flexpool
+@pytest.mark.parametrize(
+    ("budget", "grid", "want"),
+    [
+        (64, (24, 24), (8, 8)),
+        (144, (24, 24), (12, 12)),
+        (256, (24, 24), (16, 16)),
+        (7, (4, 4), (3, 2)),  # round(2.65) rows, two columns fit
+        (8, (2, 8), (1, 8)),  # round(1.41) = 1
+        (1, (5, 9), (1, 1)),
+        (60, (3, 30), (2, 30)),  # round(2.45) = 2
+        (99, (3, 30), (3, 30)),
+    ],
+)
+def test_flexpool_grid(budget: int, grid: tuple[int, int], want: tuple[int, int]) -> None:
+    assert target_grid(budget, *grid) == want
+
+
+def test_flexpool_by_hand() -> None:
+    # 3 x 3 to 2 x 2: cells overlap, rows 0-1 and 1-2, columns likewise
+    #   0 1 2      means of 0 1 3 4 | 1 2 4 5 | 3 4 6 7 | 4 5 7 8
+    #   3 4 5      centres 0.75 and 2.25 (of 3): rows and columns 0 and 2
+    #   6 7 8
+    s = signals(line(*range(9)), 4, Layout.grid(3, 3))
+    chosen = vtc.create("flexpool", keep=4).select(s)
+    assert chosen.features.flatten().tolist() == [2, 3, 5, 6]
+    assert chosen.index.tolist() == [[0, 2, 6, 8]]
+    # the token in the middle is shown with the last of the four cells it is part of
+    assert chosen.owner.tolist() == [[0, 1, 1, 2, 3, 3, 2, 3, 3]]
+
+
+def test_flexpool_with_holes_averages_what_is_there() -> None:
+    # of 2 x 4, tokens 1 and 2 are gone: two cells of 1 column pair each; the left one has 0, 4, 5, the right one 3, 6, 7
+    at = torch.tensor([[0, 3, 4, 5, 6, 7]])
+    s = dataclasses.replace(signals(at[..., None].float(), 2, Layout.grid(2, 4)), entries=at)
+    chosen = vtc.create("flexpool", keep=2).select(s)
+    torch.testing.assert_close(chosen.features.flatten(), torch.tensor([9 / 3, 16 / 3]))
+    assert chosen.owner.tolist() == [[0, 1, 0, 0, 1, 1]]
+    # a cell that lost all its tokens is left out: of 1 x 8, columns 2 to 5 are gone; three cells hold 0-2, 2-5 and 5-7
+    at = torch.tensor([[0, 1, 6, 7]])
+    s = dataclasses.replace(signals(at[..., None].float(), 3, Layout.grid(1, 8)), entries=at)
+    few = vtc.create("flexpool", keep=3).select(s)
+    assert few.features.flatten().tolist() == [0.5, 6.5]
+    assert few.index.tolist() == [[1, 2]]
+    assert few.owner.tolist() == [[0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("place", ["projected", "tower"])
+@pytest.mark.parametrize("family", ["llava", "llava_next", "llava_siglip"])
+@pytest.mark.parametrize("keep", [1, 5, 0.5])
+def test_flexpool_inside_a_model(place: str, family: str, keep: float) -> None:
+    model = shared(family)
+    inputs = make_inputs(family, model, 2)
+    with vtc.patch(model, "flexpool", keep=keep, place=place) as handle, torch.no_grad():
+        logits = model(**inputs).logits
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+    for image in handle.stats.last.images:
+        assert image.stages[0].stage == {"projected": "boundary", "tower": "vision"}[place]
+        assert 1 <= image.kept < image.slots
+        if family != "llava_next":
+            assert image.kept <= (keep if isinstance(keep, int) else keep * image.slots)
+
+
+def test_flexpool_before_and_after_a_linear_projector_are_the_same() -> None:
+    model = build("llava")
+    model.model.multi_modal_projector.act = torch.nn.Identity()
+    inputs = make_inputs("llava", model, 1)
+    logits = []
+    for place in ("projected", "tower"):
+        with vtc.patch(model, "flexpool", keep=4, place=place), torch.no_grad():
+            logits.append(model(**inputs).logits)
+    with torch.no_grad():
+        assert not torch.allclose(logits[0], model(**inputs).logits)
+    torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=1e-6)
+
+
+def test_flexpool_keeps_one_newline_per_pooled_row() -> None:
+    model = shared("llava_next")
+    inputs = make_inputs("llava_next", model, 1)
+    seen = []
+    with vtc.patch(model, "flexpool", keep=20) as handle, torch.no_grad():
+        hook = handle.family.text.register_forward_hook(
+            lambda _m, _a, k, _o: seen.append(k["_vtc"].instances[0]), with_kwargs=True
+        )
+        model(**inputs)
+        hook.remove()
+    (it,) = seen
+    kind, view, y = (getattr(it.layout, name)[it.entries] for name in ("kind", "view", "y"))
+    newline = kind == Kind.NEWLINE
+    assert y[newline].tolist() == sorted(set(y[~newline & (view > 0)].tolist()))
+    assert int(newline.sum()) >= 1
+    assert int((~newline).sum()) <= 20
+
+
+def test_flexpool_batch_mates_change_nothing() -> None:
+    layout = crops(3, 4, 3)
+    s = signals(torch.randn(3, 36, 4, generator=torch.Generator().manual_seed(0)), 11, layout)
+    together = vtc.create("flexpool", keep=11).select(s)
+    for b in range(3):
+        alone = vtc.create("flexpool", keep=11).select(signals(s.features[b : b + 1].clone(), 11, layout))
+        assert torch.equal(alone.index[0], together.index[b])
+        assert torch.equal(alone.features[0], together.features[b])
+
+
+def test_flexpool_refuses_other_places() -> None:
+    with pytest.raises(vtc.errors.UnknownArgumentError, match="flexpool: place="):
+        vtc.create("flexpool", keep=4, place="moon")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import hashlib
 import json
@@ -101,14 +102,16 @@ def test_adding_a_reducer(copy: Path) -> None:
 
     # the one file
     (copy / "vtc" / "reducers" / f"{METHOD}.py").write_text(SOURCE, "utf-8")
-    seen = run(
-        copy, "-c", f"import vtc, json; print(json.dumps([vtc.__file__, vtc.info('{METHOD}').summary, vtc.list_reducers()]))"
-    )
+    code = f"import vtc, json; print(json.dumps([vtc.__file__, vtc.info('{METHOD}').summary, vtc.list_reducers()]))"
+    seen = run(copy, "-c", code)
     assert seen.returncode == 0, seen.stderr
     where, summary, listed = json.loads(seen.stdout)
     assert Path(where).is_relative_to(copy), "the copy must be the one that runs"
     assert summary == "Prefer tokens of even number."
     assert listed == sorted([*vtc.list_reducers(), METHOD])
+    listing = run(copy, "-m", "vtc", "list")
+    assert listing.returncode == 0, listing.stderr
+    assert METHOD in listing.stdout
 
     # without its line the suite complains
     line_missing = pytest_in(copy, "tests/test_registry.py", "-k", "cases_and_registry")
@@ -124,18 +127,27 @@ def test_adding_a_reducer(copy: Path) -> None:
     changes = difflib.unified_diff(cases.splitlines(), (copy / "tests" / "cases.py").read_text("utf-8").splitlines(), n=0)
     assert [c for c in changes if re.match(r"[+-](?![+-]{2} )", c)] == ["+" + LINE.rstrip("\n")], "one line in it"
 
-    # and everything knows it: the meta-tests, the whole contract matrix, the command line
-    full = pytest_in(copy, "tests/test_registry.py", "tests/test_contract.py", "-rA", "-k", f"{METHOD} or uniform")
+    # and every test there is about reducers runs it
+    names = f"{METHOD} or cases_and_registry or one_file_per_method or import_laws"
+    full = pytest_in(copy, "tests/test_registry.py", "tests/test_contract.py", "-rA", "-k", names)
     assert full.returncode == 0, full.stdout + full.stderr
     passed = [line for line in full.stdout.splitlines() if line.startswith("PASSED ")]
-    mine, others = ([p.replace(name, "?") for p in passed if name in p] for name in (METHOD, "uniform"))
-    assert len(mine) > 50
-    assert mine == others, "the tests any other method of this kind gets"
-    together = pytest_in(copy, "tests/test_registry.py", "-k", "cases_and_registry or one_file_per_method or import_laws")
-    assert together.returncode == 0, together.stdout + together.stderr
-    listing = run(copy, "-m", "vtc", "list")
-    assert listing.returncode == 0, listing.stderr
-    assert METHOD in listing.stdout
-    shown = run(copy, "-m", "vtc", "info", METHOD)
-    assert shown.returncode == 0, shown.stderr
-    assert "even number" in shown.stdout
+    ran = {line.split("::")[1].split("[")[0] for line in passed if METHOD in line}
+    assert ran == reducer_tests(copy)
+    assert {line.split("::")[1] for line in passed} > {
+        "test_cases_and_registry_list_the_same",
+        "test_one_file_per_method",
+        "test_import_laws",
+    }
+
+
+def reducer_tests(root: Path) -> set[str]:
+    """Names of the tests that are parametrised by reducer."""
+    found = set()
+    for name in ("test_registry.py", "test_contract.py"):
+        for node in ast.parse((root / "tests" / name).read_text("utf-8")).body:
+            marks = [ast.unparse(d) for d in getattr(node, "decorator_list", [])]
+            if "reducers" in marks or any("SELECTING" in m or "REDUCERS" in m for m in marks):
+                found.add(node.name)
+    assert len(found) > 10
+    return found

@@ -192,13 +192,3 @@ def test_shadowing_does_no_harm_where_python_puts_the_checkout_on_the_path():
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONSAFEPATH"}
     done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-
-
-# --------------------------------------------------------------------------------------------------------------- import
-def test_importing_vtc_is_light():
-    code = (
-        "import sys, vtc, vtc.cli\n"
-        "heavy = {'transformers', 'triton', 'lmms_eval', 'matplotlib', 'pandas'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-P", "-c", code], check=True)

@@ -81,8 +81,10 @@ def test_implements_its_stage(name: str) -> None:
 
 @reducers
 def test_presets_and_cases_can_be_made(name: str) -> None:
-    for preset in vtc.info(name).presets:
+    for preset, options in vtc.info(name).presets.items():
         assert vtc.create(f"{name}.{preset}").name == name
+        if options.get("official"):  # a release may know its own budgets only
+            continue
         assert vtc.create(f"{name}.{preset}", keep=7).keep == 7, "a budget given overrides the preset's"
     for options in (CASES[name].mild, CASES[name].harsh, CASES[name].whole):
         assert vtc.create(name, **options) == vtc.create(name, **options)

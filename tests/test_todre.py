@@ -100,6 +100,9 @@ def test_pivot_lies_in_the_thumbnail():
         taps={"cls_attn": attention[:, 4:]},
     )
     assert cls_pivot(crop_only).tolist() == [1]
+    some = torch.tensor([[0, 1, 4, 5, 8], [4, 5, 6, 7, 8]])  # of one image, not of its neighbour
+    mixed = replace(crop_only, features=features[0, some], entries=some, taps={"cls_attn": attention[0, some]})
+    assert cls_pivot(mixed).tolist() == [0, 1]
 
 
 def test_random_pivot_depends_on_seed_and_image():

@@ -30,3 +30,11 @@ def static_cache_tracks_length() -> bool:
 def generate_continues_with_images() -> bool:
     """Whether ``generate`` accepts new images on top of a non-empty cache (4.57 drops ``pixel_values`` then)."""
     return transformers_version() >= (5, 0, 0)
+
+
+@functools.cache
+def checkpoint_repeats_hooks() -> bool:
+    """Whether gradient checkpointing wraps a layer together with its hooks, so that a recomputation runs them again."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return "__init_subclass__" not in vars(GradientCheckpointingLayer)

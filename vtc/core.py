@@ -69,15 +69,18 @@ class Need:
         ``"row"``: one entry per sequence (text) or view (vision), ``(B, ...)``.
     substitute : Need or None
         Signal used instead, under the same name, where ``requires`` is not met. The substitution shows in the statistics.
-    of : {"attention", "preview", "hidden", "attention_update", "mlp_update", "neurons"}
-        Language model only (a tower offers ``"attention"``): what the measure is given.
+    of : {"attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"}
+        What the measure is given; a tower offers ``"attention"`` and the last two, a language model all but these two.
 
         - ``"attention"``: q, k, v as the layer's attention uses them (:class:`vtc.signals.AttentionTap`);
         - ``"preview"``: the same for the tokens there *before* the reducers of this very layer act: the layer's norm and
           projections run once more, on the longer sequence, which methods that rank with the next layer's attention pay for;
         - ``"hidden"``: the states entering the layer, before its reducers act (:class:`vtc.signals.StateTap`);
         - ``"attention_update"``, ``"mlp_update"``: what the layer's attention or MLP is given and what it returns;
-        - ``"neurons"``: what the MLP's last projection is given.
+        - ``"neurons"``: what the MLP's last projection is given;
+        - ``"projection"``: what the projector is given, and the projector itself as a function
+          (:class:`vtc.signals.ProjectionTap`); ``layer`` means nothing;
+        - ``"pixels"``: the views as the tower is given them (:class:`vtc.signals.PixelTap`); ``layer`` means nothing.
     uses : tuple of Need
         Signals of earlier layers the measure reads, by name, from the tap's ``given``, narrowed to the tokens of this tap.
     """
@@ -89,7 +92,9 @@ class Need:
     requires: str = "attention"
     axis: Literal["keys", "row"] = "keys"
     substitute: Need | None = None
-    of: Literal["attention", "preview", "hidden", "attention_update", "mlp_update", "neurons"] = "attention"
+    of: Literal["attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"] = (
+        "attention"
+    )
     uses: tuple[Need, ...] = ()
 
     @property

@@ -160,8 +160,12 @@ def _commands() -> Iterator[Finding]:
 
     points = list(importlib.metadata.entry_points(group=COMMANDS))
     if not points:
+        place = importlib.metadata.distribution(DISTRIBUTION).locate_file("")
         yield Finding(
-            "problem", "commands", f"sweep, table and report are not registered: reinstall, pip install {DISTRIBUTION}"
+            "problem",
+            "commands",
+            f"sweep, table and report are not registered in the metadata found in {place}: reinstall {DISTRIBUTION}, and delete a "
+            "left-over *.egg-info there",
         )
     for point in points:
         try:

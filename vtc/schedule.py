@@ -1,8 +1,8 @@
 """Schedules of reductions inside the decoder: where the cuts lie, and how many tokens each leaves, for a given budget.
 
-Pure arithmetic on numbers: no tensors, no models. A schedule has a *shape*, the shares of the visual tokens its paper leaves after
-each cut; a budget bends the shape by one exponent, so that a method keeps its character at any budget: shares ``(1/2, 1/4, 1/8)``
-become ``(x, x^2, x^3)``.
+Pure arithmetic on numbers: no tensors, no models. A schedule has a *shape*, the shares of the visual tokens its paper leaves
+after each cut; a budget bends the shape by one exponent, so that a method keeps its character at any budget: shares ``(1/2,
+1/4, 1/8)`` become ``(x, x^2, x^3)``.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from vtc.core import Budget, Facts
+from vtc.core import Budget, Facts, Reducer
 from vtc.errors import BudgetError, UnknownArgumentError
 
 TOLERANCE = 0.01
@@ -25,8 +25,8 @@ def place_cuts(layers: Sequence[int | float], facts: Facts, name: str, option: s
     Parameters
     ----------
     layers : sequence of int or float
-        An int is a layer index; a float in (0, 1) a share of the model's layers, rounded to the nearest layer and moved up where
-        two cuts would coincide.
+        An int is a layer index; a float in (0, 1) a share of the model's layers, rounded to the nearest layer and moved up
+        where two cuts would coincide.
     facts : Facts
         The model.
     name, option : str
@@ -73,11 +73,35 @@ def check_ratios(name: str, ratios: Sequence[float], cuts: int, option: str = "r
     return shares
 
 
+def checked(parts: Iterable[Reducer], facts: Facts) -> tuple[Reducer, ...]:
+    """Return the parts of a schedule, having tried the budget where the number of visual tokens is known before any call.
+
+    Raises
+    ------
+    BudgetError
+        An average that the schedule cannot meet.
+    """
+    made = tuple(parts)
+    if facts.tokens is not None:
+        for part in made:
+            part.count(facts.tokens, facts)
+    return made
+
+
 def layer_average(n: int, cuts: Sequence[int], counts: Sequence[int], layers: int) -> float:
     """Return the visual tokens averaged over the layers: ``n`` until the first cut, then what each cut leaves."""
     bounds = [*cuts, layers]
     left = sum(count * (end - start) for count, start, end in zip(counts, bounds, bounds[1:], strict=False))
     return (n * bounds[0] + left) / layers
+
+
+def closest_count(wanted: float, n: int, average: Callable[[int], float]) -> int:
+    """Return the number in ``1..n`` whose ``average``, which grows with it, is closest to the one wanted."""
+    low, high = 1, n
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if average(middle) < wanted else (low, middle)
+    return low - 1 if low > 1 and wanted - average(low - 1) <= average(low) - wanted else low
 
 
 def bend(n: int, shape: Sequence[float], exponent: float) -> list[float]:
@@ -89,7 +113,8 @@ def stage_counts(budget: Budget, n: int, cuts: tuple[int, ...], shape: tuple[flo
     """Return how many of an image's ``n`` visual tokens are left after each cut.
 
     ``keep`` counts the tokens after the last cut; ``avg_tokens`` is the average over all layers, which the result meets within
-    1 %, or as closely as whole tokens can (a single cut of a small image moves the average in large steps). Where ``keep`` is the very share the shape ends with, the counts are the shape's own, rounded down as the releases do.
+    1 %, or as closely as whole tokens can (a single cut of a small image moves the average in large steps). Where ``keep`` is
+    the very share the shape ends with, the counts are the shape's own, rounded down as the releases do.
 
     Parameters
     ----------

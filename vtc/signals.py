@@ -1,8 +1,9 @@
 """Ready-made signals: what a reducer can ask for, each a small tensor computed from tapped q, k, v rows.
 
-Attention maps are never requested from the model, so SDPA and FlashAttention stay on. A measure gets an :class:`AttentionTap` with
-the q, k, v exactly as the attention kernel of that layer gets them (after bias, norms, RoPE and cache update) and returns a tensor
-with one entry per key (``axis="keys"``) or per sequence (``axis="row"``). All arithmetic is float32 whatever the model's dtype.
+Attention maps are never requested from the model, so SDPA and FlashAttention stay on. A measure gets an :class:`AttentionTap`
+with the q, k, v exactly as the attention kernel of that layer gets them (after bias, norms, RoPE and cache update) and returns
+a tensor with one entry per key (``axis="keys"``) or per sequence (``axis="row"``). All arithmetic is float32 whatever the
+model's dtype.
 """
 
 from __future__ import annotations
@@ -127,6 +128,42 @@ def question_of(visual: Tensor, valid: Tensor) -> Tensor:
     return torch.where(after.any(1, keepdim=True), after, index == last)
 
 
+@dataclass(frozen=True, eq=False)
+class ProjectionTap:
+    """What the projector is given in one forward pass.
+
+    Attributes
+    ----------
+    features : Tensor
+        ``(V, P, D_v)`` tower features of the views' patches.
+    function : callable
+        ``function(rank)`` returns the projector in float32 as a function of tokens ``(..., D_v)``; ``rank`` (int or None)
+        replaces its linear layers by factors of that rank.
+    valid : Tensor or None
+        ``(V, P)`` bool: real patches, where views hold different numbers; ``None``: all.
+    """
+
+    features: Tensor
+    function: Callable[[int | None], Callable[[Tensor], Tensor]]
+    valid: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class PixelTap:
+    """The pixels the vision tower is given in one forward pass.
+
+    Attributes
+    ----------
+    pixels : Tensor
+        ``(V, C, H, W)`` normalised views.
+    grid : tuple of (int, int)
+        Rows and columns of a view's patches.
+    """
+
+    pixels: Tensor
+    grid: tuple[int, int]
+
+
 # ------------------------------------------------------------------------------------------------------ vision measures
 def _cls_attention(tap: AttentionTap) -> Tensor:
     """CLS row of the softmax, mean over heads; the softmax runs over CLS and patches, then the CLS column is dropped."""
@@ -185,6 +222,53 @@ def _wide_cls_attention(tap: AttentionTap) -> Tensor:
     return tap.patches(attention_rows(query, _wide(tap.key)[:, None], scaling=tap.scaling * heads**-0.5, mask=mask)[:, 0])
 
 
+def _cls_logits(tap: AttentionTap) -> Tensor:
+    """Scaled CLS row of the logits, mean over heads, CLS column dropped: what the softmax is given."""
+    return tap.patches(attention_rows(tap.query[:, :, :1], tap.key, scaling=tap.scaling, reduce="logits").mean(1)[:, 0])
+
+
+def _unlike_mean(tap: ProjectionTap) -> Tensor:
+    """Negative cosine of every patch with the mean patch of its view, ``(V, P)``."""
+    x = tap.features if tap.features.dtype == torch.float64 else tap.features.float()
+    real = torch.ones_like(x[..., :1]) if tap.valid is None else tap.valid[..., None].to(x.dtype)
+    mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(x, mean, dim=-1)
+
+
+def zeroth_order_sensitivity(features: Tensor, project: Callable[[Tensor], Tensor], directions: Tensor, step: float) -> Tensor:
+    """Mean length of the projector's central differences along some directions, ``(...)`` for tokens ``(..., D_v)``.
+
+    Parameters
+    ----------
+    directions : Tensor
+        ``(m, D_v)``, scaled to length one here; the same for every token.
+    step : float
+        Length of the step to either side.
+    """
+    x = features if features.dtype == torch.float64 else features.float()
+    total = x.new_zeros(x.shape[:-1])
+    for u in directions.to(x.device, x.dtype):
+        u = step * u / (u.norm() + 1e-12)
+        total += (project(x + u) - project(x - u)).norm(dim=-1)
+    return total / (2 * step * len(directions))
+
+
+@dataclass(frozen=True)
+class _Sensitivity:
+    """:func:`zeroth_order_sensitivity` along random directions that are the same in every call."""
+
+    directions: int
+    step: float
+    seed: int
+    rank: int | None
+
+    def __call__(self, tap: ProjectionTap) -> Tensor:
+        """Return ``(V, P)``."""
+        generator = torch.Generator().manual_seed(self.seed)
+        draw = torch.randn(self.directions, tap.features.shape[-1], generator=generator)
+        return zeroth_order_sensitivity(tap.features, tap.function(self.rank), draw, self.step)
+
+
 # -------------------------------------------------------------------------------------------------------- text measures
 def _last_attention(tap: AttentionTap) -> Tensor:
     """Softmax row of the last real token over all admissible keys, mean over heads, ``(B, K)``."""
@@ -214,8 +298,8 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
     """Share of attention mass that text rows put on visual columns and visual rows on text columns, ``(B, 2)``.
 
     Text is everything real after the first visual token that is not visual; what comes before it is the system prompt. Row and
-    column sums run over the tokens of this forward (no earlier cache). Where there are no such rows (no text after the image) the
-    share is undefined, and given as 1: nothing shows that the other side is no longer looked at.
+    column sums run over the tokens of this forward (no earlier cache). Where there are no such rows (no text after the image)
+    the share is undefined, and given as 1: nothing shows that the other side is no longer looked at.
     """
     q = tap.query.shape[2]
     keys = tap.key.shape[2]
@@ -232,6 +316,11 @@ def _modality_mass(tap: AttentionTap) -> Tensor:
         mass = (total * cols).sum(1) / (total * real).sum(1).clamp(min=1e-12)
         out.append(torch.where(rows.any(1), mass, torch.ones_like(mass)))
     return torch.stack(out, 1)
+
+
+def _all_keys(tap: AttentionTap) -> Tensor:
+    """Keys of all heads side by side, ``(B, K, H d)``."""
+    return tap.patches(tap.key.transpose(1, 2).flatten(2))
 
 
 def _key_norm(tap: AttentionTap) -> Tensor:
@@ -273,6 +362,28 @@ def _question_attention(tap: AttentionTap) -> Tensor:
     return attention_colsum(rows, tap.key, scaling=tap.scaling, mask=mask, weight=weight) / count[:, None]
 
 
+@dataclass(frozen=True)
+class _PeakTextAttention:
+    """Largest attention of any text token to each key, mean over heads first, ``(B, K)``; ``question``: see :func:`question_of`."""
+
+    question: bool
+    block: int = 64
+
+    def __call__(self, tap: AttentionTap) -> Tensor:
+        """Return ``(B, K)``; text tokens are taken a block at a time."""
+        asked = tap.question if self.question else tap.valid & ~tap.visual
+        count = asked.sum(1)
+        index = torch.argsort((~asked).to(torch.int8), dim=1, stable=True)[:, : max(1, int(count.max()))]
+        real = torch.arange(index.shape[1], device=count.device) < count[:, None]
+        best = None
+        for at, use in zip(index.split(self.block, 1), real.split(self.block, 1), strict=True):
+            rows, mask = tap.rows(at)
+            found = attention_rows(rows, tap.key, scaling=tap.scaling, mask=mask)
+            found = torch.where(use[..., None], found, torch.zeros_like(found)).max(1).values
+            best = found if best is None else torch.maximum(best, found)
+        return best
+
+
 # ---------------------------------------------------------------------------------------------------------------- needs
 def cls_attn(layer: int = -2, *, substitute: bool = True) -> Need:
     """CLS attention of a tower layer, mean over heads, ``(B, N)``.
@@ -307,6 +418,20 @@ def wide_cls_attn(layer: int = -1) -> Need:
 def wide_keys(layer: int = -1) -> Need:
     """Keys of a tower layer, all heads side by side, ``(B, N, H d)``."""
     return Need("wide_keys", "vision", layer, _wide_keys)
+
+
+def cls_logits(layer: int = -1) -> Need:
+    """Scaled attention logits of the class token in a tower layer, mean over heads, ``(B, N)``.
+
+    On towers without a class token: the negative cosine of what the projector is given with its mean over the view.
+    """
+    other = Need("cls_logits", "vision", layer, _unlike_mean, of="projection")
+    return Need("cls_logits", "vision", layer, _cls_logits, requires="cls", substitute=other)
+
+
+def sensitivity(*, directions: int = 64, step: float = 0.01, seed: int = 0, rank: int | None = None) -> Need:
+    """How far the projected token moves when the patch is nudged, ``(B, N)``: mean over random directions."""
+    return Need("sensitivity", "vision", -1, _Sensitivity(directions, step, seed, rank), of="projection")
 
 
 def received_attn(layer: int, name: str = "received_attn") -> Need:
@@ -344,6 +469,11 @@ def modality_mass(layer: int) -> Need:
     return Need("modality_mass", "text", layer, _modality_mass, axis="row")
 
 
+def all_keys(layer: int = -1) -> Need:
+    """Keys of a tower layer, all heads side by side, ``(B, N, H d)``."""
+    return Need("all_keys", "vision", layer, _all_keys)
+
+
 def key_norm(layer: int) -> Need:
     """L1 norm of the keys of a decoder layer, all heads together, ``(B, N)``."""
     return Need("key_norm", "text", layer, _key_norm)
@@ -373,3 +503,11 @@ def next_question_attn(layer: int) -> Need:
     The question is the text behind the row's last visual token; tokens are those there before the reducers of this layer act.
     """
     return Need("next_question_attn", "text", layer, _question_attention, of="preview")
+
+
+def peak_text_attn(layer: int, *, question: bool = True) -> Need:
+    """Largest attention any text token of a decoder layer pays to each token, mean over heads before the maximum, ``(B, N)``.
+
+    With ``question`` only the text behind the row's last visual token counts, otherwise all text of the row.
+    """
+    return Need("peak_text_attn", "text", layer, _PeakTextAttention(question))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -161,7 +161,15 @@ class KeptTokens:
 
 
 class Clock:
-    """Adds up the time of marked spans: wall clock on the CPU, CUDA events (read lazily, without stalling) on a GPU."""
+    """Adds up the time of marked spans: wall clock on the CPU, CUDA events (read lazily, without stalling) on a GPU.
+
+    Attributes
+    ----------
+    observers : list of callable
+        Called with True when any span begins and False when it ends: how a measurement tells a reducer's work from the model's.
+    """
+
+    observers: ClassVar[list[Callable[[bool], object]]] = []
 
     def __init__(self) -> None:
         self._seconds = 0.0
@@ -170,20 +178,26 @@ class Clock:
     @contextmanager
     def span(self, device: torch.device) -> Iterator[None]:
         """Time the body of a ``with`` block that works on ``device``."""
-        if device.type == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            try:
-                yield
-            finally:
-                end.record()
-                self._events.append((start, end))
-        else:
-            begin = time.perf_counter()
-            try:
-                yield
-            finally:
-                self._seconds += time.perf_counter() - begin
+        for observer in self.observers:
+            observer(True)
+        try:
+            if device.type == "cuda":
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                try:
+                    yield
+                finally:
+                    end.record()
+                    self._events.append((start, end))
+            else:
+                begin = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    self._seconds += time.perf_counter() - begin
+        finally:
+            for observer in self.observers:
+                observer(False)
 
     def add(self, other: Clock) -> None:
         """Add another clock's spans."""

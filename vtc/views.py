@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from vtc.core import Selection, Signals
-from vtc.kernels import apportion
+from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.errors import UnknownArgumentError
+from vtc.kernels import absorb_neighbours, apportion
 
 NO_CLS = "no class token in this tower: patches are scored by the attention they receive"
 """Note of a method that had to do without the class token."""
@@ -158,3 +161,113 @@ def _owners(part: Selection, n: int) -> Tensor:
         return part.owner
     places = torch.arange(part.index.shape[1], device=part.index.device)
     return torch.full((1, n), -1, device=part.index.device).scatter(1, part.index, places[None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsorbingReducer(Reducer):
+    """Base of methods that keep some patches of every view, add their neighbours to them, and sum the rest up in one more token.
+
+    Needs the signals ``wide_cls_attn`` and ``wide_keys``.
+
+    Parameters
+    ----------
+    adaptive : bool, default False
+        Let the outliers of attention decide on the number of tokens, at most ``keep``.
+    official : bool, default False
+        Outliers are pooled over all images of a batch that have one geometry and may be none; every view gets ``keep // views``
+        tokens; neighbours come from the list of kept and other patches, where a patch may stand twice or not at all.
+    neighbours : ClassVar[int]
+        Tokens each kept token absorbs.
+    """
+
+    neighbours: ClassVar[int] = 32
+    stage: ClassVar[Stage] = Stage.VISION
+    default_positions: ClassVar[Positions] = "compact"
+    allowed_positions: ClassVar[tuple[Positions, ...]] = ("compact",)
+    default_newlines: ClassVar[Newlines] = "none"
+    wants_cls: ClassVar[bool] = True
+    kind: ClassVar[str] = "merge"
+
+    adaptive: bool = False
+    official: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse newline tokens, which have no place in this order of tokens."""
+        super().__post_init__()
+        if self.newlines not in (None, "none"):
+            raise UnknownArgumentError(
+                f"{self.name}: newlines={self.newlines!r} is not possible, since its tokens are not in rows; use 'none'"
+            )
+
+    @property
+    def decides_itself(self) -> bool:  # type: ignore[override]
+        """Whether the number of tokens follows from the picture."""
+        return self.adaptive
+
+    def most_attended(self, signals: Signals, share: float | None) -> Tensor:
+        """Return the patches of one view kept for their attention, ``(n,)`` in descending order.
+
+        Parameters
+        ----------
+        signals : Signals
+            Of one view.
+        share : float or None
+            Share of outliers, where it is not to be taken from this view.
+        """
+        attention, room = signals.wide_cls_attn[0], max(1, signals.budget - 1)
+        if share is not None:
+            room = min(room, int(len(attention) * share))
+        elif self.adaptive:
+            room = min(room, max(1, round(outliers(attention) * len(attention))))
+        return torch.sort(attention, descending=True, stable=True).indices[:room]
+
+    def kept(self, signals: Signals, share: float | None) -> tuple[Tensor, Tensor]:
+        """Return the patches of one view that get a token, in order, and those that are summed up in the last one."""
+        chosen = self.most_attended(signals, share)
+        return chosen, complement(chosen, signals.shape[1])
+
+    def choose(self, signals: Signals, share: float | None) -> Selection:
+        """Merge one view into its first positions."""
+        attention = signals.wide_cls_attn
+        with torch.no_grad():
+            chosen, rest = self.kept(signals, share)
+        if self.official:  # neighbours come from this list: a patch kept twice is its own neighbour, one left out is nobody's
+            pool = torch.cat([chosen, rest])
+            own = torch.arange(len(chosen), device=pool.device)
+            tokens = absorb_neighbours(
+                signals.features[:, pool], signals.wide_keys[:, pool], attention[:, pool], own[None], self.neighbours
+            )
+        else:
+            tokens = absorb_neighbours(signals.features, signals.wide_keys, attention, chosen[None], self.neighbours)
+        owner = torch.full_like(attention[0], -1, dtype=torch.long)
+        if len(chosen) < signals.budget:
+            owner[rest] = len(chosen)
+            tokens = torch.cat(
+                [tokens, attention[:, None, rest].to(tokens.dtype) @ signals.features[:, rest].to(tokens.dtype)], 1
+            )
+        owner[chosen] = torch.arange(len(chosen), device=owner.device)
+        index = torch.arange(tokens.shape[1], device=owner.device)[None]
+        return Selection(index, tokens.to(signals.features.dtype), owner[None])
+
+    def select(self, signals: Signals) -> Selection:
+        """Merge every view."""
+        share = None
+        if self.official and self.adaptive:
+            share = outliers(signals.wide_cls_attn[signals.of("slot") >= 0])
+        chosen = each_view(signals, lambda s: self.choose(s, share), floor=self.official, always=self.adaptive)
+        chosen = in_first_slots(signals, chosen)
+        return chosen if signals.cls is not None else dataclasses.replace(chosen, note=NO_CLS)
+
+
+def outliers(attention: Tensor) -> float:
+    """Share of values above the third quartile plus one and a half interquartile ranges."""
+    values = attention.double().flatten()
+    low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype, device=values.device)).tolist()
+    return float((values > high + 1.5 * (high - low)).double().mean())
+
+
+def complement(chosen: Tensor, n: int) -> Tensor:
+    """Return the ascending positions below ``n`` that are not ``chosen``."""
+    rest = torch.ones(n, dtype=torch.bool, device=chosen.device)
+    rest[chosen] = False
+    return rest.nonzero()[:, 0]

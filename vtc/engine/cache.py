@@ -8,6 +8,7 @@ keeps every caller right. All per-sequence state lives here, in the cache object
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -70,17 +71,20 @@ class _Pruned:
     def begin(self, seg: Segment, q: int) -> None:
         """Prepare for a forward of ``q`` logical tokens that will append ``seg.rows`` physical ones."""
         seen = self.get_seq_length()
-        if self.cols is None:  # everything so far is one to one (or the last slots of a sliding window)
-            cols = torch.arange(seen - self.stored(), seen, device=seg.rows.device).expand(seg.rows.shape[0], -1)
-            valid = None
+        if seen == 0:  # layers of one segment share its tensors, so that one mask serves them all
+            self.cols, self.valid = seg.rows, seg.valid
         else:
-            cols, valid = self.columns()
-        if valid is not None or seg.valid is not None:
-            old = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
-            new = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
-            valid = torch.cat([old, new], 1)
-        self.cols = torch.cat([cols, seg.rows + seen], 1) if cols.shape[1] else seg.rows
-        self.valid, self.end = valid, seen + q
+            if self.cols is None:  # everything so far is one to one (or the last slots of a sliding window)
+                cols = torch.arange(seen - self.stored(), seen, device=seg.rows.device).expand(seg.rows.shape[0], -1)
+                valid = None
+            else:
+                cols, valid = self.columns()
+            if valid is not None or seg.valid is not None:
+                old = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
+                new = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
+                valid = torch.cat([old, new], 1)
+            self.cols, self.valid = torch.cat([cols, seg.rows + seen], 1), valid
+        self.end = seen + q
         if seg.shift is not None:
             self.shift = seg.shift if self.shift is None else self.shift + seg.shift
 
@@ -93,7 +97,7 @@ class _Pruned:
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder rows (beam search)."""
         super().reorder_cache(beam_idx)
-        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._each(lambda t: _reordered(t, beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row."""
@@ -126,6 +130,21 @@ class _Pruned:
         super().reset()
         self.cols = self.valid = self.shift = None
         self.end = 0
+
+
+_LAST = threading.local()
+
+
+def _reordered(t: Tensor, index: Tensor) -> Tensor:
+    """Select rows; layers that share a tensor go on sharing it, so that one mask still serves them all."""
+    known = getattr(_LAST, "made", [])
+    for source, by, made in known:
+        if source is t and by is index:
+            return made
+    made = t.index_select(0, index.to(t.device))
+    # entries of this reordering only: nothing of an earlier one is kept alive
+    _LAST.made = [entry for entry in known if entry[1] is index] + [(t, index, made)]
+    return made
 
 
 class PrunedLayer(_Pruned, DynamicLayer):

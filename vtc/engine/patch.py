@@ -252,6 +252,12 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
         if part.position_policy == "compact" and facts.mrope:
             raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")
         for need in part.needs:
+            count = facts.layers if need.source == "text" else facts.encoder_layers
+            if not -count <= need.layer < count:
+                raise UnknownArgumentError(
+                    f"'{part.name}' taps '{need.name}' of {need.source} layer {need.layer}, which is out of range: use "
+                    f"{-count}..{count - 1}"
+                )
             try:
                 need.resolve(facts.provides)
             except UnsupportedSignalError as error:

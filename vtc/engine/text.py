@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticLayer
 
+from vtc import compat
 from vtc.core import Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.cache import _Pruned, check_cache, pruned_layer
@@ -76,15 +77,15 @@ class Context:
     record: VisionRecord | None = None
     instances: list[Instance] = field(default_factory=list)
     keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
-    writes: dict[int, list[tuple[Reducer, Any]]] = field(default_factory=dict)
     current: Segment | None = None
     memo: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
     tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
     fired: set[int] = field(default_factory=set)
     per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
-    text: tuple[Tensor, Tensor] | None = None
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+    static: bool = False  # its keys come with empty slots behind them
+    step: _Step | None = None  # decode: what the layer before was given
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -93,6 +94,31 @@ class Context:
                 return value
         self.memo.append((key, refs, make()))
         return self.memo[-1][2]
+
+
+@dataclass(eq=False)
+class _Step:
+    """What one decoder layer was given in a decode step: the next layer gets the same if its cache and inputs are the same."""
+
+    held: tuple[Any, ...]  # cols, valid, shift and end of the cache layer
+    given: dict[str, Any]  # arguments as they came
+    changed: dict[str, Any]  # and as they went on
+
+    @staticmethod
+    def state(layer: _Pruned) -> tuple[Any, ...]:
+        """What a reduced cache layer's mask and positions depend on."""
+        return layer.cols, layer.valid, layer.shift, layer.end
+
+    def fits(self, layer: Any, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer with this cache and these arguments gets the same."""
+        return (
+            isinstance(layer, _Pruned)
+            and layer.cols is self.held[0]
+            and layer.valid is self.held[1]
+            and layer.shift is self.held[2]
+            and layer.end == self.held[3]
+            and all(kwargs.get(k) is v for k, v in self.given.items())
+        )
 
 
 class _Preview:
@@ -113,7 +139,7 @@ class TextSide:
     def __init__(self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool) -> None:
         self.family, self.facts, self.tower, self.stats, self.strict = family, family.facts, tower, stats, strict
         self.parts = parts
-        self.running: dict[int, bool] = {}  # threads inside a forward with images
+        self.running: dict[int, bool] = {}  # threads inside a forward
         self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
         self.decoder: dict[int, list[Reducer]] = {}
         for p in parts:
@@ -180,6 +206,8 @@ class TextSide:
     # ------------------------------------------------------------------------------------------ multimodal base model
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
+        if not torch.compiler.is_compiling():  # (a graph break, and a compiled decode step cannot be interrupted)
+            self.running[threading.get_ident()] = True
         call = kwargs
         if args:
             call = dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)) | kwargs
@@ -206,7 +234,6 @@ class TextSide:
         records = [getattr(v, "vtc", None) for v in encoded.values() if v is not None]
         if records:  # encoded by generate before this forward
             ctx.record = records[0] if records[0] is not None else next(iter(MADE.get() or ()), None)
-        self.running[threading.get_ident()] = True
         _CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
 
     @staticmethod
@@ -427,12 +454,15 @@ class TextSide:
         return out
 
     def text_of(self, ctx: Context, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """``(B, T, D)`` text embeddings of the prompt, left-aligned, and their validity."""
-        if ctx.text is None:
-            text = ctx.real & ~ctx.visual
+        """``(B, T, D)`` hidden states of the prompt's text tokens at this place, left-aligned, and their validity."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            visual, valid, _ = self.tokens_of(ctx, ctx.current)
+            text = valid & ~visual
             order = torch.argsort((~text).to(torch.int8), dim=1, stable=True)[:, : int(text.sum(1).max())]
-            ctx.text = (take(hidden, order, 1), text.gather(1, order))
-        return ctx.text
+            return take(hidden, order, 1), text.gather(1, order)
+
+        return ctx.once("text", (hidden, ctx.current), make)
 
     def after_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         """Expand the last hidden states to logical length, and account for what happened.
@@ -480,8 +510,19 @@ class TextSide:
         ctx = kwargs.get("_vtc")
         if ctx is None:
             return None
+        if ctx.step is not None and i not in self.needs:
+            held = kwargs["past_key_values"].layers
+            if i < len(held) and ctx.step.fits(held[i], kwargs):
+                kwargs = {**kwargs, **ctx.step.changed}
+                del kwargs["_vtc"]
+                return args, kwargs
+        asked = kwargs
         kwargs = dict(kwargs)
-        if self.inside and ctx.visual is not None:
+        fresh = ctx.visual is not None and not (i in ctx.keep and i < len(ctx.per_layer))  # not a recomputation
+        if i in self.needs and fresh:
+            held = getattr(kwargs.get("past_key_values"), "layers", ())
+            ctx.static = i < len(held) and isinstance(held[i], StaticLayer)
+        if self.inside and fresh:
             _INSIDE.set(ctx if i in self.inside else None)
         if i not in self.needs:  # only tapped attentions want it
             del kwargs["_vtc"]
@@ -489,7 +530,7 @@ class TextSide:
         cache = kwargs.get("past_key_values")
         seg: Segment | None = None
         if ctx.visual is not None:
-            if i in self.looks and not (i in ctx.keep and i < len(ctx.per_layer)):
+            if i in self.looks and fresh:
                 self.look(ctx, i, module, kwargs, hidden)
             hidden, seg = self.enter(ctx, i, hidden)
         layer = None
@@ -540,6 +581,9 @@ class TextSide:
         if i in self.needs:
             ctx.rope = rope_of(kwargs)
         kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
+        if ctx.visual is None and not isinstance(layer, StaticLayer):  # (static layers run compiled: nothing to save there)
+            names = ["attention_mask", "position_ids", *(k for k in asked if k.startswith("position_embeddings"))]
+            ctx.step = _Step(_Step.state(layer), {k: asked.get(k) for k in names}, {k: kwargs[k] for k in names if k in kwargs})
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def enter(self, ctx: Context, i: int, hidden: Tensor) -> tuple[Tensor, Segment | None]:
@@ -547,13 +591,18 @@ class TextSide:
         replay = i in ctx.keep and i < len(ctx.per_layer)
         if not replay:
             if i in self.decoder:
-                compact = False
+                compact, layer = False, self.family.layers[i]
+                # a recomputation that runs hooks again replays the decision: choosing must leave nothing for the backward
+                again = layer.training and getattr(layer, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks()
                 for part in self.decoder[i]:
-                    with ctx.clock.span(hidden.device):
+                    with ctx.clock.span(hidden.device), torch.set_grad_enabled(torch.is_grad_enabled() and not again):
                         writes = self.reduce(ctx, part, hidden, i)
-                    if writes:
-                        hidden = write(hidden, writes)
-                        ctx.writes.setdefault(i, []).append((part, writes))
+                    if writes and again:
+                        raise UnsupportedFeatureError(
+                            "gradient checkpointing with a reducer that merges tokens inside the decoder needs transformers >= "
+                            "5.2, where hooks are not run again: upgrade, or disable gradient checkpointing"
+                        )
+                    hidden = write(hidden, writes)
                     compact = compact or part.position_policy == "compact"
                 ctx.keep[i] = (ctx.current, None)
                 keep = self.keep_table(ctx)
@@ -566,11 +615,6 @@ class TextSide:
                 ctx.keep[i] = (ctx.current, None)
             if len(ctx.per_layer) == i:
                 ctx.per_layer.append([len(it.entries) for it in ctx.instances])
-        elif i in ctx.writes:
-            raise UnsupportedFeatureError(
-                "gradient checkpointing with a reducer that merges tokens inside the decoder needs transformers >= 5.2, where "
-                "hooks are not run again: upgrade, or disable gradient checkpointing"
-            )
         seg, relative = ctx.keep[i]
         if relative is not None:
             hidden = take(hidden, relative, 1)
@@ -630,10 +674,15 @@ class TextSide:
             raise _Seen(query, key, value, scaling)
         if ctx is None or ctx.visual is None or i not in self.needs:
             return
+        if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
+            return
         with torch.no_grad(), ctx.clock.span(query.device):
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
             visual, valid, last = self.tokens_of(ctx, seg)
+            if ctx.static:  # only ever empty before a prompt that is reduced
+                key, value = key[:, :, :q], value[:, :, :q]
+                mask = mask[..., :q] if isinstance(mask, Tensor) else mask
             keys = key.shape[2]
             full = mask
             if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only

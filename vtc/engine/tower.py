@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc import compat
 from vtc.core import EncoderReducer, EncoderState, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
+from vtc.engine.project import Projection
 from vtc.errors import InvalidSignalError, UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall
-from vtc.signals import AttentionTap
+from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
 
 Key = tuple[str, str, int]
@@ -97,7 +99,10 @@ class TowerSide:
         self.part = next((p for p in parts if p.stage.in_tower), None)
         provides = family.facts.provides
         wanted = [n.resolve(provides) for p in parts for n in p.needs if n.source == "vision"]
-        self.needs = list(dict.fromkeys(wanted))
+        self.needs = [n for n in dict.fromkeys(wanted) if n.of == "attention"]
+        self.projected = [n for n in dict.fromkeys(wanted) if n.of == "projection"]
+        self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
+        self.projection = Projection(family.projector)
         self.undo: list[Callable[[], None]] = []
         self.on_record: Callable[[VisionRecord], None] | None = None
 
@@ -124,6 +129,8 @@ class TowerSide:
         for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
             observe = functools.partial(self.observe, by_layer.get(i, []), stepping.get(i, ()))
             self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
+        if self.projected:  # before the hook that may shorten what the projector is given
+            self.undo.append(self.family.projector.register_forward_pre_hook(self.observe_projector).remove)
         if part is not None:
             if isinstance(part, ImageReducer):
                 hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
@@ -150,6 +157,10 @@ class TowerSide:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         run = TowerRun(self.family.describe(call))
+        if self.seen:
+            with torch.no_grad(), run.clock.span(run.call.pixels.device):
+                pixels = PixelTap(run.call.pixels, self.family.facts.grid)
+                run.recorded = {need.key: need.measure(pixels) for need in self.seen}
         token = _RUN.set(run)
         try:
             out = original(*args, **kwargs)
@@ -201,6 +212,16 @@ class TowerSide:
                 run.recorded[need.key] = self.spread(run, need.measure(tap))
             run.layer_taps = {need.name: need.measure(tap) for need in stepping}
 
+    def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Compute the signals wanted of the projector."""
+        run = _RUN.get()
+        if run is None:
+            return
+        with torch.no_grad(), run.clock.span(args[0].device):
+            tap = ProjectionTap(args[0], self.projection.function, run.valid)
+            for need in self.projected:
+                run.recorded[need.key] = self.spread(run, need.measure(tap))
+
     def spread(self, run: TowerRun, values: Tensor) -> Tensor:
         """Put values of the patches alive back on the full grid, zeros elsewhere."""
         if run.ids is None:
@@ -238,6 +259,11 @@ class TowerSide:
         run, part = _RUN.get(), self.part
         if run is None or not isinstance(part, EncoderReducer):
             return None
+        if module.training and getattr(module, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks():
+            raise UnsupportedFeatureError(
+                "gradient checkpointing of a vision tower that drops tokens inside needs transformers >= 5.2, where hooks are not "
+                "run again: upgrade, or disable gradient checkpointing"
+            )
         hidden = args[0] if args else kwargs["hidden_states"]
         head = int(self.family.facts.has_cls)
         if run.layer_taps:
@@ -435,13 +461,13 @@ class TowerSide:
             elif acted and run.ids is not None:
                 ids = run.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
                 alive = ids.flatten() if run.valid is None else ids[run.valid[start : start + views]]
-            if alive is None:
-                kept = torch.arange(len(slots), device=device)
-            else:
-                kept = slots_of(patches, alive)
-                every = torch.arange(len(slots), device=device)
-                whole = len(alive) == views * per
-                kept = every if whole else add_newlines(slots, kept, every, part.newline_policy)
+            whole = alive is None or len(alive) == views * per
+            if acted and not isinstance(part, EncoderReducer):  # all patches are not yet the whole image: newlines count, too
+                whole = not part.decides_itself and part.count(len(slots), facts) >= len(slots)
+            kept = every = torch.arange(len(slots), device=device)
+            if not whole:
+                alive = torch.arange(views * per, device=device) if alive is None else alive
+                kept = add_newlines(slots, slots_of(patches, alive), every, part.newline_policy)
             entries.append(kept)
             row: list[StageStats] = []
             if acted:
@@ -517,12 +543,13 @@ def fingerprint(call: VisionCall, image: int) -> int:
     return int((bits * weight).sum()) & 0x7FFFFFFFFFFFFFFF
 
 
-_ABSENT = object()
+class _Absent:
+    """Marks an attribute the instance did not have (a class: deep copies keep its identity)."""
 
 
 def replace_attribute(owner: nn.Module, name: str, wrapper: Any) -> Callable[[], None]:
     """Set an attribute of the instance; return the function that puts back what the instance had (often nothing)."""
-    before = vars(owner).get(name, _ABSENT)
+    before = vars(owner).get(name, _Absent)
     object.__setattr__(owner, name, wrapper)
     return functools.partial(_restore, owner, name, wrapper, before)
 
@@ -530,7 +557,7 @@ def replace_attribute(owner: nn.Module, name: str, wrapper: Any) -> Callable[[],
 def _restore(owner: nn.Module, name: str, wrapper: Any, before: Any) -> None:
     if vars(owner).get(name) is not wrapper:  # somebody wrapped it again
         return
-    if before is _ABSENT:
+    if before is _Absent:
         object.__delattr__(owner, name)
     else:
         object.__setattr__(owner, name, before)

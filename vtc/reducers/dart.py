@@ -72,18 +72,19 @@ class TextPivotPlaces:
 class DART(Reducer):
     """Keep a few pivots and the visual tokens least similar to them: duplication, not importance, decides.
 
-    Pivots are the ``image_pivots`` visual tokens and the ``text_pivots`` tokens of the question whose keys in layer ``layer - 1``
-    have the largest L1 norm over all heads. Pivot by pivot, the candidates with the lowest cosine to it are kept and leave the
-    candidates. Cosines are taken between the states entering layer ``layer`` under the model's *final* norm. Kept are the image
-    pivots and the tokens chosen, in sequence order and with their original positions; text is never dropped.
+    Pivots are the ``image_pivots`` visual tokens and the ``text_pivots`` tokens of the question whose keys in layer ``layer -
+    1`` have the largest L1 norm over all heads. Pivot by pivot, the candidates with the lowest cosine to it are kept and leave
+    the candidates. Cosines are taken between the states entering layer ``layer`` under the model's *final* norm. Kept are the
+    image pivots and the tokens chosen, in sequence order and with their original positions; text is never dropped.
 
-    Deviates: the release keeps ``image_pivots + pivots * floor(keep / pivots)`` tokens, which misses the budget by a few, and visits
-    the pivots in the iteration order of a Python set of their positions, on which the result depends. Here exactly ``keep`` tokens
-    are kept (what does not divide evenly goes to the first pivots), and pivots are visited in sequence order, image before text.
-    ``official=True`` restores both. The question is the text behind the last visual token of the row; where it has fewer tokens
-    than ``text_pivots`` the release fails and here fewer are used. Several images in a prompt, batches and padding, which the
-    release does not handle, are judged per image. The release compares keys with states of different layers and uses the final
-    norm in the middle of the model; both are kept. The original repository was not available: the copy in VTC-Bench was studied.
+    Deviates: the release keeps ``image_pivots + pivots * floor(keep / pivots)`` tokens, which misses the budget by a few, and
+    visits the pivots in the iteration order of a Python set of their positions, on which the result depends. Here exactly
+    ``keep`` tokens are kept (what does not divide evenly goes to the first pivots), and pivots are visited in sequence order,
+    image before text. ``official=True`` restores both. The question is the text behind the last visual token of the row; where
+    it has fewer tokens than ``text_pivots`` the release fails and here fewer are used. Several images in a prompt, batches and
+    padding, which the release does not handle, are judged per image. The release compares keys with states of different layers
+    and uses the final norm in the middle of the model; both are kept. The original repository was not available: the copy in
+    VTC-Bench was studied.
 
     Parameters
     ----------
@@ -162,8 +163,10 @@ class DART(Reducer):
         """Keep the image pivots; then each pivot adds the candidates least similar to it."""
         with torch.no_grad():
             image, states, where = self.pivots(signals)
-            unit = torch.nn.functional.normalize(_wide(signals.final_states), dim=-1)
-            cosine = torch.einsum("bnd,bpd->bpn", unit, torch.nn.functional.normalize(_wide(states), dim=-1))
+            tokens = _wide(signals.final_states)
+            # divided afterwards: no second copy of all states
+            cosine = torch.einsum("bnd,bpd->bpn", tokens, torch.nn.functional.normalize(_wide(states), dim=-1))
+            cosine = cosine / tokens.norm(dim=-1).clamp(min=1e-12)[:, None]
             kept = torch.zeros(signals.shape, dtype=torch.bool, device=image.device).scatter(1, image, True)
             there = where >= 0
             total = there.sum(1, keepdim=True)
@@ -175,7 +178,9 @@ class DART(Reducer):
                 quota = there * (rest // total + (rank < rest % total))
             for pivot in range(where.shape[1]):
                 order = torch.sort(cosine[:, pivot].masked_fill(kept, torch.inf), dim=1, stable=True).indices
-                rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
+                rank = torch.empty_like(order).scatter_(
+                    1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+                )
                 kept = kept | (rank < quota[:, pivot : pivot + 1])
             count = kept.sum(1)
             longest = int(count.max())

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vtc.core import Signals
+from vtc.core import Need, Signals
 from vtc.errors import BudgetError
-from vtc.reducers.prumerge import PruMerge, complement
 from vtc.registry import register
+from vtc.signals import wide_cls_attn, wide_keys
+from vtc.views import AbsorbingReducer, complement
 
 
 @register(
@@ -25,10 +26,10 @@ from vtc.registry import register
     },
 )
 @dataclass(frozen=True, kw_only=True)
-class PruMergePlus(PruMerge):
+class PruMergePlus(AbsorbingReducer):
     """Keep the patches with the highest CLS attention and evenly spaced ones, each with its nearest neighbours added.
 
-    As :class:`~vtc.reducers.prumerge.PruMerge`, but half of the kept patches are spread over those that attention did not choose:
+    As ``prumerge``, but half of the kept patches are spread over those that attention did not choose:
     they follow the others in raster order, absorb neighbours like them, and the last token sums up what remains.
 
     Adaptive: with a share ``r`` of outliers every ``int(int(1 / r) / 3)``-th patch that is no outlier is added; ``keep`` is an
@@ -48,6 +49,11 @@ class PruMergePlus(PruMerge):
     official : bool, default False
         As released; ``keep`` must be one that the release can meet.
     """
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """CLS attention and keys of the last layer, all heads taken as one."""
+        return wide_cls_attn(-1), wide_keys(-1)
 
     def kept(self, signals: Signals, share: float | None) -> tuple[Tensor, Tensor]:
         """Return the patches of one view that get a token, in order, and those that are summed up in the last one."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Signals, Stage, check_bounds
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import next_last_attn
 
 
@@ -71,11 +71,11 @@ class PyramidDrop(Schedule):
     there; visual tokens are ranked by the attention of the last prompt token (softmax over all tokens it may see, mean over
     heads) and the best stay, in order. Positions are renumbered after every cut.
 
-    Deviates: the release ranks only with FlashAttention or without padding, stops on grouped-query models and on left padding, and
-    knows one image per sample; here each image is ranked by its own row, in padded batches and grouped-query models too. Budgets
-    other than the paper's bend its shares by one exponent, so that ``(1/2, 1/4, 1/8)`` becomes ``(x, x^2, x^3)``; the paper's
-    own shares are rounded down. Layers 8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other depths. In a
-    conversation over several turns the ranking sees the tokens of the turn that brings the image.
+    Deviates: the release ranks only with FlashAttention or without padding, stops on grouped-query models and on left padding,
+    and knows one image per sample; here each image is ranked by its own row, in padded batches and grouped-query models too.
+    Budgets other than the paper's bend its shares by one exponent, so that ``(1/2, 1/4, 1/8)`` becomes ``(x, x^2, x^3)``; the
+    paper's own shares are rounded down. Layers 8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other
+    depths. In a conversation over several turns the ranking sees the tokens of the turn that brings the image.
 
     Parameters
     ----------
@@ -105,7 +105,7 @@ class PyramidDrop(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have.
         """
@@ -113,7 +113,7 @@ class PyramidDrop(Schedule):
         cuts = place_cuts(self.layers, facts, "pyramiddrop")
         shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios")}
         bound = copy.copy(self)
-        parts = tuple(PyramidDropStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts)))
+        parts = checked((PyramidDropStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 

@@ -13,7 +13,7 @@ from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Select
 from vtc.errors import BudgetError, UnknownArgumentError
 from vtc.kernels import attention_rows, topk_sorted
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
 
 LISTS: dict[str, dict[int, tuple[int, ...]]] = {
@@ -108,7 +108,7 @@ class RaterAttention:
 
 def _away_from_zero(prior: Tensor) -> Tensor:
     """Replace exact zeros, by which nothing can be divided."""
-    return torch.where(prior == 0, torch.finfo(prior.dtype).tiny**0.5, prior)
+    return torch.where(prior == 0, torch.finfo(prior.dtype).tiny ** 0.5, prior)
 
 
 # --------------------------------------------------------------------------------------------------------------- merging
@@ -149,8 +149,10 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     x = _wide(tokens)
     n, scale = len(x), x.shape[1] ** 0.5
 
+    whole = torch.cdist(x, x) / scale if n <= 4096 else None  # beyond, three passes cost less than the memory
+
     def distances(lo: int) -> Tensor:
-        return torch.cdist(x[lo : lo + block], x) / scale
+        return torch.cdist(x[lo : lo + block], x) / scale if whole is None else whole[lo : lo + block]
 
     near = [distances(lo).topk(min(clusters, n), largest=False).values for lo in range(0, n, block)]
     density = torch.exp(-(torch.cat(near) ** 2).mean(1))
@@ -164,7 +166,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     gaps = torch.cat(gap)
     gaps = torch.where(torch.isinf(gaps), widest, gaps)
     centres = torch.sort(density * gaps, descending=True, stable=True).indices[:clusters]
-    owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])
+    owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])  # ties: the earlier centre
     owner[centres] = torch.arange(clusters, device=owner.device)
     return centres, owner
 
@@ -263,6 +265,10 @@ class SparseVLMStage(Reducer):
             with torch.no_grad():
                 return Selection(topk_sorted(score, total))
         kept, clusters = split(total, n)
+        if self.official:  # several splits may give the same total
+            kept = min(LISTS["1"][self.keep][self.stage_index], n - 1)  # type: ignore[index]
+            clusters = clusters_of(n - kept)[1]
+            total = kept + clusters
         recycled = max(clusters, clusters_of(n - kept)[0])
         index, values, owners = [], [], []
         for image in range(len(score)):
@@ -300,23 +306,23 @@ class SparseVLMStage(Reducer):
 class SparseVLM(Schedule):
     """Let the words that match the picture rate the visual tokens in a few layers; drop the rest, recycling a part of it.
 
-    **Raters.** Once, on the language model's input: visual tokens attend to the text behind the last of them (softmax of plain dot
-    products); words with more than the mean share rate.
+    **Raters.** Once, on the language model's input: visual tokens attend to the text behind the last of them (softmax of plain
+    dot products); words with more than the mean share rate.
 
-    **Cuts.** Before each layer of ``layers``, a visual token's score is the raters' attention to it in the layer before, mean over
-    raters and heads. The best stay in order. Versions 1 and 1.5: of the dropped tokens the best 30 % (plus one) are clustered by
-    density peaks into a tenth as many groups (plus one); the means of these follow the kept tokens, and positions are renumbered.
-    Version 2 ("SparseVLM+"): nothing is merged, positions stay, attention is divided by what RoPE alone would give two vectors of
-    ones, and only the ``heads`` heads that look most at the picture count.
+    **Cuts.** Before each layer of ``layers``, a visual token's score is the raters' attention to it in the layer before, mean
+    over raters and heads. The best stay in order. Versions 1 and 1.5: of the dropped tokens the best 30 % (plus one) are
+    clustered by density peaks into a tenth as many groups (plus one); the means of these follow the kept tokens, and positions
+    are renumbered. Version 2 ("SparseVLM+"): nothing is merged, positions stay, attention is divided by what RoPE alone would
+    give two vectors of ones, and only the ``heads`` heads that look most at the picture count.
 
-    Deviates: the release knows four budgets (lists of tokens to keep, named after the layer average they give when the layer that
-    decides is counted as reduced, although it runs on all tokens); here any budget works: the shape of its list for 192 is bent by
-    one exponent, counts include the merged tokens, and averages are those really run. ``official=True`` takes the release's lists for
-    ``keep`` = 192, 128, 96 or 64, whatever the image's size, and adds its noise of 1e-6 to the densities, seeded here. The very first
-    commit's adaptive number (rank of the attention, tuned per benchmark), which the paper describes, is not offered; versions 1 and
-    1.5 differ in how attention is obtained, not in what is kept. A question without any word above the mean uses all words; the release
-    has no rater then. Batches, padding and grouped-query models, which the release refuses, work; with several images in a row the
-    raters, and in version 2 the heads, are those of the whole row.
+    Deviates: the release knows four budgets (lists of tokens to keep, named after the layer average they give when the layer
+    that decides is counted as reduced, although it runs on all tokens); here any budget works: the shape of its list for 192 is
+    bent by one exponent, counts include the merged tokens, and averages are those really run. ``official=True`` takes the
+    release's lists for ``keep`` = 192, 128, 96 or 64, whatever the image's size, and adds its noise of 1e-6 to the densities,
+    seeded here. The very first commit's adaptive number (rank of the attention, tuned per benchmark), which the paper
+    describes, is not offered; versions 1 and 1.5 differ in how attention is obtained, not in what is kept. A question without
+    any word above the mean uses all words; the release has no rater then. Batches, padding and grouped-query models, which the
+    release refuses, work; with several images in a row the raters, and in version 2 the heads, are those of the whole row.
 
     Parameters
     ----------
@@ -325,8 +331,8 @@ class SparseVLM(Schedule):
     version : {"1", "1.5", "2"}
         Which release.
     layers : tuple of int or float, default (3/32, 7/32, 16/32)
-        First decoder layers that run on fewer tokens: indices, or shares of the model's layers (the release counts the layers before,
-        2, 6, 15, whose attention decides).
+        First decoder layers that run on fewer tokens: indices, or shares of the model's layers (the release names the layers
+        before, 2, 6, 15, whose attention decides).
     ratios : tuple of float or None
         Shape of the schedule: shares left after each cut. ``None``: those of the release's list for 192 tokens.
     heads : int, default 14
@@ -356,12 +362,12 @@ class SparseVLM(Schedule):
             raise UnknownArgumentError(f"'sparsevlm': heads={self.heads!r} is out of range, give an int of at least 1")
         family = "2" if self.version == "2" else "1"
         object.__setattr__(self, "layers", tuple(self.layers))
-        ratios = RATIOS[family] if self.ratios is None else self.ratios
+        ratios = RATIOS[family][: len(self.layers)] if self.ratios is None else self.ratios
         object.__setattr__(self, "ratios", check_ratios("sparsevlm", ratios, len(self.layers)))
         if self.official and (isinstance(self.keep, float) or self.keep not in LISTS[family] or len(self.layers) > 3):
             raise BudgetError(
-                f"'sparsevlm': official=True has lists for keep={', '.join(map(str, LISTS[family]))} and three layers only, not for "
-                f"keep={self.keep}: choose one of them or drop official"
+                f"'sparsevlm': official=True has lists for keep={', '.join(map(str, LISTS[family]))} and three layers only, not "
+                f"for keep={self.keep}: choose one of them or drop official"
             )
 
     def bind(self, facts: Facts) -> SparseVLM:
@@ -370,7 +376,7 @@ class SparseVLM(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have.
         """
@@ -380,7 +386,7 @@ class SparseVLM(Schedule):
         names = ("keep", "avg_tokens", "positions", "newlines", "ratios", "version", "heads", "official", "seed")
         shared: dict[str, Any] = {k: getattr(self, k) for k in names}
         bound = copy.copy(self)
-        parts = tuple(SparseVLMStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts)))
+        parts = checked((SparseVLMStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Signals, Stage, check_bounds
 from vtc.errors import UnknownArgumentError
 from vtc.registry import register
-from vtc.schedule import check_ratios, place_cuts, stage_counts
+from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import StateTap, next_question_attn
 
 EPS = 1e-8
@@ -132,19 +132,19 @@ class TransPruneStage(Scorer):
 class TransPrune(Schedule):
     """Keep the tokens that the model's own modules change most (TTV), and those the question looks at (IGA).
 
-    In each layer of ``watch``, a token's transition is taken in the attention and in the MLP: length of the module's output over
-    that of its normalised input, times the softmax over the whole sequence of one minus their cosine. Before each layer of
-    ``layers`` the transitions so far are summed per token and added to the attention that all text behind the image pays to it in
-    the layer about to run (mean over heads and text tokens), each divided by its sum over the image's tokens. The best tokens
-    stay in order; positions are renumbered.
+    In each layer of ``watch``, a token's transition is taken in the attention and in the MLP: length of the module's output
+    over that of its normalised input, times the softmax over the whole sequence of one minus their cosine. Before each layer of
+    ``layers`` the transitions so far are summed per token and added to the attention that all text behind the image pays to it
+    in the layer about to run (mean over heads and text tokens), each divided by its sum over the image's tokens. The best
+    tokens stay in order; positions are renumbered.
 
-    Deviates: the release handles one sample and one image without padding and with as many key as query heads; here every image is
-    judged by its own row. The softmax of the transitions runs over one sample, where the release's runs over the batch (the same
-    at batch size one). The paper describes one minus the *absolute* cosine and a weighted sum; the code, and this reducer, use the
-    signed cosine and a plain sum. The paper's layers are those of a model with 32; other depths use the same shares of the depth,
-    and other budgets bend the paper's shares by one exponent. Preset ``low`` matches the paper's numbers for its smaller setting,
-    whose layers and shares are not published: unconfirmed. In a conversation over several turns the attention covers the tokens of
-    the turn that brings the image.
+    Deviates: the release handles one sample and one image without padding and with as many key as query heads; here every image
+    is judged by its own row. The softmax of the transitions runs over one sample, where the release's runs over the batch (the
+    same at batch size one). The paper describes one minus the *absolute* cosine and a weighted sum; the code, and this reducer,
+    use the signed cosine and a plain sum. The paper's layers are those of a model with 32; other depths use the same shares of
+    the depth, and other budgets bend the paper's shares by one exponent. Preset ``low`` matches the paper's numbers for its
+    smaller setting, whose layers and shares are not published: unconfirmed. In a conversation over several turns the attention
+    covers the tokens of the turn that brings the image.
 
     Parameters
     ----------
@@ -155,8 +155,8 @@ class TransPrune(Schedule):
     ratios : tuple of float, default (0.875, 0.625, 0.125)
         Shape of the schedule: shares of the image's tokens left after each cut.
     watch : tuple of int or None
-        Decoder layers whose transitions are summed, as indices. ``None``: from the one before the first cut to the one before the
-        last.
+        Decoder layers whose transitions are summed, as indices. ``None``: from the one before the first cut to the one before
+        the last.
     iga : bool, default True
         Add the question's attention; ``False`` leaves the transitions alone.
     """
@@ -181,7 +181,7 @@ class TransPrune(Schedule):
         Raises
         ------
         BudgetError
-            A budget above the tokens there are.
+            A budget above the tokens there are, or an average these layers cannot meet.
         UnknownArgumentError
             Layers this model does not have, or none watched before the first cut.
         """
@@ -195,7 +195,7 @@ class TransPrune(Schedule):
             )
         shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios", "iga")}
         bound = copy.copy(self)
-        parts = tuple(TransPruneStage(**shared, cuts=cuts, watched=watched, stage_index=i) for i in range(len(cuts)))
+        parts = checked((TransPruneStage(**shared, cuts=cuts, watched=watched, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)
         return bound
 
