@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 OUT ?= results/store/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint format install clean bench-hooks
+.PHONY: demo test lint format install clean
 
 demo: $(VENV)/.demo  ## sweep configs/demo.yaml on the embedded model, print the table, write the report
 	HF_HUB_OFFLINE=1 $(BIN)/vtc sweep configs/demo.yaml --out $(OUT)
 
 test: $(VENV)/.dev $(VENV)/.oldest  ## the whole suite, on the newest and on the oldest supported transformers
 	$(BIN)/python -c "import transformers; print('newest: transformers', transformers.__version__)"
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -P -m pytest -n $(WORKERS)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 	PYTHONPATH=$(VENV)/oldest $(BIN)/python -c "import transformers; print('oldest: transformers', transformers.__version__)"
 	PYTHONPATH=$(VENV)/oldest HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS)
 

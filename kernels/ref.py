@@ -894,7 +894,7 @@ def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tu
     threshold : float
         Least cosine of neighbours; a token is compared with itself, too.
     block : int
-        Rows per block.
+        Rows and columns per block.
 
     Returns
     -------
@@ -903,12 +903,15 @@ def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tu
     """
     out = []
     for u in _images(_unit(features)):
-        parts = []
-        for rows in u.split(block):
-            cosine = rows @ u.T
-            near = cosine >= threshold
-            parts.append(torch.stack([near.sum(1).to(u.dtype), (cosine * near).sum(1), cosine.mean(1)]))
-        out.append(torch.cat(parts, 1))
+        count, within = u.new_zeros(2, len(u)).unbind()
+        for i, rows in enumerate(u.split(block)):
+            at = slice(i * block, i * block + len(rows))
+            for columns in u.split(block):  # tiles that fit the cache
+                cosine = rows @ columns.T
+                near = cosine >= threshold
+                count[at] += near.sum(1)
+                within[at] += cosine.mul_(near).sum(1)
+        out.append(torch.stack([count, within, u @ u.mean(0)]))
     count, within, mean = torch.stack(out, 1)
     return count, within, mean
 
@@ -943,4 +946,32 @@ def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
             taken = taken.index_fill(0, pick, True)
             picks.append(pick)
         out.append(torch.cat(picks))
+    return torch.stack(out)
+
+
+def count_similar(features: Tensor, threshold: float, *, block: int = 1024) -> Tensor:
+    """For every token, how many others have a cosine above ``threshold`` with it; in blocks (no full matrix).
+
+    Parameters
+    ----------
+    features : Tensor
+        ``(B, N, D)``.
+    threshold : float
+        A cosine.
+    block : int
+        Rows per block.
+
+    Returns
+    -------
+    Tensor
+        ``(B, N)`` int64.
+    """
+    out = []
+    for u in _images(_unit(features)):
+        parts = []
+        for at in torch.arange(len(u), device=u.device).split(block):
+            cosine = u[at] @ u.T
+            cosine[torch.arange(len(at), device=at.device), at] = -torch.inf
+            parts.append((cosine > threshold).sum(1))
+        out.append(torch.cat(parts))
     return torch.stack(out)

@@ -152,7 +152,7 @@ def _measured(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     detach = taps.attach(layer.self_attn, observe)
     try:
         with torch.no_grad():
-            layer(hidden, attention_mask=None)
+            layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)
     finally:
         detach()
     scores = cls_logits().measure(seen[0])

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 from importlib.metadata import entry_points
 from types import SimpleNamespace
 from typing import ClassVar
@@ -398,6 +399,6 @@ def test_python_m_vtc_is_quick():
         "assert not heavy, heavy\n"
         "print(out.getvalue())\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == vtc.__version__

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,6 +14,7 @@ import vtc
 from vtc.engine.cache import PrunedLayer, pruned_layer
 from vtc.engine.segment import cut, remap_mask, take
 from vtc.errors import UnsupportedFeatureError, VtcError
+from vtc.eval.hooks import measure
 from vtc.stats import HISTORY, CallStats, StatsLog
 
 
@@ -301,40 +299,8 @@ def test_fingerprints_do_not_depend_on_the_batch(family, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------- speed
-@pytest.mark.parametrize("reducer", ["boundary", "decoder", "compact-padded"])
-def test_cost_of_the_hooks_per_decode_step(reducer, record_property, capsys):
-    """Microseconds per layer and decode step on a 32-layer toy model. A 7B model's layer takes hundreds."""
-    layers = 32
-    model = build("llava", dtype=torch.float32, text=dict(num_hidden_layers=layers))
-    batch = 2 if reducer == "compact-padded" else 1
-    inputs = make_inputs("llava", model, batch)
-    part = {
-        "boundary": BoundaryPicker(keep=5, positions="original"),
-        "decoder": DecoderPicker(keep=5, positions="original"),
-        "compact-padded": BoundaryPicker(keep=5, ragged=True, positions="compact"),
-    }[reducer]
-
-    def step_time():
-        """Median CPU seconds of a decode step."""
-        with torch.no_grad():
-            cache = model(**inputs, use_cache=True).past_key_values
-            mask, times = inputs["attention_mask"], []
-            token = torch.full((batch, 1), 7)
-            for _ in range(24):
-                mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-                given_mask = mask if batch > 1 else None
-                start = time.thread_time()
-                model(input_ids=token, past_key_values=cache, attention_mask=given_mask)
-                times.append(time.thread_time() - start)
-        return statistics.median(times[4:])
-
-    plain, patched = [], []
-    for _ in range(3):  # interleaved: the machine's mood changes
-        plain.append(step_time())
-        with vtc.patch(model, part):
-            patched.append(step_time())
-    cost = (min(patched) - min(plain)) / layers * 1e6
-    record_property("microseconds_per_layer", cost)
-    with capsys.disabled():
-        print(f"\nhooks, {reducer}: {cost:.1f} us per layer and decode step ({min(plain) / layers * 1e6:.0f} us unpatched)")
-    assert cost < 300
+def test_cost_of_the_hooks_per_decode_step():
+    """Microseconds per layer and decode step on a 32-layer toy model (results/hooks.csv has a quiet machine's)."""
+    for row in measure(pairs=3):
+        print(row)
+        assert row.us_per_layer < 100, "seen: below 10; a busy machine may show more, a regression of the design far more"

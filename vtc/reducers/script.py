@@ -182,7 +182,7 @@ class Script(Reducer):
             _, owner = pairwise_top1(features, kept)
             places = torch.arange(index.shape[1], device=index.device).expand_as(index)
             owner = owner.scatter(1, index, places)
-        weight = torch.ones(owner.shape, device=owner.device).scatter(1, index, self.scaling)
+        weight = _wide(features).new_ones(owner.shape).scatter(1, index, self.scaling)
         return merge_scatter(features, owner, index.shape[1], weight=weight), owner
 
     def select(self, signals: Signals) -> Selection:
