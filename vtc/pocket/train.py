@@ -214,8 +214,11 @@ RECIPES: dict[str, Recipe] = {
         ),
         ranks=2,
     ),
-    # What the shipped checkpoints come from: 0.25 s per step on two idle cores; 1 to 2 s on the busy machine it ran on.
-    # The tower starts frozen, because fresh decoder layers send it noise; the position head comes with stage C.
+    # What the shipped checkpoints come from: 33 minutes for pocket and 9 for pocket-next, at 0.3 to 1.5 s per step on two
+    # cores with much other work. The stages record what it took. B: the tower stays frozen, because fresh read-outs and
+    # decoder layers send it noise. C, D: the position head makes the projector pass on where things are; the tower was
+    # trained on answers alone there, which cost it words and digits. E therefore takes the first tower back, and F goes on
+    # with it frozen. A next recipe should keep the tower's own targets whenever it trains it.
     "grow": Recipe(
         PocketConfig(),
         (
