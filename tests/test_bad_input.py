@@ -421,8 +421,8 @@ def test_command_line_budget_above_the_tokens_there_are(image, capsys):
 
 def test_command_line_layer_out_of_range(image, capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main(["run", "--image", image, "--prompt", "x", "--reducer", "fastv", "--keep", "9", "-o", "layer=4"])
-    assert stop.value.code == 1 and "layer 4 is out of range, use 1..3" in capsys.readouterr().err
+        cli.main(["run", "--image", image, "--prompt", "x", "--reducer", "fastv", "--keep", "9", "-o", "layer=6"])
+    assert stop.value.code == 1 and "layer 6 is out of range, use 1..5" in capsys.readouterr().err
 
 
 def test_command_line_images(refused, tmp_path, image):

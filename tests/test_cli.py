@@ -184,7 +184,7 @@ def test_check_answers_for_one_reducer(call, folders, temporary):
     code, out, _ = call("check", "pocket", "fastv.k3-r75")
     assert code == 0 and "yes" in out and "196 visual tokens -> 49" in out
     code, out, err = call("check", "pocket", "fastv", "-o", "layer=9")
-    assert code == 1 and out == "" and "use 1..3" in err
+    assert code == 1 and out == "" and "use 1..5" in err
     code, _, err = call("check", folders["llava_siglip"], temporary)
     assert code == 1 and "these reducers work here" in err and "uniform" in err
     code, out, _ = call("check", folders["llava_siglip"], temporary, "--json")
@@ -204,7 +204,7 @@ def test_run_prints_both_answers_times_and_tokens(call, pocket, picture, tmp_pat
     data = json.loads(out)
     assert code == 0
     assert data["reducer"] == "fastv(keep=49, layer=3)"
-    assert data["tokens"]["tokens_per_layer"] == [196, 196, 196, 49] and data["tokens"]["avg_tokens"] == 159.25
+    assert data["tokens"]["tokens_per_layer"] == [196, 196, 196, 49, 49, 49] and data["tokens"]["avg_tokens"] == 122.5
     # the answers are those of plain generate
     model, processor = pocket
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]

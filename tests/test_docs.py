@@ -37,7 +37,7 @@ def test_the_first_example_runs():
     exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
     assert (
         scope["handle"].stats.last.images[0].tokens_per_layer
-        == [196, 196, 49, 49][: len(scope["model"].model.language_model.layers)]
+        == [196, 196, 49, 49, 49, 49][: len(scope["model"].model.language_model.layers)]
     )
 
 

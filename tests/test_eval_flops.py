@@ -33,7 +33,7 @@ def counted(pocket, reducer=None, **options):
 
 
 def test_the_formula_is_what_one_can_work_out_by_hand(pocket):
-    """Width 128, MLP 352 and 512, 4 heads of 32, 94 words; one token more or less is visible."""
+    """Width 128, MLP 352 and 512, 4 heads of 32, 96 words; one token more or less is visible."""
     model = pocket[0]
     tokens = flops.Tokens(patches=10, tower=[11], projector=10, decoder=[7, 3])
     found = flops.closed_form(model, tokens)
@@ -42,7 +42,7 @@ def test_the_formula_is_what_one_can_work_out_by_hand(pocket):
     assert found.tower == 2 * 10 * 128 * 192 + 11 * 2 * 128 * 128 * 4 + 11 * 11 * 4 * 128 + 11 * 2 * 2 * 128 * 512
     assert found.projector == 10 * 2 * 2 * 128 * 128
     assert found.decoder == sum(n * 2 * 4 * 128 * 128 + n * n * 4 * 128 + n * 2 * 3 * 128 * 352 for n in (7, 3))
-    assert found.head == 2 * 128 * 94
+    assert found.head == 2 * 128 * 96
     assert found.total == found.tower + found.projector + found.decoder + found.head
 
 
@@ -68,7 +68,7 @@ def test_both_ways_agree_unreduced(pocket):
     for part in ("tower", "projector", "head"):
         assert getattr(found.counted, part) == getattr(found.formula, part)
     text = pocket[1]["input_ids"].shape[1]
-    assert found.tokens == flops.Tokens(196, [197] * 5, 196, [text] * 4)
+    assert found.tokens == flops.Tokens(196, [197] * 5, 196, [text] * 6)
 
 
 @pytest.mark.parametrize("keep", [98, 11])

@@ -1,9 +1,11 @@
-"""The embedded pocket model: a 1.9 M-parameter LLaVA with the data that trained it, for CPU-only checks.
+"""The embedded pocket models: tiny LLaVAs with the data that trained them, for CPU-only checks.
 
-`load_pocket` returns an ordinary ``LlavaForConditionalGeneration`` (112x112 images, 196 visual tokens, 94-word
-vocabulary) and its processor from files inside the package: no download. `scene_questions` and
-`easy_vqa_questions` give questions whose answers depend on the image, and `answer_questions` scores a model on
-them through plain ``generate``, so that a full pruning curve takes minutes on two CPU cores.
+`load_pocket` returns an ordinary ``LlavaForConditionalGeneration`` (112x112 images, 196 visual tokens, six decoder
+layers) or, for ``"pocket-next"``, a ``LlavaNextForConditionalGeneration`` (thumbnail and crops, up to 1008 visual
+tokens) and its processor from files inside the package: no download. `scene_questions`, `detail_questions` and
+`easy_vqa_questions` give questions whose answers depend on the image, and `answer_questions` scores a model on them
+through plain ``generate``, so that a full pruning curve takes minutes on two CPU cores. ``vtc/assets/pocket/README.md``
+is the model card.
 
 Importing this package imports neither transformers nor the optional data packages (scikit-learn, easy-vqa): every
 public name but the loader is resolved on first use.
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     )
     from vtc.pocket.easyvqa import easy_vqa_questions
     from vtc.pocket.questions import Question, majority_baseline
-    from vtc.pocket.scenes import QUESTION_TYPES, scene_questions
+    from vtc.pocket.scenes import DETAIL_QUESTION_TYPES, QUESTION_TYPES, detail_questions, scene_questions
 
-POCKET_MODELS: tuple[str, ...] = ("pocket",)
+POCKET_MODELS: tuple[str, ...] = ("pocket", "pocket-next")
 """Names that `load_pocket` and `pocket_path` accept."""
 
 _LAZY = {
@@ -45,12 +47,15 @@ _LAZY = {
     "easy_vqa_questions": "easyvqa",
     "Question": "questions",
     "majority_baseline": "questions",
+    "DETAIL_QUESTION_TYPES": "scenes",
     "QUESTION_TYPES": "scenes",
+    "detail_questions": "scenes",
     "scene_questions": "scenes",
 }
 
 __all__ = [
     "POCKET_MODELS",
+    "DETAIL_QUESTION_TYPES",
     "QUESTION_TYPES",
     "Answer",
     "MissingPocketDataError",
@@ -59,6 +64,7 @@ __all__ = [
     "Question",
     "accuracy_by_type",
     "answer_questions",
+    "detail_questions",
     "easy_vqa_questions",
     "encode_questions",
     "load_pocket",
@@ -133,7 +139,8 @@ def load_pocket(
     Returns
     -------
     model, processor
-        A ``LlavaForConditionalGeneration`` in eval mode and its ``LlavaProcessor`` (left padding).
+        A ``LlavaForConditionalGeneration`` in eval mode and its ``LlavaProcessor`` (left padding), or for
+        ``"pocket-next"`` the ``LlavaNext`` pair.
 
     Raises
     ------
@@ -166,7 +173,12 @@ def load_pocket(
     transformers_logging.disable_progress_bar()  # a bar for 130 tensors that load in 50 ms is noise
     try:
         processor = transformers.AutoProcessor.from_pretrained(folder, **processor_arguments)
-        model = transformers.LlavaForConditionalGeneration.from_pretrained(folder, **model_arguments)
+        kind = (
+            transformers.LlavaNextForConditionalGeneration
+            if name == "pocket-next"
+            else transformers.LlavaForConditionalGeneration
+        )
+        model = kind.from_pretrained(folder, **model_arguments)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from vtc.pocket import easyvqa
@@ -19,24 +20,46 @@ from vtc.pocket.model import (
     BOS,
     EOS,
     GRID,
+    MENTION_TARGET_SIZES,
     N_CONTENTS,
     N_PATCHES,
     PATCH_SIZE,
     PATCH_TARGET_SIZES,
     build_vocabulary,
 )
-from vtc.pocket.scenes import N_COMBINATIONS, QuestionText, Scene, Split, render_scene
+from vtc.pocket.scenes import (
+    IMAGE_SIZE,
+    N_COMBINATIONS,
+    SHAPES,
+    WIDE_SIZES,
+    Mention,
+    QuestionText,
+    Scene,
+    SceneObject,
+    Split,
+    render_scene,
+    render_wide_scene,
+)
 
 IGNORE = -100
 """Target value that no loss counts."""
 
-TEXT_BUDGET = 112
+TEXT_BUDGET = 192
 """Packed text tokens per image; questions that do not fit are left out."""
 
 _PREFIX_WORDS = (BOS, "user", ":")
 _CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
 _MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
-_STAGE_B_OFFSET = 500_000_000  # stage B starts far down the train stream, on scenes that stage A never reaches
+# Each stage starts far down the train stream, on scenes that the ones before it never reach.
+_STAGE_OFFSETS = {
+    "A": 0,
+    "B": 500_000_000,
+    "C": 700_000_000,
+    "D": 800_000_000,
+    "E": 850_000_000,
+    "F": 870_000_000,
+    "N": 900_000_000,
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +69,7 @@ class Batch:
     Attributes
     ----------
     images
-        uint8 [b, 112, 112, 3].
+        uint8 [b, 112, 112, 3], or [b, 1 + rows * columns, 112, 112, 3] (thumbnail and crops) for AnyRes.
     patch_targets
         int64 [b, 196, 6]: a class per patch and kind of target, see ``PATCH_TARGET_SIZES``; `IGNORE` where unknown.
     contents
@@ -54,8 +77,12 @@ class Batch:
     tokens, segments, positions, answer_targets
         int64 [b, t]: packed questions as `vtc.pocket.model.decode_packed` reads them, and the token to be predicted
         at each place (the answer, then the end), `IGNORE` elsewhere.
+    mention_targets
+        int64 [b, t, 6]: classes per noun phrase at its last word, see ``MENTION_TARGET_SIZES``; `IGNORE` elsewhere.
     question_types
         Types of the packed questions of each image, in order.
+    grid
+        Rows and columns of AnyRes crops.
     """
 
     images: Tensor
@@ -65,7 +92,9 @@ class Batch:
     segments: Tensor
     positions: Tensor
     answer_targets: Tensor
+    mention_targets: Tensor
     question_types: tuple[tuple[str, ...], ...]
+    grid: tuple[int, int] | None = None
 
 
 @lru_cache(maxsize=1)
@@ -110,29 +139,77 @@ def content_vector(scene: Scene) -> np.ndarray:
     return contents
 
 
-def pack_questions(questions: Sequence[QuestionText]) -> tuple[np.ndarray, tuple[str, ...]]:
+def crop_scene(scene: Scene, left: int, top: int) -> Scene:
+    """Cut a 112x112 window out of a wide scene, without questions; objects outside lose what the tower should name."""
+    box = (left, top, left + IMAGE_SIZE, top + IMAGE_SIZE)
+    labels = scene.label_map[top : box[3], left : box[2]]
+    objects = []
+    for number, item in enumerate(scene.objects, start=1):
+        if not (labels == number).any():
+            objects.append(SceneObject())
+            continue
+        x, y = item.center[0] - left, item.center[1] - top
+        inside = 0 <= x < IMAGE_SIZE and 0 <= y < IMAGE_SIZE
+        objects.append(replace(item, center=(x, y) if inside else None))
+    return Scene(scene.image.crop(box), labels, tuple(objects), ())
+
+
+def mention_classes(scene: Scene, numbers: Sequence[int]) -> list[int]:
+    """Targets of a noun phrase that fits the objects `numbers` of a scene."""
+    classes = [min(len(numbers), MENTION_TARGET_SIZES[0] - 1), *[IGNORE] * (len(MENTION_TARGET_SIZES) - 1)]
+    if len(numbers) != 1:
+        return classes
+    item = scene.objects[numbers[0]]
+    width, height = scene.image.size
+    classes[1], classes[2] = int(item.center[0] * GRID / width), int(item.center[1] * GRID / height)
+    if item.shape is not None:
+        digits = [o.digit for o in scene.objects if o.partner == item.combination]
+        classes[3] = digits[0] if digits else IGNORE
+        classes[4:] = item.color, item.shape
+    elif item.partner is not None:
+        classes[4:] = divmod(item.partner, len(SHAPES))
+    return classes
+
+
+def pack_questions(
+    questions: Sequence[QuestionText], scene: Scene | None = None, budget: int = TEXT_BUDGET, context: int = _CONTEXT
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Lay questions one after the other behind an image.
+
+    Parameters
+    ----------
+    questions
+        What to ask.
+    scene
+        The scene that they and its mentions belong to, if there is one.
+    budget
+        Tokens per image; questions that do not fit are left out.
+    context
+        Position of the first token.
 
     Returns
     -------
     packed
-        int64 [4, t]: tokens, segments, positions and answer targets.
+        int64 [10, t]: tokens, segments, positions, answer targets and six mention targets.
     types
         Types of the questions that fitted.
     """
     vocabulary = _vocabulary()
-    packed = np.zeros((4, TEXT_BUDGET), np.int64)
-    packed[1], packed[3] = -1, IGNORE
+    packed = np.zeros((4 + len(MENTION_TARGET_SIZES), budget), np.int64)
+    packed[1], packed[3:] = -1, IGNORE
+    mentions: Sequence[tuple[Mention, ...]] = scene.mentions if scene is not None else [()] * len(questions)
     start, types = 0, []
     for number, (kind, prompt, answer) in enumerate(questions):
         words = [*prompt.lower().replace("?", " ?").split(), "assistant", ":", answer]
         end = start + len(words)
-        if end > TEXT_BUDGET:
+        if end > budget:
             break
         packed[0, start:end] = [vocabulary[word] for word in words]
         packed[1, start:end] = number
-        packed[2, start:end] = _CONTEXT + np.arange(len(words))
+        packed[2, start:end] = context + np.arange(len(words))
         packed[3, end - 2 : end] = vocabulary[answer], vocabulary[EOS]
+        for place, numbers in mentions[number]:
+            packed[4:, start + place] = mention_classes(scene, numbers)
         start = end
         types.append(kind)
     return packed, tuple(types)
@@ -144,13 +221,14 @@ def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequenc
     unknown_patches = np.full((N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE, np.int64)
     targets = [patch_targets(scene) for scene in scenes] + [unknown_patches] * len(easy)
     contents = [content_vector(scene) for scene in scenes] + [np.full(N_CONTENTS, -1, np.float32)] * len(easy)
-    packs = [pack_questions(scene.questions) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
+    packs = [pack_questions(scene.questions, scene) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
     text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
     return Batch(
         torch.from_numpy(np.stack(images)),
         torch.from_numpy(np.stack(targets)),
         torch.from_numpy(np.stack(contents)),
-        *text,
+        *text[:4],
+        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
         question_types=tuple(types for _, types in packs),
     )
 
@@ -170,27 +248,87 @@ def _easy_item(split: str, number: int, rng: random.Random) -> tuple[np.ndarray,
     return np.asarray(easyvqa.load_image(split, number)), questions
 
 
-def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int) -> Batch:
-    """Return the batch of one training step.
+def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int, rank: int = 0, ranks: int = 1) -> Batch:
+    """Return the batch of one training step, or the part of it that one of several processes handles.
 
     Parameters
     ----------
     stage
-        ``"A"``: three of four scenes are dense and nothing is asked. ``"B"``: ordinary scenes with questions.
+        ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"`` to ``"F"``: ordinary scenes
+        with questions. ``"N"``: wide scenes with questions, cut into crops.
     step
         From 0.
     n_scenes, n_easy
-        Images per batch from the scenes and from easy-VQA.
+        Images per batch from the scenes and from easy-VQA, over all processes.
     seed
         Selects the stream.
+    rank, ranks
+        This process takes every `ranks`-th image from number `rank`.
     """
-    first = step * n_scenes + (_STAGE_B_OFFSET if stage == "B" else 0)
-    scenes = [render_scene(first + j, "train", seed, dense=stage == "A" and j % 4 != 0) for j in range(n_scenes)]
+    if stage == "N":
+        return _wide_training_batch(step, n_scenes, seed, rank, ranks)
+    first = step * n_scenes + _STAGE_OFFSETS[stage]
+    scenes = []
+    for j in range(rank, n_scenes, ranks):
+        if stage != "A":
+            scenes.append(render_scene(first + j, "train", seed))
+        elif j % 5 == 4:
+            corner = random.Random(first + j)
+            wide = render_wide_scene(first + j, "train", seed, (2 * IMAGE_SIZE, 2 * IMAGE_SIZE))
+            scenes.append(crop_scene(wide, corner.choice((0, IMAGE_SIZE)), corner.choice((0, IMAGE_SIZE))))
+        else:
+            scene = render_scene(first + j, "train", seed, dense=j % 5 != 0)
+            scenes.append(replace(scene, questions=(), mentions=()))
     if not n_easy:
         return make_batch(scenes)
-    rng = random.Random((seed * 7919 + step) * 8)
     numbers = easyvqa.image_numbers("train")
-    return make_batch(scenes, [_easy_item("train", rng.choice(numbers), rng) for _ in range(n_easy)])
+    easy = []
+    for j in range(rank, n_easy, ranks):
+        rng = random.Random(((seed * 7919 + first) * 8 + j) * 2 + 1)
+        easy.append(_easy_item("train", rng.choice(numbers), rng))
+    return make_batch(scenes, easy)
+
+
+def wide_batch(scenes: Sequence[Scene], prefix: str = "wide_") -> Batch:
+    """Stack scenes of one size, cut up as LLaVA-NeXT's processor does, types named with `prefix`; no targets for the tower."""
+    width, height = scenes[0].image.size
+    rows, columns = height // IMAGE_SIZE, width // IMAGE_SIZE
+    images = []
+    for scene in scenes:
+        pixels = np.asarray(scene.image).reshape(rows, IMAGE_SIZE, columns, IMAGE_SIZE, 3).swapaxes(1, 2)
+        thumbnail = np.asarray(scene.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.BILINEAR))
+        images.append(np.concatenate([thumbnail[None], pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)]))
+    context = _CONTEXT + rows * GRID * (columns * GRID + 1)
+    packs = [pack_questions(scene.questions, scene, context=context) for scene in scenes]
+    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
+    unknown = torch.full((len(scenes), N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE)
+    return Batch(
+        torch.from_numpy(np.stack(images)),
+        unknown,
+        torch.full((len(scenes), N_CONTENTS), -1.0),
+        *text[:4],
+        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
+        question_types=tuple(tuple(prefix + kind for kind in types) for _, types in packs),
+        grid=(rows, columns),
+    )
+
+
+def _wide_training_batch(step: int, n_scenes: int, seed: int, rank: int, ranks: int) -> Batch:
+    """Three of four steps have wide scenes, of one size each; the fourth has ordinary ones."""
+    numbers = range(step * n_scenes + rank + _STAGE_OFFSETS["N"], (step + 1) * n_scenes + _STAGE_OFFSETS["N"], ranks)
+    if step % 4 == 3:
+        return wide_batch([render_scene(number, "train", seed) for number in numbers])
+    return wide_batch([render_wide_scene(number, "train", seed, WIDE_SIZES[step % 4]) for number in numbers])
+
+
+def wide_validation_batches(n_scenes: int, split: Split = "val", size: int = 6) -> list[Batch]:
+    """Batches of wide scenes, a third of `n_scenes` of each size, always the same."""
+    each = max(1, n_scenes // len(WIDE_SIZES))
+    return [
+        wide_batch([render_wide_scene(number, split, size=shape) for number in range(start, min(start + size, each))])
+        for shape in WIDE_SIZES
+        for start in range(0, each, size)
+    ]
 
 
 def validation_batches(n_scenes: int, n_easy: int, split: Split = "val", size: int = 24) -> list[Batch]:

@@ -20,23 +20,29 @@ import torch
 from torch import Tensor, nn
 
 from vtc.pocket.errors import PocketError
-from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WORDS
+from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WIDE_SIZES, WORDS
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
 N_PATCHES = GRID * GRID
 MAX_POSITIONS = 512
+MAX_ANYRES_POSITIONS = 2048
+ANYRES_SIZES: tuple[tuple[int, int], ...] = ((IMAGE_SIZE, IMAGE_SIZE), *WIDE_SIZES)
+"""(height, width) that LLaVA-NeXT's processor scales images to before it cuts crops."""
 
 PAD, UNK, BOS, EOS, IMAGE = SPECIAL_TOKENS = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
 _MARKUP = ("user", "assistant", ":", "?", ".", ",")
 _QUESTION_WORDS = (
     "what which color is the big shape object there a how many shapes are digits digit next to does word say "
-    "left right of above below yes no "  # scenes
+    "left right of above below more than yes no "  # scenes
     "contain image in not present"  # easy-VQA adds these
 ).split()
 
 PATCH_TARGET_SIZES = (len(COLOR_NAMES) + 1, len(SHAPES) + 1, 11, len(WORDS) + 1, N_COMBINATIONS + 1, 2)
 """Classes of the per-patch targets colour, shape, digit, word, partner shape, object centre; class 0 is "none"."""
+
+MENTION_TARGET_SIZES = (8, GRID, GRID, 10, len(COLOR_NAMES), len(SHAPES))
+"""Classes of the targets of a noun phrase: how many objects fit it, and column, row, digit, colour, shape of a single one."""
 
 N_CONTENTS = N_COMBINATIONS + 10 + len(WORDS)
 """Length of the image's content vector: which (colour, shape) pairs, digits and words it shows."""
@@ -73,7 +79,7 @@ class PocketConfig:
 
     width: int = 128
     vision_layers: int = 5
-    text_layers: int = 4
+    text_layers: int = 6
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be built."""
@@ -142,6 +148,20 @@ class PocketConfig:
         }
 
 
+@dataclass(frozen=True)
+class PocketNextConfig(PocketConfig):
+    """Size of a pocket model with AnyRes inputs (LLaVA-NeXT): the same weights and one more, the newline."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Contents of ``config.json``."""
+        contents = super().to_json()
+        contents["architectures"] = ["LlavaNextForConditionalGeneration"]
+        contents["model_type"] = "llava_next"
+        contents["image_grid_pinpoints"] = [list(size) for size in ANYRES_SIZES]
+        contents["text_config"]["max_position_embeddings"] = MAX_ANYRES_POSITIONS
+        return contents
+
+
 # ---------------------------------------------------------------------------------------------- fresh weights
 
 
@@ -168,7 +188,10 @@ def build_model(config: PocketConfig | None = None, seed: int = 0) -> nn.Module:
     contents.pop("architectures")
     contents.pop("dtype")
     with torch.random.fork_rng(devices=[]):
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(contents)).float()
+        if isinstance(config, PocketNextConfig):
+            model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig.from_dict(contents)).float()
+        else:
+            model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig.from_dict(contents)).float()
         torch.manual_seed(seed)  # after the library's own draws, which differ between its versions
         _initialise(model, config)
     return model
@@ -182,6 +205,8 @@ def _initialise(model: nn.Module, config: PocketConfig) -> None:
             nn.init.normal_(weight, std=0.02 if "embed" in name else 0.6 * weight.shape[-1] ** -0.5)
         if name.endswith(("out_proj.weight", "o_proj.weight", "fc2.weight", "down_proj.weight")):
             weight.mul_(0.5)  # residual branches start small
+    if isinstance(config, PocketNextConfig):
+        nn.init.normal_(model.model.image_newline, std=config.width**-0.5)
     tower = vision_core(model)
     nn.init.normal_(tower.embeddings.class_embedding, std=config.width**-0.5)
     patches = tower.embeddings.patch_embedding.weight
@@ -203,6 +228,56 @@ def _sine_table(width: int) -> Tensor:
     return torch.cat([wave(c.reshape(-1, 1) * frequencies) for c in (columns, rows) for wave in (torch.sin, torch.cos)], dim=1)
 
 
+_GROWN_FROM = (0, 1, None, 2, None, 3)
+_NEW_WORDS = ("more", "than")
+
+
+def grow(state: dict[str, Tensor], config: PocketConfig, seed: int = 0) -> dict[str, Tensor]:
+    """Make start weights of a six-layer model from the first pocket checkpoint, which had four decoder layers.
+
+    The two new layers start as identities (their output projections are zero) and the rows of new words are random, so
+    the grown model answers old questions as the old one did.
+
+    Parameters
+    ----------
+    state
+        Weights of the first checkpoint, with portable names.
+    config
+        Size of the grown model; only its six decoder layers may differ from the first one's.
+    seed
+        Seed of what is new.
+
+    Raises
+    ------
+    PocketError
+        If the sizes do not match.
+    """
+    if config.text_layers != len(_GROWN_FROM):
+        raise PocketError(f"the first checkpoint grows to {len(_GROWN_FROM)} decoder layers, not {config.text_layers}")
+    grown = build_model(config, seed).state_dict()
+    kept = torch.tensor([number for word, number in build_vocabulary().items() if word not in _NEW_WORDS])
+    for name, weight in grown.items():
+        source = portable_name(name)
+        prefix = "language_model.model.layers."
+        if source.startswith(prefix):
+            number, _, rest = source.removeprefix(prefix).partition(".")
+            if _GROWN_FROM[int(number)] is None:
+                if rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):
+                    weight.zero_()
+                continue
+            source = f"{prefix}{_GROWN_FROM[int(number)]}.{rest}"
+        if source not in state:
+            raise PocketError(f"the checkpoint to grow has no weight {source!r}")
+        target = weight[kept] if "embed_tokens" in source or "lm_head" in source else weight
+        if target.shape != state[source].shape:
+            raise PocketError(f"{source} has shape {list(state[source].shape)}, not {list(target.shape)}")
+        if target is weight:
+            weight.copy_(state[source])
+        else:
+            weight[kept] = state[source].to(weight.dtype)
+    return grown
+
+
 class AuxiliaryHeads(nn.Module):
     """Linear read-outs that exist during training only: per-patch targets, and image contents from the CLS token.
 
@@ -219,6 +294,42 @@ class AuxiliaryHeads(nn.Module):
     def forward(self, features: Tensor, pooled: Tensor) -> tuple[Tensor, Tensor]:
         """Map patch features [b, 196, width] and the pooled CLS state [b, width] to float32 logits."""
         return self.patch(self.norm(features)).float(), self.content(pooled).float()
+
+
+class MentionHeads(nn.Module):
+    """Linear read-outs of the question's noun phrases half-way through the decoder, during training only.
+
+    They ask the last word of every noun phrase what it refers to: how many objects fit it, where the only one is, and
+    which digit, colour and shape belong to it. Answers alone teach the decoder to look things up only after tens of
+    thousands of images; this dense signal does so within a few thousand.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classify = nn.Linear(width, sum(MENTION_TARGET_SIZES))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map hidden states [n, width] to float32 logits."""
+        return self.classify(self.norm(hidden)).float()
+
+
+class PositionHead(nn.Module):
+    """Linear read-out of column and row from every visual token behind the projector, during training only.
+
+    A projector trained on answers drops where a patch lies long before any answer asks for it (the first checkpoint's
+    did: objects were misplaced by 4 of 14 cells, as by guessing), and the decoder cannot compare places it never sees.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.place = nn.Linear(width, 2 * GRID)
+
+    def forward(self, visual: Tensor) -> tuple[Tensor, Tensor]:
+        """Map visual tokens [b, 196, width] to float32 logits of column and row, [b, 196, 14] each."""
+        columns, rows = self.place(self.norm(visual)).float().chunk(2, dim=-1)
+        return columns, rows
 
 
 # ---------------------------------------------------------------------------------------------- training forward
@@ -244,9 +355,33 @@ def encode_images(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return output.hidden_states[-2][:, 1:], output.pooler_output
 
 
+def arrange_crops(model: nn.Module, visual: Tensor, rows: int, columns: int) -> Tensor:
+    """Lay projected thumbnail and crops out as LLaVA-NeXT does: thumbnail, then lines across all crops, each ended.
+
+    Parameters
+    ----------
+    model
+        The pocket-next model, for its newline embedding.
+    visual
+        Projected features, [b, 1 + rows * columns, 196, width].
+    rows, columns
+        Grid of crops.
+
+    Returns
+    -------
+    Tensor
+        Visual tokens [b, 196 + 14 rows (14 columns + 1), width].
+    """
+    batch, _, _, width = visual.shape
+    lines = visual[:, 1:].reshape(batch, rows, columns, GRID, GRID, width).transpose(2, 3)
+    lines = lines.reshape(batch, rows * GRID, columns * GRID, width)
+    ends = model.model.image_newline.expand(batch, rows * GRID, 1, width).to(lines.dtype)
+    return torch.cat([visual[:, 0], torch.cat([lines, ends], dim=2).flatten(1, 2)], dim=1)
+
+
 def decode_packed(
-    model: nn.Module, features: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
-) -> Tensor:
+    model: nn.Module, visual: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
+) -> tuple[Tensor, Tensor]:
     """Run the decoder on several questions packed behind one image.
 
     Each question sees the prefix, the image and itself, at the positions it would have alone: the result equals that
@@ -256,8 +391,8 @@ def decode_packed(
     ----------
     model
         The pocket model.
-    features
-        Patch features [b, 196, width].
+    visual
+        Visual tokens, as the projector (and `arrange_crops`) gives them, [b, v, width].
     prefix
         Token ids in front of the image, [p].
     tokens
@@ -269,11 +404,11 @@ def decode_packed(
 
     Returns
     -------
-    Tensor
-        Last hidden states of the packed tokens, [b, t, width].
+    last, middle
+        Hidden states of the packed tokens after the last layer (normalised) and after half of the layers, both
+        [b, t, width].
     """
     decoder = model.model.language_model
-    visual = model.model.multi_modal_projector(features)
     batch, context = tokens.shape[0], len(prefix) + visual.shape[1]
     embed = decoder.embed_tokens
     inputs = torch.cat([embed(prefix).expand(batch, -1, -1), visual, embed(tokens)], dim=1)
@@ -285,8 +420,15 @@ def decode_packed(
     visible = visible & torch.ones(length, length, dtype=torch.bool).tril()
     mask = torch.zeros(batch, 1, length, length, dtype=inputs.dtype)
     mask = mask.masked_fill_(~visible[:, None], torch.finfo(inputs.dtype).min)
-    output = decoder(inputs_embeds=inputs, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return output.last_hidden_state[:, context:]
+    output = decoder(
+        inputs_embeds=inputs,
+        attention_mask=mask,
+        position_ids=position_ids,
+        use_cache=False,
+        output_hidden_states=True,
+    )
+    middle = output.hidden_states[(len(output.hidden_states) - 1) // 2]
+    return output.last_hidden_state[:, context:], middle[:, context:]
 
 
 # ---------------------------------------------------------------------------------------------- portable folder
@@ -309,6 +451,9 @@ def portable_name(name: str) -> str:
 def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
     """Text files of a ``from_pretrained`` folder, by name."""
     config = config or PocketConfig()
+    is_next = isinstance(config, PocketNextConfig)
+    processor_class = "LlavaNextProcessor" if is_next else "LlavaProcessor"
+    crops = {"do_pad": True, "image_grid_pinpoints": [list(size) for size in ANYRES_SIZES]} if is_next else {}
     vocabulary = build_vocabulary()
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     sequence = [{"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB")]
@@ -329,18 +474,19 @@ def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
             "do_rescale": True,
             "do_resize": True,
             "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "CLIPImageProcessor",
+            "image_processor_type": "LlavaNextImageProcessor" if is_next else "CLIPImageProcessor",
             "image_std": [0.5, 0.5, 0.5],
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "resample": 2,  # bilinear
             "rescale_factor": 1 / 255,
             "size": size,
+            **crops,
         },
         "processor_config.json": {
             "image_token": IMAGE,
             "num_additional_image_tokens": 1,  # CLS, which the "default" strategy takes off again
             "patch_size": PATCH_SIZE,
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "vision_feature_select_strategy": "default",
         },
         "tokenizer.json": {
@@ -365,10 +511,10 @@ def folder_files(config: PocketConfig | None = None) -> dict[str, str]:
             "clean_up_tokenization_spaces": False,
             "eos_token": EOS,
             "model_input_names": ["input_ids", "attention_mask"],  # 4.x would add token_type_ids, which Llama refuses
-            "model_max_length": MAX_POSITIONS,
+            "model_max_length": MAX_ANYRES_POSITIONS if is_next else MAX_POSITIONS,
             "pad_token": PAD,
             "padding_side": "left",
-            "processor_class": "LlavaProcessor",
+            "processor_class": processor_class,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "unk_token": UNK,
         },

@@ -2,18 +2,24 @@
 
 A scene is a 112x112 image with a noisy, cluttered background holding at most one big shape, one to three pairs of a
 small shape and a real handwritten digit next to it, at most one printed word, and up to three free small shapes. About
-45 of its 196 patches show an object, so a reducer that keeps the right 50 of them loses nothing.
+a quarter of its 196 patches show an object, so a reducer that keeps the right 50 of them loses little.
+
+A *wide* scene is drawn on two or four such canvases (112x224, 224x112 or 224x224 pixels): big and free shapes are twice
+as large, digits, their shapes and words are not, so a model that sees the whole image scaled to 112x112 cannot read
+them and one that sees crops can. `detail_questions` asks about those.
 
 Splits differ in their random streams *and* in their handwritten digits (scikit-learn's ``load_digits``):
 
-===== =================== =====================================================================================
+===== =================== ======================================================
 split digits (permuted)   remark
-===== =================== =====================================================================================
-test  first 400           never trained on. Seed 0 was watched while the shipped checkpoint was developed, so it
-                          is a development set; other seeds give unwatched scenes from the same held-out digits
-val   next 200            held out by `vtc.pocket.train`, but *not* by the shipped checkpoint, which predates it
+===== =================== ======================================================
+test  first 400           for final measurements only, never watched in training
+val   next 200            watched during training
 train the other 1,197     scenes and digits used for training
-===== =================== =====================================================================================
+===== =================== ======================================================
+
+Answers are balanced within each type, so that no strategy that ignores the image beats the most frequent answer by
+much: digits, colours and shapes are uniform, yes and no equally frequent, counts drawn nearly uniformly.
 
 The 24 words are a closed set rendered with one font (Aileron, CC0, Pillow's default) whose masks are stored in the
 package: text metrics, and with them every later random draw of a scene, would otherwise vary with Pillow's FreeType.
@@ -23,9 +29,9 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Literal
 
 import numpy as np
@@ -75,19 +81,32 @@ QUESTION_TYPES: tuple[str, ...] = (
     "lookup",
     "word",
     "spatial",
+    "compare",
 )
-"""Types of scene questions. The shipped checkpoint never learnt ``"spatial"``: it answers it at chance."""
+"""Types of scene questions."""
+
+DETAIL_QUESTION_TYPES: tuple[str, ...] = ("detail_digit", "detail_lookup", "detail_word")
+"""Types of questions about wide scenes that need more pixels than the scaled-down image has."""
+
+WIDE_SIZES: tuple[tuple[int, int], ...] = ((224, 224), (112, 224), (224, 112))
+"""(height, width) of wide scenes."""
 
 _STREAM_STRIDE = 1_000_000_007
 _VAL_OFFSET = 1 << 62  # far above every train and test stream with a legal seed
 _MAX_SEED = 1 << 30
 _DIGIT_RANGES: dict[str, slice] = {"test": slice(0, 400), "val": slice(400, 600), "train": slice(600, None)}
+_WIDE_OFFSET = 1 << 63  # wide scenes have streams of their own
+_TEST_PER_TYPE = {"presence": 2}  # asked about one val or test scene; 1 for every other type
 # Hard types come first in the training mix, because only so many questions fit behind one image.
-_TRAIN_PRIORITY = {"digit": 0.9, "presence": 0.8, "spatial": 0.8, "word": 0.7, "shape": 0.7}
-_DEFAULT_PRIORITY = 0.4
+_TRAIN_PRIORITY = {"digit": 0.6, "spatial": 0.6, "lookup": 0.5, "presence": 0.5, "count_sub": 0.5, "word": 0.5}
+_DEFAULT_PRIORITY = 0.3
+_COUNT_SHARE = {2: 0.8, 3: 0.6, 4: 0.6, 5: 0.8}
 
 QuestionText = tuple[str, str, str]
 """(type, prompt, answer)."""
+
+Mention = tuple[int, tuple[int, ...]]
+"""A noun phrase of a prompt: place of its last word (of the prompt split at blanks), indices of the objects it fits."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +124,7 @@ class SceneObject:
     partner
         For a digit: the (colour, shape) pair number of the shape next to it.
     center
-        (x, y) in pixels; None for a word.
+        (x, y) in pixels.
     big
         True for the one big shape.
     """
@@ -139,19 +158,22 @@ class Scene:
     Attributes
     ----------
     image
-        RGB, 112x112.
+        RGB, 112x112 unless wide.
     label_map
-        uint8 array [112, 112]: 0 is background, k is ``objects[k - 1]``.
+        uint8 array [height, width]: 0 is background, k is ``objects[k - 1]``.
     objects
         In drawing order.
     questions
         (type, prompt, answer) triples, shuffled; empty for a dense scene.
+    mentions
+        For each question, what its noun phrases refer to: an auxiliary training target.
     """
 
     image: Image.Image = field(repr=False)
     label_map: np.ndarray = field(repr=False)
     objects: tuple[SceneObject, ...]
     questions: tuple[QuestionText, ...]
+    mentions: tuple[tuple[Mention, ...], ...] = ()
 
 
 class _NoRoomError(Exception):
@@ -234,36 +256,36 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: int, box: tuple[int, int, in
 class _Painter:
     """Draws one scene. The order of the random draws defines the stream: never reorder the calls."""
 
-    def __init__(self, rng: random.Random, split: Split) -> None:
+    def __init__(self, rng: random.Random, split: Split, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> None:
         self.rng = rng
         self.split = split
+        self.height, self.width = height, width
         self.objects: list[SceneObject] = []
         self._boxes: list[tuple[int, int, int, int]] = []
-        self._labels = Image.new("L", (IMAGE_SIZE, IMAGE_SIZE), 0)
+        self._labels = Image.new("L", (width, height), 0)
         self._label_canvas = ImageDraw.Draw(self._labels)
         self._paint_background()
 
     def _paint_background(self) -> None:
         """Light colour with a linear gradient and noise, then a few low-contrast lines and rings as clutter."""
-        rng = self.rng
+        rng, height, width = self.rng, self.height, self.width
         base = [rng.randint(205, 250) for _ in range(3)]
         slope_x, slope_y = rng.uniform(-14, 14), rng.uniform(-14, 14)
-        ramp = np.linspace(-0.5, 0.5, IMAGE_SIZE, dtype=np.float32)
-        left, top = rng.randint(0, 255 - IMAGE_SIZE), rng.randint(0, 255 - IMAGE_SIZE)
-        noise = _noise()[top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] * rng.uniform(1, 5)
-        gradient = slope_x * ramp[None, :, None] + slope_y * ramp[:, None, None]
-        # The grouping of this sum is part of the stream: pixels round differently otherwise.
+        columns, rows = (np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in (width, height))
+        left, top = rng.randint(0, 255 - width), rng.randint(0, 255 - height)
+        noise = _noise()[top : top + height, left : left + width] * rng.uniform(1, 5)
+        gradient = slope_x * columns[None, :, None] + slope_y * rows[:, None, None]
         pixels = np.array(base, np.float32) + gradient + noise
         self.image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         self._canvas = ImageDraw.Draw(self.image)
-        for _ in range(rng.randint(1, 6)):
+        for _ in range(rng.randint(1, 6) * (height * width // IMAGE_SIZE**2)):
             shift = rng.choice((-1, 1)) * rng.randint(10, 30)
             color = tuple(max(0, min(255, channel + shift)) for channel in base)
             if rng.random() < 0.5:
-                ends = [rng.randint(0, IMAGE_SIZE) for _ in range(4)]
+                ends = [rng.randint(0, width), rng.randint(0, height), rng.randint(0, width), rng.randint(0, height)]
                 self._canvas.line(ends, fill=color, width=rng.randint(1, 2))
             else:
-                x, y, diameter = rng.randint(0, IMAGE_SIZE), rng.randint(0, IMAGE_SIZE), rng.randint(2, 9)
+                x, y, diameter = rng.randint(0, width), rng.randint(0, height), rng.randint(2, 9)
                 self._canvas.ellipse((x, y, x + diameter, y + diameter), outline=color)
 
     def place(self, width: int, height: int) -> tuple[int, int]:
@@ -275,8 +297,8 @@ class _Painter:
             After thirty attempts.
         """
         for _ in range(30):
-            x = 1 + int(self.rng.random() * (IMAGE_SIZE - width - 2))
-            y = 1 + int(self.rng.random() * (IMAGE_SIZE - height - 2))
+            x = 1 + int(self.rng.random() * (self.width - width - 2))
+            y = 1 + int(self.rng.random() * (self.height - height - 2))
             right, bottom = x + width + 3, y + height + 3
             if not any(right >= b[0] and b[2] + 3 >= x and bottom >= b[1] and b[3] + 3 >= y for b in self._boxes):
                 self._boxes.append((x, y, x + width, y + height))
@@ -292,13 +314,22 @@ class _Painter:
         self.objects.append(SceneObject(color=color, shape=shape, center=(x + width / 2, y + height / 2), big=big))
         _draw_shape(self._label_canvas, shape, box, len(self.objects))
 
+    def add_placed_shape(self, width: int, height: int, combination: int, big: bool = False) -> None:
+        """Draw a shape where there is room."""
+        self.add_shape(*self.place(width, height), width, height, combination, big)
+
+    def add_free_shape(self, combination: int, scale: int = 1) -> None:
+        """Draw a small shape without a digit, `scale` times as large as those with one."""
+        size = scale * self.rng.randint(12, 16)
+        self.add_placed_shape(size, size, combination)
+
     def _dark_ink(self) -> tuple[int, ...]:
         return tuple(self.rng.randint(0, 90) for _ in range(3))
 
     def add_pair(self, combination: int, digit: int) -> None:
         """Draw a small shape with a handwritten digit right of, left of, below or above it."""
         rng = self.rng
-        size, digit_size, gap = rng.randint(11, 15), rng.randint(13, 16), 3
+        size, digit_size, gap = rng.randint(12, 16), rng.randint(16, 19), 3
         arrangement = rng.randint(0, 3)
         length, breadth = size + gap + digit_size, max(size, digit_size)
         x, y = self.place(length, breadth) if arrangement < 2 else self.place(breadth, length)
@@ -320,14 +351,14 @@ class _Painter:
     def add_word(self) -> None:
         """Print a random word in dark ink."""
         word = self.rng.randrange(len(WORDS))
-        mask = _word_masks()[word, self.rng.randint(WORD_SIZES[0], WORD_SIZES[-1])]
+        mask = _word_masks()[word, self.rng.randint(WORD_SIZES[1], WORD_SIZES[-1])]
         x, y = self.place(*mask.size)
         self.image.paste(self._dark_ink(), (x, y), mask)
-        self.objects.append(SceneObject(word=word))
+        self.objects.append(SceneObject(word=word, center=(x + mask.size[0] / 2, y + mask.size[1] / 2)))
         self._labels.paste(len(self.objects), (x, y, x + mask.size[0], y + mask.size[1]))
 
     def label_map(self) -> np.ndarray:
-        """uint8 array [112, 112] with object numbers from 1."""
+        """uint8 array [height, width] with object numbers from 1."""
         return np.asarray(self._labels)
 
 
@@ -360,31 +391,91 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
     """
     rng = random.Random(_stream_seed(index, split, seed))
     painter = _Painter(rng, split)
-    combinations = rng.sample(range(N_COMBINATIONS), 16)
+    combinations = _choose_combinations(rng)
     digits = rng.sample(range(10), 6)
-    try:
-        if rng.random() < (0.3 if dense else 0.6):
-            width = rng.randint(30, 42)
-            height = width if rng.random() < 0.6 else rng.randint(26, 42)
-            painter.add_shape(*painter.place(width, height), width, height, combinations[15], big=True)
-        for k in range(5 if dense else rng.choice((1, 1, 2, 2, 2, 3))):
-            painter.add_pair(combinations[k], digits[k])
-    except _NoRoomError:
-        pass
-    try:
-        for _ in range(3 if dense else int(rng.random() < 0.6)):
-            painter.add_word()
-        for k in range(3 if dense else rng.randint(0, 3)):
-            size = rng.randint(11, 15)
-            painter.add_shape(*painter.place(size, size), size, size, combinations[6 + k])
-    except _NoRoomError:
-        pass
-    questions: list[QuestionText] = []
-    if not dense:
-        questions = _ask(rng, painter.objects)
-        if split == "train":
-            questions = _training_mix(rng, painter.objects, questions)
-    return Scene(painter.image, painter.label_map(), tuple(painter.objects), tuple(questions))
+    # A dense scene shows either many digits or many words: both would not fit.
+    n_pairs, n_words, n_free = rng.choice((1, 1, 2, 2, 2, 3)), int(rng.random() < 0.6), rng.randint(0, 3)
+    if dense:
+        n_pairs, n_words, n_free = rng.choice(((5, 1, 1), (1, 6, 1), (3, 2, 3)))
+    steps: list[Callable[[], None]] = []
+    if rng.random() < (0.2 if dense else 0.5):
+        width = rng.randint(28, 40)
+        height = width if rng.random() < 0.6 else rng.randint(26, 40)
+        steps.append(lambda: painter.add_placed_shape(width, height, combinations[15], big=True))
+    steps += [partial(painter.add_pair, combinations[k], digits[k]) for k in range(n_pairs)]
+    steps += [painter.add_word] * n_words
+    steps += [partial(painter.add_free_shape, combinations[6 + k]) for k in range(n_free)]
+    return _finish(rng, painter, steps, split, asking=not dense)
+
+
+def render_wide_scene(index: int, split: Split = "test", seed: int = 0, size: tuple[int, int] | None = None) -> Scene:
+    """Render wide scene `index` of a split.
+
+    Parameters
+    ----------
+    index, split, seed
+        As for `render_scene`; the streams differ from those of ordinary scenes.
+    size
+        (height, width), one of `WIDE_SIZES`; ``WIDE_SIZES[index % 3]`` when None.
+
+    Returns
+    -------
+    Scene
+        The same for the same arguments. Its types of questions are those of ordinary scenes.
+
+    Raises
+    ------
+    PocketError, MissingPocketDataError
+        As for `render_scene`.
+    """
+    rng = random.Random(_stream_seed(index, split, seed) + _WIDE_OFFSET)
+    height, width = size or WIDE_SIZES[index % len(WIDE_SIZES)]
+    painter = _Painter(rng, split, height, width)
+    combinations = _choose_combinations(rng)
+    digits = rng.sample(range(10), 6)
+    steps: list[Callable[[], None]] = []
+    if rng.random() < 0.7:
+        side = rng.randint(56, 80)
+        steps.append(lambda: painter.add_placed_shape(side, side, combinations[15], big=True))
+    steps += [partial(painter.add_pair, combinations[k], digits[k]) for k in range(rng.randint(1, 3))]
+    steps += [painter.add_word] * int(rng.random() < 0.6)
+    steps += [partial(painter.add_free_shape, combinations[6 + k], 2) for k in range(rng.randint(0, 3))]
+    return _finish(rng, painter, steps, split, asking=True)
+
+
+def _choose_combinations(rng: random.Random) -> list[int]:
+    """Sixteen different (colour, shape) pairs; in most scenes one shape or colour is frequent, so that counts vary."""
+    pairs = rng.sample(range(N_COMBINATIONS), N_COMBINATIONS)
+    draw = rng.random()
+    if draw < 0.6:
+        favourite = rng.choice(pairs)
+        if draw < 0.4:
+            frequent = [p for p in pairs if p % len(SHAPES) == favourite % len(SHAPES)]
+        else:
+            frequent = [p for p in pairs if p // len(SHAPES) == favourite // len(SHAPES)]
+        others = [p for p in pairs if p not in frequent]
+        pairs = []
+        while frequent and others:
+            pairs.append((frequent if rng.random() < 0.5 else others).pop())
+        pairs += frequent + others
+    return pairs[:16]
+
+
+def _finish(rng: random.Random, painter: _Painter, steps: Sequence[Callable[[], None]], split: Split, asking: bool) -> Scene:
+    """Draw what finds room, ask, and wrap up."""
+    for step in steps:
+        try:
+            step()
+        except _NoRoomError:
+            continue
+    asked = _Questions(rng, painter.objects, asking_all=split == "train").ask() if asking else []
+    return Scene(
+        painter.image,
+        painter.label_map(),
+        tuple(painter.objects),
+        tuple(question for question, _ in asked),
+        tuple(mentions for _, mentions in asked),
+    )
 
 
 def _check_split(split: str) -> Split:
@@ -408,103 +499,130 @@ def _stream_seed(index: int, split: str, seed: int) -> int:
 # ---------------------------------------------------------------------------------------------- questions
 
 
-def _ask(rng: random.Random, objects: Sequence[SceneObject]) -> list[QuestionText]:
-    """All questions about a scene, shuffled. The order of the random draws defines the stream."""
-    shapes = [o for o in objects if o.shape is not None]
-    digits = [o for o in objects if o.digit is not None]
-    words = [o for o in objects if o.word is not None]
-    asked: list[QuestionText] = []
-    for big in (o for o in shapes if o.big):
-        noun = rng.choice((SHAPES[big.shape], "shape"))
-        asked.append(("color_big", f"what color is the big {noun}?", COLOR_NAMES[big.color]))
-        asked.append(("shape_big", "what shape is the big object?", SHAPES[big.shape]))
+class _Questions:
+    """Asks about one scene.
 
-    # A property is asked for only where the words single out one small object.
-    small = [o for o in shapes if not o.big]
-    unique = [o for o in small if sum(p.shape == o.shape for p in shapes) == 1]
-    if unique:
-        target = rng.choice(unique)
-        asked.append(("color", f"what color is the {SHAPES[target.shape]}?", COLOR_NAMES[target.color]))
-    unique = [o for o in small if sum(p.color == o.color for p in shapes) == 1]
-    if unique:
-        target = rng.choice(unique)
-        asked.append(("shape", f"what is the {COLOR_NAMES[target.color]} shape?", SHAPES[target.shape]))
+    Prompts are written with their noun phrases in braces; each phrase comes with the objects that it fits.
+    """
 
-    if shapes:
-        rng.choice(shapes)  # unused, kept because it advances the stream
-    for _ in range(2):
-        asked.append(_ask_presence(rng, shapes))
-    asked.append(("count", "how many shapes are there?", str(len(shapes))))
-    asked.append(_ask_count_of_kind(rng, shapes, len(digits)))
-    if digits:
-        target = rng.choice(digits)
-        asked.append(_digit_question(target))
-        target = rng.choice(digits)
-        color = COLOR_NAMES[target.partner // len(SHAPES)]
-        asked.append(("lookup", f"what color is the shape next to the digit {target.digit}?", color))
-    if words:
-        asked.append(("word", "what does the word say?", WORDS[words[-1].word]))
-    asked.extend(_ask_spatial(rng, shapes))
-    rng.shuffle(asked)
-    return asked
+    def __init__(self, rng: random.Random, objects: Sequence[SceneObject], asking_all: bool) -> None:
+        self.rng = rng
+        self.objects = objects
+        self.asking_all = asking_all
+        self.shapes = [o for o in objects if o.shape is not None]
+        self.digits = [o for o in objects if o.digit is not None]
+        self.words = [o for o in objects if o.word is not None]
+        self._asked: list[tuple[QuestionText, tuple[Mention, ...]]] = []
 
+    def ask(self) -> list[tuple[QuestionText, tuple[Mention, ...]]]:
+        """Ask questions of every type that the scene allows, each at most once, in random order.
 
-def _digit_question(digit: SceneObject) -> QuestionText:
-    color, shape = divmod(digit.partner, len(SHAPES))
-    return "digit", f"which digit is next to the {COLOR_NAMES[color]} {SHAPES[shape]}?", str(digit.digit)
+        A val or test scene gets one or two per type, a training scene all that fit its objects, hard types first.
+        """
+        self._ask_about_big_shape()
+        self._ask_properties()
+        self._ask_presence()
+        self._ask_counts()
+        self._ask_digits()
+        if self.words:
+            self._add("word", "what does the {word} say?", WORDS[self.words[-1].word], self.words)
+        self._ask_spatial()
+        self.rng.shuffle(self._asked)
+        kept, prompts, per_type = [], set(), defaultdict(int)
+        for (kind, prompt, answer), mentions in self._asked:
+            limit = 99 if self.asking_all else _TEST_PER_TYPE.get(kind, 1)
+            if prompt not in prompts and per_type[kind] < limit:
+                prompts.add(prompt)
+                per_type[kind] += 1
+                kept.append(((kind, prompt, answer), mentions))
+        if self.asking_all:
+            kept.sort(key=lambda q: -self.rng.random() - _TRAIN_PRIORITY.get(q[0][0], _DEFAULT_PRIORITY))
+        return kept
 
+    def _add(self, kind: str, template: str, answer: str, *fitting: Sequence[SceneObject]) -> None:
+        """Add a question; `fitting` holds, for each phrase in braces, the objects it fits."""
+        places = [place for place, word in enumerate(template.replace("?", " ?").split()) if word.endswith("}")]
+        numbers = [tuple(next(i for i, o in enumerate(self.objects) if o is target) for target in f) for f in fitting]
+        prompt = template.replace("{", "").replace("}", "")
+        self._asked.append(((kind, prompt, answer), tuple(zip(places, numbers, strict=True))))
 
-def _ask_presence(rng: random.Random, shapes: Sequence[SceneObject]) -> QuestionText:
-    """Ask for an object that is there, or for one that is not but shares a colour or shape with one that is."""
-    if shapes and rng.random() < 0.5:
-        return "presence", f"is there a {rng.choice(shapes).name}?", "yes"
-    present = {(o.color, o.shape) for o in shapes}
-    while True:
-        color, shape = rng.randrange(len(COLOR_NAMES)), rng.randrange(len(SHAPES))
-        if shapes and rng.random() < 0.7:
-            if rng.random() < 0.5:
-                color = rng.choice(shapes).color
-            else:
-                shape = rng.choice(shapes).shape
-        if (color, shape) not in present:
-            return "presence", f"is there a {COLOR_NAMES[color]} {SHAPES[shape]}?", "no"
+    def _ask_about_big_shape(self) -> None:
+        for big in (o for o in self.shapes if o.big):
+            noun = self.rng.choice((SHAPES[big.shape], "shape"))
+            self._add("color_big", f"what color is the {{big {noun}}}?", COLOR_NAMES[big.color], [big])
+            self._add("shape_big", "what shape is the {big object}?", SHAPES[big.shape], [big])
 
+    def _ask_properties(self) -> None:
+        """Ask for a property only where the words single out one small object."""
+        for target in (o for o in self.shapes if not o.big):
+            if sum(p.shape == target.shape for p in self.shapes) == 1:
+                self._add("color", f"what color is the {{{SHAPES[target.shape]}}}?", COLOR_NAMES[target.color], [target])
+            if sum(p.color == target.color for p in self.shapes) == 1:
+                self._add("shape", f"what is the {{{COLOR_NAMES[target.color]} shape}}?", SHAPES[target.shape], [target])
 
-def _ask_count_of_kind(rng: random.Random, shapes: Sequence[SceneObject], n_digits: int) -> QuestionText:
-    """Ask for the number of shapes of one kind, or of digits."""
-    if rng.random() < 0.5:
-        kinds = [o.shape for o in shapes]
-        kind = rng.choice(kinds) if (kinds and rng.random() < 0.7) else rng.randrange(len(SHAPES))
-        return "count_sub", f"how many {PLURALS[kind]} are there?", str(kinds.count(kind))
-    return "count_sub", "how many digits are there?", str(n_digits)
+    def _ask_presence(self) -> None:
+        """Ask for objects that are there, and for some that are not but share a colour or shape with one that is."""
+        rng, present = self.rng, {(o.color, o.shape) for o in self.shapes}
+        for _ in range(4 if self.asking_all else 2):
+            if self.shapes and rng.random() < 0.5:
+                target = rng.choice(self.shapes)
+                self._add("presence", f"is there a {{{target.name}}}?", "yes", [target])
+                continue
+            while True:
+                color, shape = rng.randrange(len(COLOR_NAMES)), rng.randrange(len(SHAPES))
+                if self.shapes and rng.random() < 0.7:
+                    if rng.random() < 0.5:
+                        color = rng.choice(self.shapes).color
+                    else:
+                        shape = rng.choice(self.shapes).shape
+                if (color, shape) not in present:
+                    break
+            self._add("presence", f"is there a {{{COLOR_NAMES[color]} {SHAPES[shape]}}}?", "no", [])
 
+    def _ask_counts(self) -> None:
+        rng = self.rng
+        # The frequent totals are asked for less often, so that the answers 2 to 6 come up about equally often.
+        if self.asking_all or rng.random() < _COUNT_SHARE.get(len(self.shapes), 1.0):
+            self._add("count", "how many {shapes} are there?", str(len(self.shapes)), self.shapes)
+        by_kind = [[o for o in self.shapes if o.shape == kind] for kind in range(len(SHAPES))]
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for kind, fitting in enumerate(by_kind):
+            by_count[len(fitting)].append(kind)
+        for wanted in range(4) if self.asking_all else (rng.randrange(4),):
+            if by_count[wanted]:
+                kind = rng.choice(by_count[wanted])
+                self._add("count_sub", f"how many {{{PLURALS[kind]}}} are there?", str(wanted), by_kind[kind])
+        first, second = rng.sample(range(len(SHAPES)), 2)
+        if len(by_kind[first]) != len(by_kind[second]):
+            prompt = f"are there more {{{PLURALS[first]}}} than {{{PLURALS[second]}}}?"
+            answer = "yes" if len(by_kind[first]) > len(by_kind[second]) else "no"
+            self._add("compare", prompt, answer, by_kind[first], by_kind[second])
 
-def _ask_spatial(rng: random.Random, shapes: Sequence[SceneObject]) -> Iterator[QuestionText]:
-    """Ask how two shapes lie to each other, if a pair at least 12 pixels apart along the axis is drawn in six tries."""
-    if len(shapes) < 2:
-        return
-    for _ in range(6):
-        first, second = rng.sample(shapes, 2)
-        relation = rng.randrange(len(RELATIONS))
-        axis = 0 if relation < 2 else 1
-        distance = first.center[axis] - second.center[axis]
-        if abs(distance) < 12:
-            continue
-        holds = (distance < 0) == (relation in (0, 2))
-        yield "spatial", f"is the {first.name} {RELATIONS[relation]} the {second.name}?", "yes" if holds else "no"
-        return
+    def _ask_digits(self) -> None:
+        for target in self.digits:
+            color, shape = divmod(target.partner, len(SHAPES))
+            partner = next(o for o in self.shapes if (o.color, o.shape) == (color, shape))
+            name = partner.name
+            self._add("digit", f"which digit is next to the {{{name}}}?", str(target.digit), [partner])
+            prompt = f"what color is the shape next to the {{digit {target.digit}}}?"
+            self._add("lookup", prompt, COLOR_NAMES[color], [target])
 
-
-def _training_mix(rng: random.Random, objects: Sequence[SceneObject], asked: list[QuestionText]) -> list[QuestionText]:
-    """Ask about every digit and move the hard types to the front; the test and val streams are left as they are."""
-    prompts = {prompt for _, prompt, _ in asked}
-    extra = [_digit_question(o) for o in objects if o.digit is not None]
-    mix = asked + [q for q in extra if q[1] not in prompts]
-
-    def rank(question: QuestionText) -> float:
-        return -rng.random() - _TRAIN_PRIORITY.get(question[0], _DEFAULT_PRIORITY)
-
-    return sorted(mix, key=rank)
+    def _ask_spatial(self) -> None:
+        """Ask how two shapes lie to each other, if they are at least 14 pixels apart along the axis."""
+        if len(self.shapes) < 2:
+            return
+        for _ in range(6):
+            first, second = self.rng.sample(self.shapes, 2)
+            relation = self.rng.randrange(len(RELATIONS))
+            axis = 0 if relation < 2 else 1
+            distance = first.center[axis] - second.center[axis]
+            if abs(distance) < 14:
+                continue
+            answer = "yes" if (distance < 0) == (relation in (0, 2)) else "no"
+            prompt = f"is the {{{first.name}}} {RELATIONS[relation]} the {{{second.name}}}?"
+            self._add("spatial", prompt, answer, [first], [second])
+            if not self.asking_all or sum(q[0][0] == "spatial" for q in self._asked) == 4:
+                return
 
 
 def scene_questions(split: Split = "test", n: int = 300, types: Sequence[str] | None = None, seed: int = 0) -> list[Question]:
@@ -537,12 +655,33 @@ def scene_questions(split: Split = "test", n: int = 300, types: Sequence[str] | 
     MissingPocketDataError
         If scikit-learn is missing.
     """
+    return _take(split, n, types, seed, QUESTION_TYPES, _questions_of_scene)
+
+
+def detail_questions(split: Split = "test", n: int = 300, types: Sequence[str] | None = None, seed: int = 0) -> list[Question]:
+    """Return `n` questions about small details of wide scenes, spread evenly over the types.
+
+    Parameters, order and errors are those of `scene_questions`; the types are `DETAIL_QUESTION_TYPES`. Images are
+    112x224, 224x112 or 224x224 pixels: a LLaVA-1.5 processor scales them down, a LLaVA-NeXT one cuts crops.
+    """
+    return _take(split, n, types, seed, DETAIL_QUESTION_TYPES, _questions_of_wide_scene)
+
+
+def _take(
+    split: Split,
+    n: int,
+    types: Sequence[str] | None,
+    seed: int,
+    known: tuple[str, ...],
+    questions_of: Callable[[int, Split, int], Iterator[Question]],
+) -> list[Question]:
+    """Take `n` questions from a stream of scenes, the types in turn."""
     if n < 0:
         raise PocketError(f"n must not be negative, got {n}")
-    unknown = sorted(set(types or ()) - set(QUESTION_TYPES))
+    unknown = sorted(set(types or ()) - set(known))
     if unknown:
-        raise PocketError(f"unknown question types {unknown}: expected a subset of {list(QUESTION_TYPES)}")
-    wanted = [kind for kind in QUESTION_TYPES if types is None or kind in types]
+        raise PocketError(f"unknown question types {unknown}: expected a subset of {list(known)}")
+    wanted = [kind for kind in known if types is None or kind in types]
     if not wanted:
         raise PocketError("types must not be empty")
     _stream_seed(0, split, seed)
@@ -552,7 +691,7 @@ def scene_questions(split: Split = "test", n: int = 300, types: Sequence[str] | 
     while len(taken) < n:
         kind = wanted[len(taken) % len(wanted)]
         while not waiting[kind]:
-            for question in _questions_of_scene(index, split, seed):
+            for question in questions_of(index, split, seed):
                 waiting[question.type].append(question)
             index += 1
         taken.append(waiting[kind].popleft())
@@ -561,8 +700,12 @@ def scene_questions(split: Split = "test", n: int = 300, types: Sequence[str] | 
 
 def _questions_of_scene(index: int, split: Split, seed: int) -> Iterator[Question]:
     scene = render_scene(index, split, seed)
-    seen: set[str] = set()
     for position, (kind, prompt, answer) in enumerate(scene.questions):
-        if prompt not in seen:
-            seen.add(prompt)
-            yield Question(scene.image, prompt, answer, kind, f"scene/{split}/{seed}/{index}/{position}")
+        yield Question(scene.image, prompt, answer, kind, f"scene/{split}/{seed}/{index}/{position}")
+
+
+def _questions_of_wide_scene(index: int, split: Split, seed: int) -> Iterator[Question]:
+    scene = render_wide_scene(index, split, seed)
+    for position, (kind, prompt, answer) in enumerate(scene.questions):
+        if f"detail_{kind}" in DETAIL_QUESTION_TYPES:
+            yield Question(scene.image, prompt, answer, f"detail_{kind}", f"wide/{split}/{seed}/{index}/{position}")

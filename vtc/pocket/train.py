@@ -1,26 +1,24 @@
-"""Train a pocket model from scratch: ``python -m vtc.pocket.train --recipe cpu --out DIR``.
+"""Train the pocket models: ``python -m vtc.pocket.train --recipe cpu --out DIR``.
 
-Stage A trains the vision tower on dense per-patch labels and on what the image contains. Stage B trains the whole
-model on answers. The recipe exports a ``from_pretrained`` folder to ``DIR/export``.
+Stage A trains the vision tower on dense per-patch labels and on what the image contains. Stages B to D train on
+answers, with auxiliary read-outs of what the noun phrases of a question refer to and of where visual tokens lie. Stage N
+turns the result into a LLaVA-NeXT model that sees wide scenes as thumbnail and crops. A recipe exports
+``from_pretrained`` folders to ``DIR/export`` and ``DIR/export-next``.
 
 Runs are deterministic: a batch depends on (seed, stage, step) only, and a checkpoint holds float32 master weights,
 optimizer and step, so on one machine with one build and thread count, a repeated or resumed run is bit-equal.
 
-What the shipped checkpoint used
---------------------------------
-The ``cpu`` recipe states the *final* settings of the prototype that the shipped checkpoint comes from, but that
-lineage changed hyper-parameters at restarts and cannot be reproduced by one command:
+What the shipped checkpoints used
+---------------------------------
+The ``grow`` recipe. It starts from the first pocket checkpoint (four decoder layers; 60,000 images on two CPU cores),
+adds two decoder layers and trains on. That file is part of this repository's history, pinned by its SHA-256::
 
-* Stage A: its first 200 steps had 16 images each and a learning rate that was not recorded; the other 1,800 are as
-  here.
-* Stage B: the learning rate followed a cosine planned for 1,900 steps until step 1,100, for 3,700 until 2,200, and for
-  4,800 from there; here it is one cosine over 4,800.
-* The tower's freeze was introduced at step 1,100, and questions about every digit at 2,200; here both follow the final
-  form from the start (trainable to 1,100, frozen to 4,000, trainable to the end).
-* It ran as two processes that averaged gradients, with a compiled decoder, and also trained on the digits and the
-  easy-VQA images that ``"val"`` now holds out.
+    git show 0c5be50:vtc/assets/pocket/model.safetensors > first.safetensors
+    python -m vtc.pocket.train --recipe grow --start first.safetensors --out DIR
 
-So a run of this recipe gives a *similar* model; no figure of the shipped one is claimed for it.
+The first checkpoint itself came from restarts with changing settings and no single command repeats it; it also trained
+on the handwritten digits and the easy-VQA images that ``"val"`` now holds out (never on those of ``"test"``). The
+``cpu`` recipe starts from random weights instead. It has not been run to its end, and nothing is claimed for its result.
 """
 
 from __future__ import annotations
@@ -29,6 +27,8 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
@@ -37,22 +37,35 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
+import torch.multiprocessing
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches
+from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, training_batch, validation_batches, wide_validation_batches
 from vtc.pocket.errors import PocketError
 from vtc.pocket.model import (
+    GRID,
+    MENTION_TARGET_SIZES,
+    N_PATCHES,
     PATCH_TARGET_SIZES,
     AuxiliaryHeads,
+    MentionHeads,
     PocketConfig,
+    PocketNextConfig,
+    PositionHead,
+    arrange_crops,
     build_model,
     decode_packed,
     encode_images,
+    grow,
     write_folder,
 )
 
 _PATCH_TARGET_NAMES = ("color", "shape", "digit", "word", "partner", "center")
+START_NAME = "start.safetensors"
+STAGE_NAMES = ("A", "B", "C", "D", "E", "F", "N")
+_MENTION_TARGET_NAMES = ("count", "column", "row", "digit", "color", "shape")
 _NONE_WEIGHTS = (0.15, 0.15, 0.15, 0.15, 0.15, 0.3)  # most patches show nothing: count class 0 less
 _WEIGHT_DECAY = 0.05
 _BETAS = (0.9, 0.98)
@@ -67,17 +80,28 @@ class Stage:
     Attributes
     ----------
     name
-        ``"A"`` (tower only) or ``"B"`` (whole model).
+        ``"A"`` (tower only), ``"B"`` to ``"F"`` (answers, each on scenes of its own), or ``"N"`` (answers about wide
+        scenes seen as crops, which makes the model a LLaVA-NeXT one).
     steps
         Length of the schedule.
     batch_size, easy_images
         Images per step, and how many of them come from easy-VQA; at least one must be a scene.
     learning_rate
-        Peak rate; cosine decay to 2 % after a linear warm-up of a tenth of the steps, within 20..150.
+        Peak rate, after a linear warm-up of a tenth of the steps, within 20..150.
+    muon_rate
+        Peak rate, on the same schedule, of the Muon optimizer (Jordan et al., 2024), which then updates the decoder's
+        matrices in place of AdamW; 0 for AdamW throughout.
+    end
+        Stop after this many steps of the schedule; None runs all of it.
+    restore_tower
+        Start from the vision tower that the recipe's first stage started from.
+    constant
+        Hold the peak rate, after a warm-up of 100 steps; otherwise a cosine takes it down to 2 %.
     vision_rates
         (first step, factor on the learning rate of the tower and the heads), in order; factor 0 freezes them.
-    patch_weight, content_weight
-        Weights of the auxiliary losses while the tower is trained; the answer loss of stage B has weight 1.
+    patch_weight, content_weight, mention_weight, position_weight
+        Weights of the auxiliary losses, the first two while the tower is trained, the others where the stage asks; the
+        answer loss has weight 1.
     """
 
     name: str
@@ -88,13 +112,29 @@ class Stage:
     vision_rates: tuple[tuple[int, float], ...] = ((0, 1.0),)
     patch_weight: float = 1.0
     content_weight: float = 2.0
+    mention_weight: float = 0.0
+    constant: bool = False
+    muon_rate: float = 0.0
+    position_weight: float = 0.0
+    end: int | None = None
+    restore_tower: bool = False
 
     def __post_init__(self) -> None:
         """Refuse settings that cannot train."""
-        if self.name not in ("A", "B"):
-            raise PocketError(f"a stage is named 'A' or 'B', not {self.name!r}")
+        if self.name not in STAGE_NAMES:
+            raise PocketError(f"a stage is named {', '.join(STAGE_NAMES)}, not {self.name!r}")
         if not 0 <= self.easy_images < self.batch_size:
             raise PocketError("a batch needs at least one scene: easy_images must be below batch_size")
+
+    @property
+    def length(self) -> int:
+        """Number of steps to run."""
+        return self.steps if self.end is None else min(self.steps, self.end)
+
+    @property
+    def asks(self) -> bool:
+        """Whether this stage trains on answers."""
+        return self.name != "A"
 
     def vision_rate(self, step: int) -> float:
         """Factor on the tower's learning rate at a step."""
@@ -102,6 +142,8 @@ class Stage:
 
     def rate(self, step: int) -> float:
         """Learning rate at a step."""
+        if self.constant:
+            return self.learning_rate * min(1.0, (step + 1) / 100)
         warm_up = max(20, min(150, self.steps // 10))
         cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
         return self.learning_rate * min(1.0, (step + 1) / warm_up) * (_FINAL_RATE + (1 - _FINAL_RATE) * cosine)
@@ -119,6 +161,12 @@ class Recipe:
         Run in order; each starts from the weights of the one before.
     dtype
         Type of weights and activations during forward and backward; master weights are float32 throughout.
+    ranks
+        Processes that share each batch, with one thread each: on a machine with other work, two such processes get more
+        done than one with two threads that wait for each other.
+    start_sha256
+        Digest of the first pocket checkpoint (``model.safetensors``), from which the first stage then grows its start
+        weights; None starts from random ones.
     validation_scenes, validation_easy
         Images of the val split that are scored.
     """
@@ -126,30 +174,125 @@ class Recipe:
     model: PocketConfig
     stages: tuple[Stage, ...]
     dtype: str = "bfloat16"
+    ranks: int = 1
+    start_sha256: str | None = None
     validation_scenes: int = 240
     validation_easy: int = 96
 
 
 RECIPES: dict[str, Recipe] = {
-    # 0.10-0.16 s per step on two idle cores, so about a quarter of an hour; the prototype took 39 minutes on a busy
-    # machine. The tower is trained gently, then not at all, then strongly at a low overall rate: training it hard early
-    # in stage B damaged what stage A had taught it about words. See the module's text for what differs from the
-    # shipped checkpoint.
+    # From random weights. On two idle cores stage A takes about 0.09 s per step and the others about 0.25 s, so about an
+    # hour; stages A and B have been run in part only.
     "cpu": Recipe(
         PocketConfig(),
         (
-            Stage("A", steps=2000, batch_size=10, learning_rate=2.5e-3),
+            Stage("A", steps=3000, batch_size=10, learning_rate=2.5e-3),
             Stage(
                 "B",
-                steps=4800,
+                steps=4000,
                 batch_size=8,
                 easy_images=2,
-                learning_rate=2e-3,
-                vision_rates=((0, 0.4), (1100, 0.0), (4000, 2.0)),
+                learning_rate=1.5e-3,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                position_weight=0.3,
+                constant=True,
+            ),
+            Stage(
+                "C",
+                steps=2000,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1.5e-3,
+                vision_rates=((0, 0.5),),
                 patch_weight=0.14,
                 content_weight=0.7,
+                mention_weight=1.0,
+                position_weight=0.3,
+            ),
+            Stage("N", steps=400, batch_size=8, learning_rate=5e-4, vision_rates=((0, 0.0),), mention_weight=1.0),
+        ),
+        ranks=2,
+    ),
+    # What the shipped checkpoints come from: 33 minutes for pocket and 9 for pocket-next, at 0.3 to 1.5 s per step on two
+    # cores with much other work. The stages record what it took. B: the tower stays frozen, because fresh read-outs and
+    # decoder layers send it noise. C, D: the position head makes the projector pass on where things are; the tower was
+    # trained on answers alone there, which cost it words and digits. E therefore takes the first tower back, and F goes on
+    # with it frozen. A next recipe should keep the tower's own targets whenever it trains it.
+    "grow": Recipe(
+        PocketConfig(),
+        (
+            Stage(
+                "B",
+                steps=500,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                constant=True,
+            ),
+            Stage(
+                "C",
+                steps=300,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.25),),
+                patch_weight=0.0,
+                content_weight=0.0,
+                mention_weight=1.0,
+                position_weight=0.3,
+                constant=True,
+            ),
+            Stage(
+                "D",
+                steps=700,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.25),),
+                patch_weight=0.0,
+                content_weight=0.0,
+                mention_weight=1.0,
+                position_weight=0.3,
+                end=400,
+            ),
+            Stage(
+                "E",
+                steps=500,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=8e-4,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                position_weight=0.3,
+                restore_tower=True,
+            ),
+            Stage(
+                "F",
+                steps=1000,
+                batch_size=8,
+                easy_images=2,
+                learning_rate=1e-3,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                position_weight=0.3,
+            ),
+            Stage(
+                "N",
+                steps=500,
+                batch_size=4,
+                learning_rate=5e-4,
+                vision_rates=((0, 0.0),),
+                mention_weight=1.0,
+                end=400,
             ),
         ),
+        ranks=2,
+        start_sha256="83f971f9501b1f3a214738117564d1b4ecc05ff6b2122c90db45e9387af3ddf8",
+        validation_scenes=120,
+        validation_easy=48,
     ),
     # A few seconds; the result knows nothing. Covers every code path of the real one.
     "smoke": Recipe(
@@ -165,9 +308,11 @@ RECIPES: dict[str, Recipe] = {
                 vision_rates=((0, 1.0), (2, 0.0), (4, 1.0)),
                 patch_weight=0.14,
                 content_weight=0.7,
+                mention_weight=1.0,
             ),
+            Stage("N", steps=4, batch_size=2, learning_rate=1e-3, vision_rates=((0, 0.0),), mention_weight=1.0),
         ),
-        validation_scenes=4,
+        validation_scenes=6,
         validation_easy=4,
     ),
 }
@@ -188,29 +333,44 @@ class Trainer:
         self.seed = seed
         self.step = 0
         self.dtype = getattr(torch, recipe.dtype)
-        self.model = build_model(recipe.model, seed)
+        self.model = build_model(_stage_config(recipe.model, stage.name), seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             self.heads = AuxiliaryHeads(recipe.model.width)
+            self.mentions = MentionHeads(recipe.model.width)
+            self.positions = PositionHead(recipe.model.width)
         if weights is not None:
-            self.model.load_state_dict(weights["model"])
-            self.heads.load_state_dict(weights["heads"])
+            missing, unexpected = self.model.load_state_dict(weights["model"], strict=False)
+            if unexpected or [name for name in missing if not (stage.name == "N" and name.endswith("image_newline"))]:
+                raise PocketError(f"these weights are of another model: missing {missing}, unexpected {unexpected}")
+            if "heads" in weights:  # grown weights come without
+                self.heads.load_state_dict(weights["heads"])
+                self.mentions.load_state_dict(weights["mentions"])
+            if "positions" in weights:
+                self.positions.load_state_dict(weights["positions"])
         self.model.train()
-        self._modules = {"model": self.model, "heads": self.heads}
+        self._modules = {"model": self.model, "heads": self.heads, "mentions": self.mentions, "positions": self.positions}
         # Stage A never runs projector and decoder: their gradients stay None and the optimizer passes them over.
         self._working = {
             f"{part}.{name}": weight for part, module in self._modules.items() for name, weight in module.named_parameters()
         }
         self._masters = {name: weight.detach().clone().float().requires_grad_() for name, weight in self._working.items()}
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=stage.learning_rate, betas=_BETAS, foreach=True)
+        by_muon = [w for n, w in self._masters.items() if stage.muon_rate and ".language_model.layers." in n and w.dim() == 2]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(self._parameter_groups(by_muon), lr=stage.learning_rate, betas=_BETAS, foreach=True)
+        ]
+        if by_muon:
+            self.optimizers.append(torch.optim.Muon(by_muon, lr=stage.muon_rate, weight_decay=0.0, momentum=0.95))
         for module in self._modules.values():
             module.to(self.dtype)
         self._prefix = prefix_tokens()
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
+    def _parameter_groups(self, others: Sequence[Tensor]) -> list[dict[str, Any]]:
         """Tower with heads, and the rest; each with and without weight decay (matrices that are not embeddings)."""
         groups: dict[tuple[bool, bool], list[Tensor]] = defaultdict(list)
         for name, weight in self._masters.items():
+            if any(weight is other for other in others):
+                continue
             is_vision = "vision_tower" in name or name.startswith("heads.")
             groups[is_vision, weight.dim() >= 2 and "embed" not in name].append(weight)
         return [
@@ -221,20 +381,28 @@ class Trainer:
     def train_step(self, batch: Batch) -> dict[str, float]:
         """Make one update and return the losses."""
         stage, vision_rate = self.stage, self.stage.vision_rate(self.step)
-        for group in self.optimizer.param_groups:
+        for group in self.optimizers[0].param_groups:
             group["lr"] = stage.rate(self.step) * (vision_rate if group["is_vision"] else 1.0)
+        for optimizer in self.optimizers[1:]:
+            optimizer.param_groups[0]["lr"] = stage.rate(self.step) * stage.muon_rate / stage.learning_rate
         with torch.set_grad_enabled(vision_rate > 0):
-            features, pooled = encode_images(self.model, self._pixels(batch))
+            features, pooled = self._encode(batch)
         losses: dict[str, Tensor] = {}
         total = torch.zeros(())
         if vision_rate > 0:
             losses["patch"], losses["content"] = self._auxiliary_losses(features, pooled, batch)
             total = stage.patch_weight * losses["patch"] + stage.content_weight * losses["content"]
-        if stage.name == "B":
-            hidden, asked = self._decode(features, batch), batch.answer_targets != IGNORE
+        if stage.asks:
+            visual, asked = self._project(features, batch), batch.answer_targets != IGNORE
+            hidden, middle = self._decode(visual, batch)
             logits = self.model.lm_head(hidden[asked]).float()
             losses["answer"] = F.cross_entropy(logits, batch.answer_targets[asked])
             total = total + losses["answer"]
+            losses["mention"] = self._mention_loss(middle, batch)
+            total = total + stage.mention_weight * losses["mention"]
+            if stage.position_weight and batch.grid is None:
+                losses["position"] = self._position_loss(visual)
+                total = total + stage.position_weight * losses["position"]
         total.backward()
         self._update()
         self.step += 1
@@ -245,18 +413,52 @@ class Trainer:
             gradient = self._working[name].grad
             master.grad = None if gradient is None else gradient.float()
             self._working[name].grad = None
+        self._average_gradients()
         trained = [master for master in self._masters.values() if master.grad is not None]
         nn.utils.clip_grad_norm_(trained, _GRADIENT_NORM, foreach=True)
-        self.optimizer.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         with torch.no_grad():
             for name, master in self._masters.items():
                 self._working[name].copy_(master)
 
-    def _pixels(self, batch: Batch) -> Tensor:
-        return (batch.images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous()
+    def _average_gradients(self) -> None:
+        """Average over the processes of the run; all of them train the same weights at any step."""
+        if not torch.distributed.is_initialized():
+            return
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= torch.distributed.get_world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
-    def _decode(self, features: Tensor, batch: Batch) -> Tensor:
-        return decode_packed(self.model, features, self._prefix, batch.tokens, batch.segments, batch.positions)
+    def _encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images.flatten(0, -4)
+        return encode_images(self.model, (images.permute(0, 3, 1, 2).to(self.dtype) / 127.5 - 1).contiguous())
+
+    def _project(self, features: Tensor, batch: Batch) -> Tensor:
+        visual = self.model.model.multi_modal_projector(features)
+        if batch.grid is not None:
+            visual = arrange_crops(self.model, visual.unflatten(0, (len(batch.images), -1)), *batch.grid)
+        return visual
+
+    def _decode(self, visual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        return decode_packed(self.model, visual, self._prefix, batch.tokens, batch.segments, batch.positions)
+
+    def _mention_loss(self, middle: Tensor, batch: Batch) -> Tensor:
+        said = batch.mention_targets[..., 0] != IGNORE
+        targets, loss = batch.mention_targets[said], torch.zeros(())
+        parts = self.mentions(middle[said]).split(MENTION_TARGET_SIZES, dim=-1)
+        for kind, logits in enumerate(parts):
+            if (targets[:, kind] != IGNORE).any():
+                loss = loss + F.cross_entropy(logits, targets[:, kind], ignore_index=IGNORE)
+        return loss / len(parts)
+
+    def _position_loss(self, visual: Tensor) -> Tensor:
+        cells = torch.arange(N_PATCHES).repeat(len(visual))
+        columns, rows = (logits.flatten(0, 1) for logits in self.positions(visual))
+        return F.cross_entropy(columns, cells % GRID) + F.cross_entropy(rows, cells // GRID)
 
     def _auxiliary_losses(self, features: Tensor, pooled: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         patch_logits, content_logits = self.heads(features, pooled)
@@ -275,15 +477,24 @@ class Trainer:
         """Accuracy per question type (stage B) and of the patch heads on patches that show something."""
         hits: dict[str, list[bool]] = defaultdict(list)
         probes: dict[str, list[bool]] = defaultdict(list)
+        said: dict[str, list[bool]] = defaultdict(list)
         for batch in batches:
-            features, pooled = encode_images(self.model, self._pixels(batch))
+            features, pooled = self._encode(batch)
             patch_logits, _ = self.heads(features, pooled)
             for kind, logits in enumerate(patch_logits.split(PATCH_TARGET_SIZES, dim=-1)):
+                if batch.grid is not None:
+                    break
                 targets = batch.patch_targets[..., kind]
                 shown = targets > 0
                 probes[_PATCH_TARGET_NAMES[kind]] += (logits.argmax(-1)[shown] == targets[shown]).tolist()
-            if self.stage.name == "B":
-                predicted = self.model.lm_head(self._decode(features, batch)).argmax(-1)
+            if self.stage.asks:
+                hidden, middle = self._decode(self._project(features, batch), batch)
+                predicted = self.model.lm_head(hidden).argmax(-1)
+                guesses = self.mentions(middle).split(MENTION_TARGET_SIZES, dim=-1)
+                for kind, logits in enumerate(guesses):
+                    targets = batch.mention_targets[..., kind]
+                    known = targets != IGNORE
+                    said[_MENTION_TARGET_NAMES[kind]] += (logits.argmax(-1)[known] == targets[known]).tolist()
                 for row, types in enumerate(batch.question_types):
                     # Two targets per question: the answer, and the end after it.
                     places = (batch.answer_targets[row] != IGNORE).nonzero()[::2, 0].tolist()
@@ -291,6 +502,7 @@ class Trainer:
                         hits[kind_name].append(bool(predicted[row, place] == batch.answer_targets[row, place]))
         return {
             "answers": {kind: round(sum(v) / len(v), 4) for kind, v in sorted(hits.items())},
+            "mentions": {kind: round(sum(v) / max(1, len(v)), 4) for kind, v in said.items()},
             "patches": {kind: round(sum(v) / max(1, len(v)), 4) for kind, v in probes.items()},
         }
 
@@ -315,7 +527,7 @@ class Trainer:
             "seed": self.seed,
             "model_config": asdict(recipe.model),
             "weights": self.weights(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         unfinished = path.with_suffix(".tmp")
         torch.save(contents, unfinished)
@@ -334,14 +546,36 @@ class Trainer:
         if saved["fingerprint"] != _fingerprint(recipe, stage, seed):
             raise PocketError(f"{path} was written with another recipe or seed; use another --out")
         trainer = cls(recipe, stage, seed, saved["weights"])
-        trainer.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(trainer.optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         trainer.step = saved["step"]
         return trainer
 
 
+def _stage_config(config: PocketConfig, stage: str) -> PocketConfig:
+    """Size of the model that a stage trains."""
+    return PocketNextConfig(**asdict(config)) if stage == "N" else config
+
+
 def _fingerprint(recipe: Recipe, stage: Stage, seed: int) -> str:
-    """Return, as text, the settings that must not change between a checkpoint and its continuation."""
-    return json.dumps([asdict(recipe.model), recipe.dtype, asdict(stage), seed], sort_keys=True)
+    """Return, as text, the settings that must not change between a checkpoint and its continuation.
+
+    The length of a stage with constant rate is not among them: its steps do not depend on it.
+    """
+    settings = asdict(stage)
+    if stage.constant:
+        settings.pop("steps")
+    else:
+        settings.pop("constant")
+    start = [] if recipe.start_sha256 is None else [recipe.start_sha256]
+    settings.pop("end")  # what a step does is independent of it
+    if not stage.restore_tower:
+        settings.pop("restore_tower")
+    if not stage.position_weight:
+        settings.pop("position_weight")
+    if not stage.muon_rate:
+        settings.pop("muon_rate")
+    return json.dumps([asdict(recipe.model), recipe.dtype, recipe.ranks, settings, seed, *start], sort_keys=True)
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -368,14 +602,18 @@ class RunOptions:
 class _Log:
     """JSON lines in a file and on stdout; lines past the step a run resumes from are dropped first."""
 
-    def __init__(self, path: Path, resumed_step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, resumed_step: int, silent: bool = False) -> None:
+        self._path, self._silent = path, silent
+        if silent:
+            return
         kept = []
         if path.exists() and resumed_step:
             kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= resumed_step]
         path.write_text("".join(f"{line}\n" for line in kept))
 
     def write(self, **entry: Any) -> None:
+        if self._silent:
+            return
         line = json.dumps(entry)
         print(line, flush=True)
         with self._path.open("a") as file:
@@ -392,7 +630,7 @@ def run_stage(
     recipe
         Which holds the stage.
     stage_name
-        ``"A"`` or ``"B"``; B starts from ``out/A/checkpoint.pt`` where the recipe has a stage A.
+        One of the recipe's; each but the first starts from the checkpoint of the one before it, in the same folder.
     out
         Folder of the run; the stage writes ``<stage>/checkpoint.pt`` and ``<stage>/log.jsonl``.
     seed
@@ -420,24 +658,35 @@ def run_stage(
     stage, folder = stages[0], Path(out) / stage_name
     checkpoint = folder / "checkpoint.pt"
     folder.mkdir(parents=True, exist_ok=True)
+    if recipe.ranks > 1 and not torch.distributed.is_initialized():
+        with tempfile.TemporaryDirectory() as meeting:
+            arguments = (f"{meeting}/store", recipe, stage_name, out, seed, resume, options)
+            torch.multiprocessing.spawn(_run_rank, arguments, nprocs=recipe.ranks)
+        return checkpoint
+    rank = torch.distributed.get_rank() if recipe.ranks > 1 else 0
     if checkpoint.exists():
         if not resume:
             raise PocketError(f"{checkpoint} exists: continue with resume (--resume), or use another folder")
         trainer = Trainer.load(checkpoint, recipe, stage, seed)
     else:
         trainer = Trainer(recipe, stage, seed, _start_weights(recipe, stage, Path(out), seed))
-    end = stage.steps if options.stop_at is None else min(stage.steps, options.stop_at)
-    log = _Log(folder / "log.jsonl", trainer.step)
+    end = stage.length if options.stop_at is None else min(stage.length, options.stop_at)
+    log = _Log(folder / "log.jsonl", trainer.step, silent=rank > 0)
     if trainer.step >= end:
         return checkpoint
 
     log.write(kind="start", step=trainer.step, seed=seed, dtype=recipe.dtype, **asdict(stage))
-    validation = validation_batches(recipe.validation_scenes, recipe.validation_easy if stage.easy_images else 0)
+    if stage.name == "N":
+        validation = wide_validation_batches(recipe.validation_scenes // 2)
+    else:
+        validation = validation_batches(recipe.validation_scenes, recipe.validation_easy if stage.easy_images else 0)
+    if rank:
+        validation = []
     losses: dict[str, list[float]] = defaultdict(list)
     began = time.perf_counter()
     while trainer.step < end:
         n_scenes = stage.batch_size - stage.easy_images
-        batch = training_batch(stage.name, trainer.step, n_scenes, stage.easy_images, seed)
+        batch = training_batch(stage.name, trainer.step, n_scenes, stage.easy_images, seed, rank, recipe.ranks)
         for name, value in trainer.train_step(batch).items():
             losses[name].append(value)
         step, is_last = trainer.step, trainer.step == end
@@ -446,6 +695,8 @@ def run_stage(
             seconds = round(time.perf_counter() - began, 1)
             log.write(kind="train", step=step, rate=stage.rate(step - 1), losses=means, seconds=seconds)
             losses.clear()
+        if rank:
+            continue
         if step % options.checkpoint_every == 0 or is_last:
             trainer.save(checkpoint, recipe)
         if step % options.validate_every == 0 or is_last:
@@ -453,11 +704,30 @@ def run_stage(
     return checkpoint
 
 
+def _run_rank(
+    rank: int, store: str, recipe: Recipe, stage: str, out: Path, seed: int, resume: bool, options: RunOptions
+) -> None:
+    """Run a stage as one of several processes."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=recipe.ranks)
+    run_stage(recipe, stage, out, seed, resume, options)
+    torch.distributed.destroy_process_group()
+
+
+def _grown_weights(recipe: Recipe, path: Path, seed: int) -> dict[str, dict[str, Tensor]]:
+    """Weights grown from the first checkpoint, which has to lie in the run's folder."""
+    from safetensors.torch import load_file
+
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != recipe.start_sha256:
+        raise PocketError(f"this recipe needs the first pocket checkpoint as {path}: pass it with --start")
+    return {"model": grow(load_file(path), recipe.model, seed)}
+
+
 def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[str, dict[str, Tensor]] | None:
     """Weights of the finished stage before this one, or None for the first stage."""
     index = recipe.stages.index(stage)
     if index == 0:
-        return None
+        return None if recipe.start_sha256 is None else _grown_weights(recipe, out / START_NAME, seed)
     before = recipe.stages[index - 1]
     path = out / before.name / "checkpoint.pt"
     if not path.exists():
@@ -465,23 +735,31 @@ def _start_weights(recipe: Recipe, stage: Stage, out: Path, seed: int) -> dict[s
     saved = torch.load(path, weights_only=True)
     if saved["fingerprint"] != _fingerprint(recipe, before, seed):
         raise PocketError(f"{path} was written with another recipe or seed; use another --out")
-    if saved["step"] < before.steps:
-        raise PocketError(f"stage {before.name} stopped at step {saved['step']} of {before.steps}: resume it first")
+    if saved["step"] < before.length:
+        raise PocketError(f"stage {before.name} stopped at step {saved['step']} of {before.length}: resume it first")
+    if stage.restore_tower:
+        first = _start_weights(recipe, recipe.stages[0], out, seed)
+        if first is None:
+            raise PocketError("restore_tower needs a recipe that starts from a checkpoint")
+        tower = {name: value for name, value in first["model"].items() if "vision_tower" in name}
+        saved["weights"]["model"].update(tower)
     return saved["weights"]
 
 
 def run_recipe(recipe: Recipe, out: Path, seed: int = 0, resume: bool = False, options: RunOptions | None = None) -> Path:
-    """Run all stages of a recipe and export the result; finished stages are skipped when resuming.
+    """Run all stages of a recipe and export the results; finished stages are skipped when resuming.
 
     Returns
     -------
     Path
-        The exported ``from_pretrained`` folder.
+        The exported ``from_pretrained`` folder of the LLaVA model; that of the LLaVA-NeXT model, where the recipe has a
+        stage N, is ``export-next`` beside it.
     """
     out = Path(out)
     for stage in recipe.stages:
         checkpoint = run_stage(recipe, stage.name, out, seed, resume, options)
-    return export(checkpoint, out / "export")
+        export(checkpoint, out / ("export-next" if stage.name == "N" else "export"))
+    return out / "export"
 
 
 def export(checkpoint: Path, folder: Path) -> Path:
@@ -490,7 +768,8 @@ def export(checkpoint: Path, folder: Path) -> Path:
     Writes a ``MANIFEST.json`` with the SHA-256 of the weights and where they come from.
     """
     saved = torch.load(checkpoint, weights_only=True)
-    write_folder(saved["weights"]["model"], folder, PocketConfig(**saved["model_config"]))
+    config = _stage_config(PocketConfig(**saved["model_config"]), saved["stage"])
+    write_folder(saved["weights"]["model"], folder, config)
     weights = Path(folder) / "model.safetensors"
     manifest = {
         "sha256": {weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
@@ -506,8 +785,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see ``--help``."""
     parser = argparse.ArgumentParser("python -m vtc.pocket.train", description="Train a pocket model from scratch.")
     parser.add_argument("--recipe", choices=sorted(RECIPES), default="cpu", help="settings of model and schedule")
-    parser.add_argument("--stage", choices=("A", "B"), help="run one stage only, without exporting")
+    parser.add_argument("--stage", choices=STAGE_NAMES, help="run one stage only, without exporting")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument("--start", type=Path, help="first pocket checkpoint, for a recipe that grows it")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoints in --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="type of the forward pass, else the recipe's")
@@ -519,6 +799,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values = parser.parse_args(arguments)
     if values.stop_at is not None and values.stage is None:
         parser.error("--stop-at needs --stage")
+    if values.start is not None:
+        values.out.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(values.start, values.out / START_NAME)
     if values.threads is not None:
         torch.set_num_threads(values.threads)
     recipe = RECIPES[values.recipe]
