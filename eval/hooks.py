@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -128,6 +129,13 @@ def measure(pairs: int = 9) -> list[Cost]:
     return rows
 
 
+def markdown(columns: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """Return a Markdown table."""
+    head = list(columns)
+    lines = [head, ["---"] * len(head), *([str(x) for x in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main(
     output: Annotated[Path | None, typer.Option(help="CSV file to write; the machine and versions are in every row.")] = None,
     pairs: Annotated[int, typer.Option(help="Alternations per case.")] = 9,
@@ -139,6 +147,7 @@ def main(
     print(table.to_string(index=False))
     if output is not None:
         table.assign(**machine(), **versions()).to_csv(output, index=False)
+        output.with_suffix(".md").write_text(markdown(table.columns, table.itertuples(index=False)) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,10 +11,9 @@ optimizer and step, so on one machine with one build and thread count, a repeate
 What the shipped checkpoints used
 ---------------------------------
 The ``grow`` recipe. It starts from the first pocket checkpoint (four decoder layers; 60,000 images on two CPU cores),
-adds two decoder layers and trains on. That file is part of this repository's history, pinned by its SHA-256::
+adds two decoder layers and trains on. That file is in the repository, and pinned by its SHA-256::
 
-    git show 0c5be50:vtc/assets/pocket/model.safetensors > first.safetensors
-    python -m vtc.pocket.train --recipe grow --start first.safetensors --out DIR
+    python -m vtc.pocket.train --recipe grow --start results/pocket-first.safetensors --out DIR
 
 The first checkpoint itself came from restarts with changing settings and no single command repeats it; it also trained
 on the handwritten digits and the easy-VQA images that ``"val"`` now holds out (never on those of ``"test"``). The

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -42,7 +43,7 @@ class GridPool(Reducer):
         device = signals.features.device
         entries = signals.entries.cpu()
         rows = entries[:1] if bool((entries == entries[:1]).all()) else entries  # usually all images hold the same slots
-        plans = [_plan(signals.layout, row, signals.budget) for row in rows]
+        plans = [_plan(signals.layout, tuple(row.tolist()), signals.budget) for row in rows]
         count = [len(anchors) for anchors, _, _ in plans]
         most = max(count)
         index, owner = torch.zeros(len(plans), most, dtype=torch.long), torch.zeros(len(plans), n, dtype=torch.long)
@@ -62,15 +63,16 @@ class GridPool(Reducer):
         )
 
 
-def _plan(layout: Layout, entries: Tensor, budget: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Plan the pooling of one image.
+@functools.lru_cache(maxsize=4)
+def _plan(layout: Layout, slots: tuple[int, ...], budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plan the pooling of one image; the plan of the last few geometries is remembered.
 
     Parameters
     ----------
     layout : Layout
         Geometry of the image.
-    entries : Tensor
-        ``(N,)`` entry of every token.
+    slots : tuple of int
+        Entry of every token, ``N`` of them.
     budget : int
         Most cells.
 
@@ -80,6 +82,7 @@ def _plan(layout: Layout, entries: Tensor, budget: int) -> tuple[Tensor, Tensor,
         ``(K,)`` ascending token each cell sits in, ``(N,)`` cell that holds each token's centre (-1: none), ``(K, N)`` float64
         share of each token in each cell.
     """
+    entries = torch.tensor(slots)
     n = len(entries)
     row, col = layout.row[entries], layout.col[entries]
     view = torch.where(layout.kind[entries] == Kind.PATCH, layout.view[entries], -1)
