@@ -178,8 +178,9 @@ class Layout:
         return (self.kind == Kind.PATCH) & (self.slot >= 0)
 
     @staticmethod
+    @functools.lru_cache(maxsize=64)
     def grid(rows: int, cols: int) -> Layout:
-        """Return the layout of one plain image: ``rows * cols`` patches in raster order, one slot each."""
+        """Return the layout of one plain image: ``rows * cols`` patches in raster order, one slot each. Always the same object."""
         n = torch.arange(rows * cols)
         r, c = n // cols, n % cols
         zero = torch.zeros_like(n)
