@@ -20,8 +20,13 @@ def methods_table() -> str:
     """Return the Markdown table of all registered methods."""
     lines = ["| reducer | acts at | what it does | source |", "|---|---|---|---|"]
     for entry in entries().values():
-        lines.append(f"| `{entry.name}` | {', '.join(entry.stages)} | {entry.summary.rstrip('.')} | {_source(entry)} |")
+        lines.append(f"| `{entry.name}` | {', '.join(entry.stages)} | {_text(entry.summary)} | {_source(entry)} |")
     return "\n".join(lines)
+
+
+def _text(summary: str) -> str:
+    """Turn a docstring line into Markdown."""
+    return summary.rstrip(".").replace("``", "`")
 
 
 def _source(entry: Entry) -> str:
