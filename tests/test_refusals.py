@@ -637,3 +637,12 @@ def test_absent_signal_names_the_fix():
         logits(g.model, g.inputs)
     assert torch.equal(logits(g.model, g.inputs), g.base)
     assert isinstance(copy.deepcopy(Forgot(keep=5)), Reducer) and keys(0).source == "vision"
+
+
+def test_signals_of_a_tower_that_was_shrunk():
+    g = Guarded("uniform", keep=5)
+    with pytest.raises(UnsupportedFeatureError, match="which 'downsample' shrinks"):
+        vtc.patch(g.model, ["downsample", "fastervlm"], keep=5)
+    assert torch.equal(logits(g.model, g.inputs), g.base)
+    with vtc.patch(g.model, ["downsample", "divprune"], keep=5):
+        logits(g.model, g.inputs)

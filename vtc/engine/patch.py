@@ -264,6 +264,13 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
                 raise UnsupportedSignalError(
                     f"'{part.name}': {error}; these reducers work here: {', '.join(usable(facts))}"
                 ) from None
+    shrinks = next((p for p in bound.parts() if p.stage is Stage.IMAGE), None)
+    for part in bound.parts():
+        if shrinks is not None and any(need.source == "vision" for need in part.needs):
+            raise UnsupportedFeatureError(
+                f"'{part.name}' reads signals of the full-size vision tower, which '{shrinks.name}' shrinks: compose "
+                f"'{shrinks.name}' with a reducer that needs none, such as 'divprune' or 'fastv'"
+            )
     return bound
 
 
