@@ -12,16 +12,12 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+import transformers
 
-pytest.importorskip("sklearn", reason="the pocket extra")
-pytest.importorskip("easy_vqa", reason="the pocket extra")
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-
-from vtc.pocket import (  # noqa: E402
+from vtc.pocket import (
     DETAIL_QUESTION_TYPES,
     POCKET_MODELS,
     QUESTION_TYPES,
@@ -43,7 +39,7 @@ from vtc.pocket import (  # noqa: E402
     scenes,
     train,
 )
-from vtc.pocket import answer as answer_module  # noqa: E402
+from vtc.pocket import answer as answer_module
 
 # Questions of the first 20 test scenes and of the first 6 wide ones, as they were when the checkpoints were trained.
 QUESTIONS_SHA256 = "6f61115d0a103ebed44294887e5ecf859bf7c1d48998d6efc275e593f7932ab7"

@@ -191,14 +191,18 @@ def test_attention_that_cannot_be_shortened(impl):
     assert snapshot(model) == before
 
 
-def test_flex_attention_switched_on_later():
+@pytest.mark.parametrize("how", ["generate", "forward"])
+def test_flex_attention_switched_on_later(how):
     g = Guarded("uniform")
     config = g.model.model.language_model.config
 
     def call():
         config._attn_implementation_internal = "flex_attention"
         try:
-            g.model.generate(**g.inputs, max_new_tokens=2)
+            if how == "generate":
+                g.model.generate(**g.inputs, max_new_tokens=2)
+            else:
+                g.model(**g.inputs)
         finally:
             config._attn_implementation_internal = "sdpa"
 

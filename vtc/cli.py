@@ -182,11 +182,12 @@ def check(
     bound = None
     error: VtcError | None = None
     if wanted is not None:
-        from vtc.engine.patch import bind, check_attention
+        from vtc.engine.patch import bind
+        from vtc.engine.taps import check_implementation
 
         try:
             bound = bind(wanted, report.family.facts)
-            check_attention(report.family)
+            check_implementation(report.family.text.config)
         except VtcError as refusal:
             error = refusal
     if as_json:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc.core import Reducer
-from vtc.engine.patch import bind, check_attention, patch, unpatch
+from vtc.engine.patch import bind, patch, unpatch
+from vtc.engine.taps import check_implementation
 from vtc.errors import VtcError
 from vtc.families import family_of
 from vtc.stats import ImageStats, KeptTokens
@@ -147,7 +148,7 @@ def trial(
     """
     family = family_of(model)
     bind(reducer, family.facts)
-    check_attention(family)
+    check_implementation(family.text.config)
     inputs = encode(model, processor, image, prompt)
     before, after = Side(), Side()
     unpatch(model)

@@ -16,9 +16,10 @@ from torch import nn
 from vtc import compat
 from vtc.core import Facts, Reducer, Stage
 from vtc.engine.cache import check_cache
+from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
 from vtc.engine.tower import MADE, TowerSide, replace_attribute
-from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError
+from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family
 from vtc.registry import create, entries, resolve
@@ -157,7 +158,7 @@ class Handle:
                 f"cache_implementation='{cache}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
             )
         check_cache(call.get("past_key_values"))
-        check_attention(self.family)
+        check_implementation(self.family.text.config)
         with self._lock:
             self._running += 1
         token = MADE.set([])
@@ -222,7 +223,7 @@ def patch(
         old.check_idle()
     family = family_of(model)
     bound = bind(wanted, family.facts)
-    check_attention(family)
+    check_implementation(family.text.config)
     if old is not None:
         old.remove()
     handle = Handle(model, family, bound, strict)
@@ -269,7 +270,7 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
         if shrinks is not None and any(need.source == "vision" for need in part.needs):
             raise UnsupportedFeatureError(
                 f"'{part.name}' reads signals of the full-size vision tower, which '{shrinks.name}' shrinks: compose "
-                f"'{shrinks.name}' with a reducer that needs none, such as 'divprune' or 'fastv'"
+                f"'{shrinks.name}' with a reducer that needs none of them (`vtc list` shows what each needs)"
             )
     return bound
 
@@ -285,19 +286,10 @@ def usable(facts: Facts) -> list[str]:
                     raise UnsupportedFeatureError(part.stage.value)
                 for need in part.needs:
                     need.resolve(facts.provides)
-        except Exception:  # noqa: BLE001, S112  any refusal means: not usable here
+        except VtcError:  # refused: not usable here
             continue
         names.append(name)
     return names
-
-
-def check_attention(family: Family) -> None:
-    """Refuse attention implementations whose masks cannot be shortened."""
-    implementation = getattr(family.text.config, "_attn_implementation", None) or "eager"
-    if "flex" in implementation or "paged" in implementation:
-        raise UnsupportedFeatureError(
-            f"attn_implementation='{implementation}' cannot be shortened: load the model with attn_implementation='sdpa'"
-        )
 
 
 def unpatch(model: nn.Module) -> nn.Module:

@@ -69,16 +69,21 @@ def _observe_and_attend(
     return attend(_RealModule(module), query, key, value, attention_mask, **kwargs)
 
 
-def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
-    """Tap one attention module; return the function that takes the tap off again."""
-    if isinstance(attention.config, _TappedConfig):
-        raise PatchError("this attention layer is tapped already: call vtc.unpatch(model) first")
-    implementation = attention.config._attn_implementation or "eager"
+def check_implementation(config: Any) -> None:
+    """Refuse attention implementations that cannot be tapped and whose masks cannot be shortened."""
+    implementation = getattr(config, "_attn_implementation", None) or "eager"
     if "flex" in implementation or "paged" in implementation:
         raise UnsupportedFeatureError(
             f"attn_implementation='{implementation}' cannot be tapped or shortened: load the model with "
             "attn_implementation='sdpa'"
         )
+
+
+def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
+    """Tap one attention module; return the function that takes the tap off again."""
+    if isinstance(attention.config, _TappedConfig):
+        raise PatchError("this attention layer is tapped already: call vtc.unpatch(model) first")
+    check_implementation(attention.config)
     attention.config = _TappedConfig(attention.config, observe)
     return functools.partial(_detach, attention)  # not a closure: a deep copy of the model must take off its own tap
 

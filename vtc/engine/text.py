@@ -225,6 +225,7 @@ class TextSide:
             marks = [table(torch.tensor(t, device=embeds.device)) for t in self.family.image_token_ids]
             visual = torch.stack([(embeds == m).all(-1) for m in marks]).any(0)
         check_cache(call.get("past_key_values"))
+        taps.check_implementation(self.family.text.config)
         if any(k.startswith("cu_seq_lens") and v is not None for k, v in call.items()):
             raise UnsupportedFeatureError("packed sequences (cu_seq_lens_*) cannot be shortened: pass padded batches")
         real = self.real_tokens(call, visual)
