@@ -146,6 +146,8 @@ class Layout:
         Rows and columns of each view's patch grid.
     thumbnail : bool
         Whether view 0 is a low-resolution copy of the whole image and the other views are its crops.
+    video : bool
+        Whether the views are frames of one clip, in temporal order.
     """
 
     kind: Tensor
@@ -157,6 +159,7 @@ class Layout:
     slot: Tensor
     grids: tuple[tuple[int, int], ...]
     thumbnail: bool = False
+    video: bool = False
 
     def __len__(self) -> int:
         """Return the number of entries."""
