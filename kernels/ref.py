@@ -338,7 +338,7 @@ def merge_scatter(features: Tensor, owner: Tensor, groups: int, *, weight: Tenso
         ``(B, K, D)`` in the dtype of ``features``.
     """
     wide = _wide(features)
-    w = torch.ones_like(owner, dtype=wide.dtype) if weight is None else _wide(weight)
+    w = torch.ones_like(owner, dtype=wide.dtype) if weight is None else weight.to(wide.dtype)
     w = torch.where(owner >= 0, w, torch.zeros_like(w))
     slot = owner.clamp(min=0)
     total = wide.new_zeros(wide.shape[0], groups, wide.shape[2])

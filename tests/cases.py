@@ -16,14 +16,14 @@ class Case:
         Options that keep about half, and only a few, of the visual tokens of any tiny model.
     whole : dict
         Options that keep everything.
-    count : {"exact", "at_most"}
-        Whether every image keeps exactly the tokens the stage reports as requested, or at most that many.
+    count : {"exact", "at_most", "all"}
+        Whether every image keeps exactly the tokens the stage reports as requested, at most that many, or all (they skip layers).
     """
 
     mild: dict[str, Any]
     harsh: dict[str, Any]
     whole: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
-    count: Literal["exact", "at_most"] = "exact"
+    count: Literal["exact", "at_most", "all"] = "exact"
 
 
 CASES: dict[str, Case] = {
@@ -34,6 +34,7 @@ CASES: dict[str, Case] = {
     "divprune": Case({"keep": 10}, {"keep": 0.2}),
     "docprune": Case({"keep": 10}, {"keep": 0.2, "dilate": False}, {"keep": 1.0, "threshold": float("-inf")}, "at_most"),
     "downsample": Case({"keep": 12}, {"keep": 5}, count="at_most"),
+    "evs": Case({"keep": 10}, {"keep": 0.2}),
     "fastervlm": Case({"keep": 10}, {"keep": 0.2}),
     "fastv": Case({"keep": 10}, {"keep": 0.2, "layer": 1}),
     "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most"),
@@ -48,10 +49,12 @@ CASES: dict[str, Case] = {
     "pyramiddrop": Case({"keep": 8}, {"avg_tokens": 0.5}),
     "random": Case({"keep": 10}, {"keep": 0.2, "seed": 3}),
     "script": Case({"keep": 10}, {"keep": 0.2, "rule": "joint"}),
+    "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all"),
     "sparsevlm": Case({"keep": 10}, {"keep": 0.2, "version": "2"}),
     "todre": Case({"keep": 10}, {"keep": 0.2, "diversity": "kcenter"}),
     "tokencorr": Case({"keep": 10}, {"keep": 0.2, "sampling": "random"}, {"keep": 1.0, "adaptive": False}, "at_most"),
     "tokenpooling": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}),
+    "tome": Case({"keep": 10}, {"keep": 0.4, "proportional": False}, {"keep": 1.0}, "at_most"),
     "transprune": Case({"keep": 10}, {"keep": 0.2, "iga": False}),
     "uniform": Case({"keep": 10}, {"keep": 0.2}),
     "visionzip": Case({"keep": 10}, {"keep": 0.2, "contextual": 1}),

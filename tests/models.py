@@ -1,7 +1,7 @@
 """Tiny random vision-language models, built from configs (no downloads), with hand-made inputs.
 
 The weights are scaled so that attention is far from uniform: with the default initialisation every token looks alike, dropping
-some changes nothing, and any test passes.
+some changes nothing, and any test passes. :mod:`family_cases` is the table of all families.
 """
 
 from __future__ import annotations
@@ -13,38 +13,35 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import transformers
+from family_cases import (
+    CASES,
+    DECODER_LAYERS,
+    IMAGE_TOKEN,
+    PAD,
+    PINPOINTS,
+    SIZES,
+    SPECIAL,
+    TEXT,
+    TOWER_LAYERS,
+    VIDEO_TOKEN,
+    VISION,
+    VOCABULARY,
+    case_of,
+    view_count,
+)
 from torch import Tensor, nn
+
+from vtc import compat
+
+__all__ = ["DECODER_LAYERS", "PINPOINTS", "SIZES", "TOWER_LAYERS", "VOCABULARY", "view_count"]
 
 torch.set_num_threads(1)
 
 FAMILIES = ("llava", "llava_next", "llava_siglip")
-"""Names :func:`build` knows. ``llava_siglip``: LLaVA with a tower that has no class token."""
+"""The models that run the whole of test_oracle. ``llava_siglip``: LLaVA with a tower that has no class token."""
 
-VOCABULARY = 120
-IMAGE_TOKEN, VIDEO_TOKEN, PAD = 100, 101, 0
-DECODER_LAYERS, TOWER_LAYERS = 5, 4
 GRID = 4
-"""Rows and columns of one view's patch grid."""
-PINPOINTS = [[28, 56], [56, 28], [56, 56]]
-SIZES = [[40, 56], [56, 30], [40, 56]]
-"""Image sizes (height, width) of the first images of a batch (LLaVA-NeXT)."""
-
-_TEXT = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=DECODER_LAYERS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    pad_token_id=PAD,
-    bos_token_id=1,
-    eos_token_id=None,
-)
-_VISION = dict(
-    hidden_size=24, intermediate_size=32, num_hidden_layers=TOWER_LAYERS, num_attention_heads=3, image_size=28, patch_size=7
-)
+"""Rows and columns of one view's grid of visual tokens."""
 
 
 def build(
@@ -62,7 +59,7 @@ def build(
     Parameters
     ----------
     name : str
-        One of :data:`FAMILIES`.
+        One of :data:`family_cases.CASES`.
     impl : str
         Attention implementation of language model and tower.
     dtype : torch.dtype
@@ -74,27 +71,12 @@ def build(
     **over
         Changes to the outer config.
     """
-    words = _TEXT | (text or {})
-    eyes = _VISION | (vision or {})
-    shared: dict[str, Any] = dict(image_token_id=IMAGE_TOKEN, image_token_index=IMAGE_TOKEN, vision_feature_layer=-2)
-    if name == "llava":
-        shared |= dict(text_config=transformers.LlamaConfig(**words), vision_config=transformers.CLIPVisionConfig(**eyes))
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**(shared | over)))
-    elif name == "llava_siglip":
-        tower = transformers.SiglipVisionConfig(**eyes, vision_use_head=False)
-        shared |= dict(text_config=transformers.LlamaConfig(**words), vision_config=tower, vision_feature_layer=-1)
-        shared |= dict(vision_feature_select_strategy="full")  # there is no class token to leave out
-        model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(**(shared | over)))
-    elif name == "llava_next":
-        language = transformers.MistralConfig(**({"sliding_window": None} | words))
-        shared |= dict(text_config=language, vision_config=transformers.CLIPVisionConfig(**eyes))
-        shared |= dict(image_grid_pinpoints=PINPOINTS)
-        model = transformers.LlavaNextForConditionalGeneration(transformers.LlavaNextConfig(**(shared | over)))
-    else:
-        raise KeyError(f"no tiny model '{name}' (there are {', '.join(FAMILIES)})")
+    kind, config = CASES[name].make(TEXT | (text or {}), VISION | (vision or {}), over)
+    model = kind(config)
+    model.tiny_case = name
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = PAD
-    model.generation_config.suppress_tokens = [IMAGE_TOKEN, VIDEO_TOKEN]
+    model.generation_config.suppress_tokens = SPECIAL
     _randomize(model, seed)
     model = model.to(dtype).eval()
     set_attention(model, impl)
@@ -151,26 +133,18 @@ def make_inputs(
     seed : int
         Seed of pixels and text.
     images : sequence of int, optional
-        Images of each row; 0 gives a row without image. Overrides ``batch``.
+        Images (or clips) of each row; 0 gives a row without image. Overrides ``batch``.
     sizes : sequence of (height, width), optional
-        Sizes of all images in order (LLaVA-NeXT only).
+        Sizes of all images in order (AnyRes families).
     """
     generator = torch.Generator().manual_seed(seed)
     images = list(images) if images is not None else ([1] if batch == 1 else [1, 2])
-    dtype = next(model.parameters()).dtype
-    count = sum(images)
+    dtype, case = next(model.parameters()).dtype, CASES[name]
     extra: dict[str, Tensor] = {}
-    if count and name == "llava_next":
-        sizes = [list(s) for s in (sizes or [SIZES[i % len(SIZES)] for i in range(count)])][:count]
-        extra["image_sizes"] = torch.tensor(sizes)
-        views = [view_count(model, size) for size in sizes]
-        pixels = torch.zeros(count, max(views), 3, 28, 28)
-        for i, n in enumerate(views):  # the processor pads with zero views
-            pixels[i, :n] = torch.randn(n, 3, 28, 28, generator=generator)
-        extra["pixel_values"] = pixels.to(dtype)
-    elif count:
-        extra["pixel_values"] = torch.randn(count, 3, 28, 28, generator=generator).to(dtype)
-    lengths = iter([len(f) for f in image_features(model, extra)] if count else [])
+    if sum(images):
+        extra = case.pixels(model, images, lambda *shape: torch.randn(*shape, generator=generator), sizes)
+        extra = {k: v.to(dtype) if v.is_floating_point() else v for k, v in extra.items()}
+    lengths = iter(enumerate([len(f) for f in image_features(model, extra)] if sum(images) else []))
 
     def words(n: int) -> list[int]:
         return torch.randint(3, 90, (n,), generator=generator).tolist()
@@ -179,44 +153,49 @@ def make_inputs(
     for row, k in enumerate(images):
         ids = words(6 if row == 0 else 3)
         for _ in range(k):
-            ids += [IMAGE_TOKEN] * next(lengths) + words(2)
+            ids += image_ids(model, *next(lengths), extra) + words(2)
         rows.append(ids + words(5 if row == 0 else 2))
     longest = max(map(len, rows))
     ids = torch.tensor([[PAD] * (longest - len(r)) + r for r in rows])
     mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
-    return {"input_ids": ids, "attention_mask": mask, **extra}
+    return {"input_ids": ids, "attention_mask": mask, **extra, **case.extra(ids, longest)}
+
+
+def image_ids(model: nn.Module, image: int, slots: int, pixels: dict[str, Tensor]) -> list[int]:
+    """Token ids that stand for one image in a prompt."""
+    case = case_of(model)
+    if case.run is not None:
+        return case.run(model, image, slots, pixels)
+    return [VIDEO_TOKEN if case.video else IMAGE_TOKEN] * slots
 
 
 def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
-    """Return the unpatched model's features of every image, ``(slots, D)`` each, in placeholder order."""
-    base = model.model if hasattr(model.model, "get_image_features") else model
-    names = inspect.signature(base.get_image_features).parameters
-    call: dict[str, Any] = {k: v for k, v in inputs.items() if k in ("pixel_values", "image_sizes")}
+    """Return the unpatched model's features of every image (or clip), ``(slots, D)`` each, in placeholder order."""
+    base, case = model.model if hasattr(model.model, "get_image_features") else model, case_of(model)
+    make = base.get_video_features if case.video else base.get_image_features
+    names = inspect.signature(make).parameters
+    call: dict[str, Any] = {k: v for k, v in inputs.items() if k in names}
+    if "pixel_values_videos" in inputs and "pixel_values_videos" not in names:  # 4.57
+        call["pixel_values"] = inputs["pixel_values_videos"]
     for key in ("vision_feature_layer", "vision_feature_select_strategy"):  # 4.57 has no default here
         if key in names:
             call[key] = getattr(model.config, key)
     with torch.no_grad():
-        out = base.get_image_features(**call)
-    out = getattr(out, "pooler_output", out)
-    return [f.reshape(-1, f.shape[-1]) for f in out]
-
-
-def view_count(model: nn.Module, size: Sequence[int]) -> int:
-    """Views (thumbnail and crops) of an image of this size (LLaVA-NeXT)."""
-    from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-    config = model.config
-    return int(image_size_to_num_patches(list(size), config.image_grid_pinpoints, config.vision_config.image_size))
+        out = compat.features_of(make(**call))
+    features = [f.reshape(-1, f.shape[-1]) for f in out]
+    if case.family == "llava_onevision" and case.video and not compat.video_newline_in_features(base):
+        features = [torch.cat([f, base.image_newline[None].detach()]) for f in features]
+    return features
 
 
 def visual_of(inputs: dict[str, Tensor]) -> Tensor:
     """``(B, S)`` bool: the placeholder slots."""
-    return inputs["input_ids"] == IMAGE_TOKEN
+    return (inputs["input_ids"] == IMAGE_TOKEN) | (inputs["input_ids"] == VIDEO_TOKEN)
 
 
 def image_spans(inputs: dict[str, Tensor], model: nn.Module) -> list[tuple[int, Tensor]]:
     """Return ``(row, columns)`` of every image in order; ``columns`` are its slots' places in the sequence."""
-    lengths = [len(f) for f in image_features(model, inputs)] if "pixel_values" in inputs else []
+    lengths = [len(f) for f in image_features(model, inputs)] if any(k.startswith("pixel_values") for k in inputs) else []
     row, column = visual_of(inputs).nonzero(as_tuple=True)
     out, start = [], 0
     for n in lengths:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from models import IMAGE_TOKEN, image_features, view_count
+from models import case_of, image_features, image_ids
 from torch import Tensor, nn
 
 import vtc
@@ -165,12 +165,9 @@ def marks_of(model: nn.Module, inputs: dict[str, Tensor]) -> list[int]:
     """Return every image's fingerprint, taken from a prompt with this image alone."""
     marks = []
     for i, features in enumerate(image_features(model, inputs)):
-        pixels = inputs["pixel_values"][i : i + 1]
-        one = {"pixel_values": pixels}
-        if "image_sizes" in inputs:
-            one["image_sizes"] = inputs["image_sizes"][i : i + 1]
-            one["pixel_values"] = pixels[:, : view_count(model, one["image_sizes"][0].tolist())]
-        one["input_ids"] = torch.tensor([[3, 4, *[IMAGE_TOKEN] * len(features), 5]])
+        one = case_of(model).one(inputs, model, i)
+        ids = torch.tensor([[3, 4, *image_ids(model, 0, len(features), one), 5]])
+        one |= {"input_ids": ids, **case_of(model).extra(ids, ids.shape[1])}
         with vtc.patch(model, _Spy(keep=1)), torch.no_grad():
             _Spy.seen.clear()
             model(**one)

@@ -8,6 +8,7 @@ with an attention function of its own that hides the dropped tokens from everybo
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,8 @@ from dataclasses import dataclass, field
 import torch
 from models import (
     GRID,
-    IMAGE_TOKEN,
-    VIDEO_TOKEN,
+    SPECIAL,
+    case_of,
     image_features,
     image_spans,
     set_attention,
@@ -118,13 +119,18 @@ class Plan:
 
 def text_of(model: nn.Module) -> nn.Module:
     """The text model (the module whose ``layers`` are the decoder layers)."""
-    return model.model.language_model
+    return getattr(model.model, "language_model", None) or model.model.text_model
 
 
 def tower_layers(model: nn.Module) -> nn.ModuleList:
     """The vision tower's layers."""
     tower = model.model.vision_tower
     return getattr(tower, "vision_model", tower).encoder.layers
+
+
+def projector_of(module: nn.Module) -> nn.Module:
+    """The module before which ``VISION`` reducers act."""
+    return module.model.get_submodule(case_of(module).projector)
 
 
 @contextmanager
@@ -148,10 +154,8 @@ def oracle_model(model: nn.Module, plan: Plan, repeat: int = 1) -> Iterator[nn.M
             assert positions.shape[1] == hidden.shape[1], "the hidden reference runs without a cache"
             less = gone.cumsum(1) - gone.long()
             later = gone.sum(1, keepdim=True).expand(-1, hidden.shape[1] - gone.shape[1])
-            kwargs = {
-                **kwargs,
-                "position_embeddings": text.rotary_emb(hidden, (positions - torch.cat([less, later], 1)).clamp(min=0)),
-            }
+            positions = (positions - torch.cat([less, later], 1)).clamp(min=0)
+            kwargs = kwargs | {k: rope(text, i, k, hidden, positions) for k in kwargs if k.startswith("position_embeddings")}
         return (hidden, *args[1:]), kwargs
 
     for i, layer in enumerate(text.layers):
@@ -167,7 +171,7 @@ def oracle_model(model: nn.Module, plan: Plan, repeat: int = 1) -> Iterator[nn.M
         if j in plan.tower:
             _HIDDEN[id(layer.self_attn)] = plan.tower[j]
     if plan.projector is not None:
-        projector = twin.model.multi_modal_projector
+        projector = projector_of(twin)
         plain = copy.deepcopy(projector)
         hooks.append(projector.register_forward_hook(lambda module, args, out: plan.projector(plain, args[0])))
     try:
@@ -178,14 +182,22 @@ def oracle_model(model: nn.Module, plan: Plan, repeat: int = 1) -> Iterator[nn.M
             hook.remove()
 
 
+def rope(text: nn.Module, layer: int, name: str, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotations of one decoder layer: Gemma 3 has two kinds, by the layer's type or (4.57) in two arguments."""
+    rotary = text.rotary_emb_local if name.endswith("_local") else text.rotary_emb
+    kinds = inspect.signature(rotary.forward).parameters
+    return rotary(hidden, positions, *([text.config.layer_types[layer]] if "layer_type" in kinds else []))
+
+
 def hidden_reference(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, steps: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     """Return greedy tokens ``(B, steps)``, their logits ``(B, steps, V)`` and the prompt's logits ``(B, S, V)``."""
-    inputs = dict(inputs)
+    inputs, case, length = dict(inputs), case_of(model), inputs["input_ids"].shape[1]
     tokens, logits, prompt = [], [], None
     with oracle_model(model, plan) as twin, torch.no_grad():
         for _ in range(steps):
             mask = inputs["attention_mask"]
             positions = (mask.long().cumsum(-1) - 1).masked_fill(mask == 0, 0)
+            positions = positions if case.positions is None else case.positions(model, inputs, positions)
             out = twin(**inputs, position_ids=positions, use_cache=False).logits
             prompt = out if prompt is None else prompt
             logits.append(out[:, -1])
@@ -193,13 +205,14 @@ def hidden_reference(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, st
             tokens.append(new)
             inputs["input_ids"] = torch.cat([inputs["input_ids"], new], 1)
             inputs["attention_mask"] = torch.cat([mask, torch.ones_like(new)], 1)
+            inputs |= case.extra(inputs["input_ids"], length)
     return torch.cat(tokens, 1), torch.stack(logits, 1), prompt
 
 
 def suppressed(logits: Tensor) -> Tensor:
     """Logits without the placeholder tokens, as the tiny models' generation config asks."""
     logits = logits.clone()
-    logits[..., [IMAGE_TOKEN, VIDEO_TOKEN]] = -torch.inf
+    logits[..., SPECIAL] = -torch.inf
     return logits
 
 
@@ -245,7 +258,7 @@ def shorter_prompt(model: nn.Module, embeds: Tensor, keep: Tensor, steps: int = 
 def projected(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """The unpatched projector's output ``(views, patches, D)`` of a call."""
     caught: list[Tensor] = []
-    hook = model.model.multi_modal_projector.register_forward_hook(lambda m, a, out: caught.append(out))
+    hook = projector_of(model).register_forward_hook(lambda m, a, out: caught.append(out))
     with torch.no_grad():
         model(**inputs)
     hook.remove()
@@ -257,9 +270,16 @@ def slot_sources(model: nn.Module, inputs: dict[str, Tensor]) -> list[tuple[int,
 
     ``source`` is ``(slots,)``: row of the flattened projector output of the image's views, or -1 for a newline.
     """
+    case = case_of(model)
+    newline = getattr(model.model, "image_newline", None)
+    if not case.anyres or not case.exact:  # no crops, or no slot holds exactly one patch: only newlines are told apart
+        out = []
+        for features in image_features(model, inputs):
+            new = torch.zeros(len(features), dtype=torch.bool) if newline is None else (features == newline).all(1)
+            out.append((len(out), torch.where(new, -1, GRID * GRID if case.anyres else torch.arange(len(features)))))
+        return out
     rows = projected(model, inputs)
     flat = rows.reshape(-1, rows.shape[-1])
-    newline = getattr(model.model, "image_newline", None)
     out, first = [], 0
     for features in image_features(model, inputs):
         source = torch.full((len(features),), -1)
@@ -369,9 +389,14 @@ def views_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[int], Te
 def tower_features(model: nn.Module, pixels: Tensor, **options) -> Tensor:
     """Features the projector is given, ``(views, patches, D)``, by a plain call of the tower."""
     with torch.no_grad():
-        out = model.model.vision_tower(pixels, output_hidden_states=True, **options)
-    hidden = out.hidden_states[model.config.vision_feature_layer]
-    return hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
+        tower, config = model.model.vision_tower, model.config
+        out = tower(pixels, output_hidden_states=True, **options)
+        layers = getattr(config, "vision_feature_layers", None) or getattr(config, "vision_feature_layer", None)
+        if layers is None:
+            return out.last_hidden_state
+        layers = [layers] if isinstance(layers, int) else layers
+        hidden = torch.cat([out.hidden_states[i] for i in layers], -1)
+    return hidden[:, 1:] if getattr(config, "vision_feature_select_strategy", "default") == "default" else hidden
 
 
 def in_tower(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from typing import Any
 
 OLDEST = "4.57"
 NEWEST_EXCLUSIVE = "6"
@@ -30,6 +31,18 @@ def static_cache_tracks_length() -> bool:
 def generate_continues_with_images() -> bool:
     """Whether ``generate`` accepts new images on top of a non-empty cache (4.57 drops ``pixel_values`` then)."""
     return transformers_version() >= (5, 0, 0)
+
+
+def features_of(out: Any) -> Any:
+    """Return the features of every image or video from what ``get_image_features`` or ``get_video_features`` returned."""
+    features = getattr(out, "pooler_output", out)
+    deep = isinstance(features, tuple) and len(features) == 2 and isinstance(features[1], list)
+    return features[0] if deep else features  # 4.57 puts DeepStack features beside those of the last layer
+
+
+def video_newline_in_features(base: Any) -> bool:
+    """Whether LLaVA-OneVision's ``get_video_features`` appends the newline token; older releases do so in ``forward``."""
+    return "image_newline" in inspect.unwrap(type(base).get_video_features).__code__.co_names
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, Un
 
 Positions = Literal["original", "compact"]
 Newlines = Literal["compete", "all", "with_row", "none"]
+Per = Literal["image", "frame"]
 
 
 class Stage(enum.Enum):
@@ -397,6 +398,8 @@ class Facts:
         Whether positions are multi-dimensional (then they cannot be compacted).
     first_layer : int
         First decoder layer at which a ``DECODER`` reducer may act.
+    missing : mapping
+        Vision signals that cannot be tapped, by what they are ``of`` (:class:`Need`), and the reason.
     """
 
     family: str
@@ -413,6 +416,7 @@ class Facts:
     anyres: bool = False
     mrope: bool = False
     first_layer: int = 1
+    missing: Mapping[str, str] = field(default_factory=dict)
 
 
 # ---------------------------------------------------------------------------------------------------------- reducers
@@ -435,6 +439,8 @@ class Reducer:
     newlines : {"compete", "all", "with_row", "none"} or None
         AnyRes newline tokens: ordinary candidates, always kept, kept where their row keeps a patch, or dropped. ``None``: what
         the method's release does. Newlines kept by ``"all"`` and ``"with_row"`` come on top of the budget and are reported.
+    per : {"image", "frame"}
+        What the budget counts the tokens of: an image or a whole clip, or every frame of a clip (an image is one frame).
     """
 
     stage: ClassVar[Stage]
@@ -443,6 +449,8 @@ class Reducer:
     default_newlines: ClassVar[Newlines] = "none"
     decides_itself: ClassVar[bool] = False
     """The stage finds its own number of survivors; ``budget`` means nothing to it."""
+    budget_options: ClassVar[tuple[str, ...]] = ("keep", "avg_tokens")
+    """Options of which exactly one says how much to keep: one given replaces a preset's."""
     wants_text: ClassVar[bool] = False
     wants_cls: ClassVar[bool] = False
     wants_fingerprint: ClassVar[bool] = False
@@ -453,10 +461,15 @@ class Reducer:
     avg_tokens: int | float | None = None
     positions: Positions | None = None
     newlines: Newlines | None = None
+    per: Per = "image"
 
     def __post_init__(self) -> None:
         """Refuse unknown policies at once."""
-        for option, known in (("positions", self.allowed_positions), ("newlines", ("compete", "all", "with_row", "none"))):
+        for option, known in (
+            ("positions", self.allowed_positions),
+            ("newlines", ("compete", "all", "with_row", "none")),
+            ("per", ("image", "frame")),
+        ):
             value = getattr(self, option)
             if value is not None and value not in known:
                 raise UnknownArgumentError(
@@ -501,9 +514,24 @@ class Reducer:
         """Return how many of an image's ``n`` visual tokens to keep."""
         return self.budget.tokens(n, start=self.layer, layers=facts.layers)
 
+    def wanted(self, layout: Layout, facts: Facts) -> int:
+        """Return how many visual tokens to keep of the image or clip with this slot layout."""
+        frames = layout.views if self.per == "frame" and layout.video else 1
+        return frames * self.count(len(layout) // frames, facts)
+
+    def reduce(self, signals: Signals) -> Selection:
+        """Choose the survivors of images, or of every frame of clips."""
+        return self.select_frames(signals) if self.per == "frame" and signals.layout.video else self.select(signals)
+
     def select(self, signals: Signals) -> Selection:
         """Choose the survivors. Pure: depends on ``signals`` and the options only."""
         raise TypeError(f"{type(self).__name__} does not implement select()")
+
+    def select_frames(self, signals: Signals) -> Selection:
+        """Choose the survivors of every frame by itself; they share the budget evenly."""
+        from vtc.views import each_view
+
+        return each_view(signals, self.select, rows=frozenset(n.name for n in self.needs if n.axis == "row"))
 
 
 def check_bounds(budget: Budget, facts: Facts) -> None:
@@ -531,6 +559,18 @@ class Scorer(Reducer):
 
         with torch.no_grad():
             return Selection(topk_sorted(self.score(signals), signals.budget))
+
+    def select_frames(self, signals: Signals) -> Selection:
+        """Keep the highest scores of every frame; scores are those of the whole clip."""
+        if type(self).select is not Scorer.select:
+            return super().select_frames(signals)
+        from vtc.kernels import topk_per_group
+        from vtc.views import frame_quotas
+
+        with torch.no_grad():
+            frame, quota = frame_quotas(signals)
+            chosen = topk_per_group(self.score(signals), frame, quota)
+            return Selection(chosen.nonzero()[:, 1].view(signals.shape[0], -1))
 
 
 class Merger(Reducer):
@@ -630,6 +670,8 @@ class EncoderState:
         The tensors the reducer returned after the previous layer, each ``(V, n, ...)``, already narrowed to the survivors.
     target : Tensor
         ``(V,)`` int64: patches each view is to end with.
+    size : Tensor or None
+        Mergers only: ``(V, n)`` float32, how many patches each token stands for.
     """
 
     layer: int
@@ -638,6 +680,7 @@ class EncoderState:
     image: Tensor
     carry: Mapping[str, Tensor]
     target: Tensor
+    size: Tensor | None = None
 
 
 class EncoderReducer(Reducer):
@@ -645,9 +688,22 @@ class EncoderReducer(Reducer):
 
     stage: ClassVar[Stage] = Stage.ENCODER
 
+    @property
+    def returns(self) -> int | None:
+        """Tower layer before which dropped patches come back, with the state they had when they left; ``None``: never."""
+        return None
+
     def view_budget(self, patches: int, facts: Facts) -> int:
         """Return how many of a view's ``patches`` survive the tower; must not depend on the other views of the call."""
         return self.budget.tokens(patches)
+
+    def view_budgets(self, views: int, patches: int, facts: Facts) -> list[int]:
+        """Return how many of the ``patches`` of each of an image's ``views`` survive the tower."""
+        return [self.view_budget(patches, facts)] * views
+
+    def note(self, asked: int, slots: int) -> str:
+        """What the statistics should say of an image with ``slots`` visual tokens when ``asked`` patches stay in the tower."""
+        return ""
 
     def encoder_needs(self, layer: int) -> tuple[Need, ...]:
         """Signals to tap in tower layer ``layer``."""
@@ -656,3 +712,24 @@ class EncoderReducer(Reducer):
     def step(self, state: EncoderState) -> tuple[dict[str, Tensor], Tensor | None]:
         """Return the tensors to carry to the next layer and ``alive (V, n)`` bool, or ``None`` to drop nothing here."""
         raise TypeError(f"{type(self).__name__} does not implement step()")
+
+
+class EncoderMerger(EncoderReducer):
+    """A reducer that merges tokens inside the layers of the vision tower, between attention and MLP (``Stage.ENCODER``).
+
+    A merged token is the mean of its tokens weighted by their sizes. It stands at the first of its patches that has a slot.
+    """
+
+    kind: ClassVar[str] = "merge"
+
+    @property
+    def weighs_sizes(self) -> bool:
+        """Whether attention counts a token as often as it has patches (the logarithm of its size is added to its logits)."""
+        return True
+
+    def merge(self, state: EncoderState) -> tuple[Tensor, Tensor] | None:
+        """Return ``owner (V, n)`` int64, the place of the token each one is merged into, and the tokens left, ``(V,)`` int64.
+
+        The places of a view are ``0 .. left - 1``, in the order the next layer lists them; padding has -1. ``None``: no change.
+        """
+        raise TypeError(f"{type(self).__name__} does not implement merge()")

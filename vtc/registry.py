@@ -154,8 +154,8 @@ def info(name: str) -> Entry:
 def create(name: str, **options: Any) -> Reducer:
     """Build a reducer from its name, ``"method"`` or ``"method.preset"``, and options.
 
-    Options that are ``None`` are dropped, so that a command line can pass everything. Options given override the preset's; giving
-    ``keep`` replaces a preset's ``avg_tokens`` and the other way round.
+    Options that are ``None`` are dropped, so that a command line can pass everything. Options given override the preset's; a budget
+    given in one form (``keep``, ``avg_tokens``) replaces the preset's in another.
 
     Raises
     ------
@@ -177,8 +177,8 @@ def create(name: str, **options: Any) -> Reducer:
             )
         kwargs.update(entry.presets[preset])
     given = {k: v for k, v in options.items() if v is not None}
-    if {"keep", "avg_tokens"} & set(given):
-        kwargs = {k: v for k, v in kwargs.items() if k not in ("keep", "avg_tokens")}
+    if set(entry.cls.budget_options) & set(given):
+        kwargs = {k: v for k, v in kwargs.items() if k not in entry.cls.budget_options}
     kwargs.update(given)
     unknown = sorted(set(kwargs) - set(entry.options))
     if unknown:

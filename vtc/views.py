@@ -24,7 +24,12 @@ NO_CLS = "no class token in this tower: patches are scored by the attention they
 
 
 def each_view(
-    signals: Signals, choose: Callable[[Signals], Selection], *, floor: bool = False, always: bool = False
+    signals: Signals,
+    choose: Callable[[Signals], Selection],
+    *,
+    floor: bool = False,
+    always: bool = False,
+    rows: frozenset[str] = frozenset(),
 ) -> Selection:
     """Ask ``choose`` about every view of every image and return one selection of the images' tokens.
 
@@ -35,7 +40,7 @@ def each_view(
     Parameters
     ----------
     signals : Signals
-        ``B`` images. All taps have one entry per token.
+        ``B`` images.
     choose : callable
         Gets the :class:`Signals` of one view of one image (batch 1) with ``0 < budget < N`` (``<= N`` with ``always``); returns
         its :class:`Selection` without ``valid``.
@@ -44,11 +49,13 @@ def each_view(
         crop do. Budgets below one token per view are shared as otherwise.
     always : bool, default False
         Ask also about views that may keep everything: for methods that find their own number of tokens.
+    rows : frozenset of str
+        Taps with one entry per image instead of one per token.
     """
     batch, n = signals.shape
     device = signals.features.device
     view, real = signals.of("view"), signals.of("slot") >= 0
-    parts = [_one_image(signals, b, view[b], real[b], choose, floor, always) for b in range(batch)]
+    parts = [_one_image(signals, b, view[b], real[b], choose, floor, always, rows) for b in range(batch)]
     longest = max(len(p.index[0]) for p in parts)
     valid = None
     if any(len(p.index[0]) < longest for p in parts):
@@ -74,6 +81,7 @@ def _one_image(
     choose: Callable[[Signals], Selection],
     floor: bool,
     always: bool,
+    rows: frozenset[str],
 ) -> Selection:
     """Return the selection (batch 1) of one image."""
     views, n = signals.layout.views, signals.shape[1]
@@ -88,7 +96,7 @@ def _one_image(
     for v, (tokens, share) in enumerate(zip(members, quota, strict=True)):
         if share == 0:
             continue
-        mine = narrow(signals, image, tokens, share, v)
+        mine = narrow(signals, image, tokens, share, v, rows)
         whole = share == len(tokens) and not always
         part = Selection.all(len(tokens), 1, view.device) if whole else choose(mine)
         index.append(tokens[part.index])
@@ -106,6 +114,21 @@ def _one_image(
         return Selection(chosen, note=notes)
     tokens = torch.cat(features, 1)[:, order[0]]
     return Selection(chosen, tokens, torch.where(owner >= 0, place[0][owner.clamp(min=0)], owner), note=notes)
+
+
+def frame_quotas(signals: Signals) -> tuple[Tensor, Tensor]:
+    """Return the frame of every token ``(B, N)`` and the tokens each frame keeps ``(B, frames + 1)``, the budget shared evenly.
+
+    Newline tokens are the last group, served when all frames are whole.
+    """
+    views = signals.layout.views
+    frame = signals.of("view")
+    frame = torch.where(frame < 0, views, frame)
+    size = torch.zeros(len(frame), views + 1, dtype=torch.long, device=frame.device).scatter_add(
+        1, frame, torch.ones_like(frame)
+    )
+    quota = [apportion(signals.budget, [1.0] * views + [0.0], row) for row in size.tolist()]
+    return frame, torch.tensor(quota, device=frame.device)
 
 
 def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
@@ -132,15 +155,15 @@ def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
     return dataclasses.replace(chosen, index=index, features=torch.stack(features), owner=torch.stack(owner))
 
 
-def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int) -> Signals:
-    """Return the signals of some ``tokens (n,)`` of one image (batch 1)."""
+def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int, rows: frozenset[str] = frozenset()) -> Signals:
+    """Return the signals of some ``tokens (n,)`` of one image (batch 1); taps named in ``rows`` belong to the whole image."""
     at = slice(image, image + 1)
     return dataclasses.replace(
         signals,
         features=signals.features[at, tokens],
         entries=signals.entries[at, tokens],
         budget=budget,
-        taps={name: t[at, tokens] for name, t in signals.taps.items()},
+        taps={name: t[at] if name in rows else t[at, tokens] for name, t in signals.taps.items()},
         cls=signals.cls[at, view : view + 1] if signals.cls is not None else None,
         text=signals.text[at] if signals.text is not None else None,
         text_mask=signals.text_mask[at] if signals.text_mask is not None else None,

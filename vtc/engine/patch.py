@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import sys
@@ -14,7 +15,7 @@ import torch
 from torch import nn
 
 from vtc import compat
-from vtc.core import Facts, Reducer, Stage
+from vtc.core import Compose, Facts, Need, Reducer, Stage
 from vtc.engine.cache import check_cache
 from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
@@ -239,6 +240,8 @@ def patch(
 def bind(reducer: Reducer, facts: Facts) -> Reducer:
     """Resolve a reducer for a model; raise where stage, layer, signal or positions cannot be served."""
     bound = reducer.bind(facts)
+    if facts.mrope:
+        bound = keep_positions(bound)
     for part in bound.parts():
         reason = facts.stages.get(part.stage, "not known to this adapter")
         if reason:
@@ -260,7 +263,7 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
                     f"{-count}..{count - 1}"
                 )
             try:
-                need.resolve(facts.provides)
+                check_signal(need, facts)
             except UnsupportedSignalError as error:
                 raise UnsupportedSignalError(
                     f"'{part.name}': {error}; these reducers work here: {', '.join(usable(facts))}"
@@ -275,6 +278,21 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
     return bound
 
 
+def check_signal(need: Need, facts: Facts) -> None:
+    """Raise :class:`UnsupportedSignalError` if a model with these facts cannot give a signal."""
+    used = need.resolve(facts.provides)
+    if used.source == "vision" and used.of in facts.missing:
+        raise UnsupportedSignalError(f"signal '{need.name}' is read from the vision tower, but {facts.missing[used.of]}")
+
+
+def keep_positions(reducer: Reducer) -> Reducer:
+    """Return a reducer whose positions, where they are not asked for, are the original ones: M-RoPE has no others."""
+    if isinstance(reducer, Compose):
+        return dataclasses.replace(reducer, members=tuple(keep_positions(m) for m in reducer.members))
+    possible = reducer.positions is None and "original" in reducer.allowed_positions
+    return dataclasses.replace(reducer, positions="original") if possible else reducer
+
+
 def usable(facts: Facts) -> list[str]:
     """Return the names of the registered reducers whose stages and signals a model with these facts can serve."""
     names = []
@@ -285,7 +303,7 @@ def usable(facts: Facts) -> list[str]:
                 if facts.stages.get(part.stage, "unknown"):
                     raise UnsupportedFeatureError(part.stage.value)
                 for need in part.needs:
-                    need.resolve(facts.provides)
+                    check_signal(need, facts)
         except VtcError:  # refused: not usable here
             continue
         names.append(name)

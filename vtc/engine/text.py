@@ -33,7 +33,7 @@ from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStat
 
 _CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 _INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
-_FEATURE_ARGUMENTS = ("pixel_values", "pixel_values_videos", "image_patches")
+_FEATURE_ARGUMENTS = {False: ("pixel_values", "image_patches"), True: ("pixel_values_videos",)}  # by "is a video"
 
 
 @dataclass(eq=False)
@@ -46,6 +46,8 @@ class Instance:
         Batch row.
     image : int
         Index into the vision record.
+    record : VisionRecord
+        That record: of the call's images, or of its videos.
     columns : Tensor
         ``(slots,)`` logical column of every slot.
     layout : Layout
@@ -60,6 +62,7 @@ class Instance:
 
     row: int
     image: int
+    record: VisionRecord
     columns: Tensor
     layout: Layout
     entries: Tensor
@@ -74,7 +77,8 @@ class Context:
     visual: Tensor | None = None  # (B, q) bool; None: no new visual tokens in this forward
     real: Tensor | None = None  # (B, q) bool, not padding
     q: int = 0
-    record: VisionRecord | None = None
+    places: dict[bool, Tensor] = field(default_factory=dict)  # "are videos" -> (B, q) bool: their part of `visual`
+    records: dict[bool, VisionRecord] = field(default_factory=dict)  # the same key
     instances: list[Instance] = field(default_factory=list)
     keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
     current: Segment | None = None
@@ -158,7 +162,7 @@ class TextSide:
                     )
                 if need.source == "text":
                     self.want(used)
-        self.image_ids = torch.tensor(family.image_token_ids)
+        self.token_ids = {False: family.image_token_ids, True: family.video_token_ids}
         self.undo: list[Callable[[], None]] = []
 
     def want(self, need: Need) -> None:
@@ -201,7 +205,7 @@ class TextSide:
         """Take the vision record of a forward that encodes its own images."""
         ctx = _CURRENT.get()
         if ctx is not None:
-            ctx.record = record
+            ctx.records[record.video] = record
 
     # ------------------------------------------------------------------------------------------ multimodal base model
     def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -213,17 +217,15 @@ class TextSide:
             call = dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)) | kwargs
         encoded = call.get("mm_encoder_outputs")
         encoded = encoded if isinstance(encoded, dict) else {}
-        if not any(call.get(k) is not None for k in _FEATURE_ARGUMENTS) and not any(v is not None for v in encoded.values()):
+        made = {False: encoded.get("image"), True: encoded.get("video")}
+        given = [v for v, n in _FEATURE_ARGUMENTS.items() if made[v] is not None or any(call.get(k) is not None for k in n)]
+        if not given:
             return  # a decode step or a text-only prompt (an image token *generated* in decode is not visual)
         ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
         if ids is None and embeds is None:
             return
-        if ids is not None:
-            visual = torch.isin(ids, self.image_ids.to(ids.device))
-        else:  # as the models themselves find placeholders
-            table = self.family.text.get_input_embeddings()
-            marks = [table(torch.tensor(t, device=embeds.device)) for t in self.family.image_token_ids]
-            visual = torch.stack([(embeds == m).all(-1) for m in marks]).any(0)
+        places = {video: self.placeholders(ids, embeds, self.token_ids[video]) for video in given}
+        visual = torch.stack(list(places.values())).any(0)
         check_cache(call.get("past_key_values"))
         taps.check_implementation(self.family.text.config)
         if any(k.startswith("cu_seq_lens") and v is not None for k, v in call.items()):
@@ -231,11 +233,22 @@ class TextSide:
         real = self.real_tokens(call, visual)
         if not bool(visual.any()):
             return
-        ctx = Context(visual & real, real, visual.shape[1], clock=Clock())
-        records = [getattr(v, "vtc", None) for v in encoded.values() if v is not None]
-        if records:  # encoded by generate before this forward
-            ctx.record = records[0] if records[0] is not None else next(iter(MADE.get() or ()), None)
+        places = {video: place & real for video, place in places.items()}
+        ctx = Context(visual & real, real, visual.shape[1], places, clock=Clock())
+        for video, features in made.items():
+            if features is not None:  # encoded by generate before this forward
+                lost = next((r for r in MADE.get() or () if r.video == video), None)
+                record = getattr(features, "vtc", lost)
+                ctx.records |= {} if record is None else {video: record}
         _CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
+
+    def placeholders(self, ids: Tensor | None, embeds: Tensor, tokens: tuple[int, ...]) -> Tensor:
+        """Boolean ``(B, q)``: where one of the placeholder ``tokens`` is, found by ids or, as the models do, by embeddings."""
+        if ids is not None:
+            return torch.isin(ids, torch.tensor(tokens, device=ids.device))
+        table = self.family.text.get_input_embeddings()
+        marks = [table(torch.tensor(t, device=embeds.device)) for t in tokens]
+        return torch.stack([(embeds == m).all(-1) for m in marks]).any(0)
 
     @staticmethod
     def real_tokens(call: dict[str, Any], visual: Tensor) -> Tensor:
@@ -280,6 +293,8 @@ class TextSide:
             kwargs = dict(kwargs)
             ctx.visual, ctx.real = ctx.visual.to(embeds.device), ctx.real.to(embeds.device)
             kwargs["inputs_embeds"] = self.reduce_inputs(ctx, embeds)
+            if ctx.current is not None and self.family.between_layers is not None:
+                kwargs |= shorten_between(ctx.current, kwargs, *self.family.between_layers)
         return args, {**kwargs, "_vtc": ctx}
 
     def shortcut(self, kwargs: dict[str, Any], tokens: Tensor) -> dict[str, Any] | None:
@@ -313,15 +328,21 @@ class TextSide:
 
     def find_instances(self, ctx: Context) -> None:
         """Match the images of the vision record with the runs of placeholder tokens."""
-        record = ctx.record
-        if record is None:
-            raise UnsupportedFeatureError(
-                "the image features of this call were not made by the patched model (encoded before vtc.patch, or a prompt "
-                "processed in chunks): pass pixel_values, or encode after patching"
-            )
-        visual = ctx.visual
+        for video, visual in ctx.places.items():
+            visual = visual.to(ctx.visual.device)
+            if video not in ctx.records:
+                if not visual.any():
+                    continue
+                raise UnsupportedFeatureError(
+                    f"the {'video' if video else 'image'} features of this call were not made by the patched model (encoded before "
+                    "vtc.patch, or a prompt processed in chunks): pass the pixels, or encode after patching"
+                )
+            self.match(ctx, ctx.records[video], visual)
+
+    def match(self, ctx: Context, record: VisionRecord, visual: Tensor) -> None:
+        """Give every image (or video) of a record its placeholders, in order."""
         total, found = sum(record.lengths), int(visual.sum())
-        if total == 0 or found % total:
+        if not total or not found or found % total:
             raise UnsupportedFeatureError(
                 f"the prompt has {found} visual tokens and the images {total}: padding must not hide image tokens"
             )
@@ -340,6 +361,7 @@ class TextSide:
                     Instance(
                         row_list[start] * repeat + r,
                         image,
+                        record,
                         columns[start:end],
                         layout,
                         record.entries[image].to(visual.device),
@@ -382,7 +404,7 @@ class TextSide:
         shown: dict[int, Tensor] = {}
         for it in ctx.instances:
             candidates = it.entries
-            asked = part.count(len(it.layout), self.facts)
+            asked = part.wanted(it.layout, self.facts)
             if not part.decides_itself and asked >= len(candidates):  # newlines included: nothing to do
                 n = len(candidates)
                 note = SHORT if asked > n or part.budget.exceeds(n) else ""
@@ -403,14 +425,14 @@ class TextSide:
                 features=hidden[rows[:, None], where],
                 layout=members[0].layout,
                 entries=entries,
-                budget=min(n, part.count(slots, self.facts)),
+                budget=min(n, part.wanted(members[0].layout, self.facts)),
                 slots=slots,
                 taps=self.signals_of(ctx, part, members, rows, columns, entries),
                 text=self.text_of(ctx, hidden)[0][rows] if part.wants_text else None,
                 text_mask=self.text_of(ctx, hidden)[1][rows] if part.wants_text else None,
-                fingerprint=tuple(ctx.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
+                fingerprint=tuple(it.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
             )
-            selection = part.select(signals.check(where_of(part, layer))) if n else Selection(entries[:, :0])
+            selection = part.reduce(signals.check(where_of(part, layer))) if n else Selection(entries[:, :0])
             for j, it in enumerate(members):
                 at = selection.index[j]
                 if selection.valid is not None:
@@ -423,7 +445,7 @@ class TextSide:
                     it.merges.append((shown[id(it)], selection.index[j], selection.owner[j]))
                 before, kept = len(it.entries), shown[id(it)][at]
                 it.entries = add_newlines(it.layout, kept, it.entries, part.newline_policy) if len(at) else kept
-                asked = None if part.decides_itself else part.count(slots, self.facts)
+                asked = None if part.decides_itself else part.wanted(it.layout, self.facts)
                 note = "; ".join(x for x in (self.notes.get(id(part), ""), selection.note) if x)
                 it.stages.append(StageStats(part.name, part.stage.value, layer, before, len(it.entries), asked, note))
         ctx.fired.add(id(part))
@@ -437,7 +459,7 @@ class TextSide:
         for need in part.needs:
             if need.source == "vision":
                 stacked = torch.stack(
-                    [ctx.record.signals[need.resolve(self.facts.provides).key][it.image] for it in members]
+                    [it.record.signals[need.resolve(self.facts.provides).key][it.image] for it in members]
                 ).to(entries.device)
                 index = entries.view(*entries.shape, *[1] * (stacked.dim() - 2)).expand(-1, -1, *stacked.shape[2:])
                 out[need.name] = stacked.gather(1, index)
@@ -639,14 +661,12 @@ class TextSide:
                         lambda table=table: tuple(take(t, seg.rows.to(t.device), t.dim() - 2) for t in table),
                     )
             return
-        if len(tables) > 1:
-            raise UnsupportedFeatureError("positions='compact' needs transformers >= 5 for models with several RoPE tables")
         text = self.family.text
         kind = (getattr(text.config, "layer_types", None) or [None] * (i + 1))[i]
         extra = (kind,) if "layer_type" in _rope_parameters(type(text.rotary_emb)) else ()
         positions = kwargs["position_ids"]
 
-        def make() -> tuple[Tensor, Tensor]:
+        def make(rotary: nn.Module) -> tuple[Tensor, Tensor]:
             pos = positions.expand(hidden.shape[0], -1).to(hidden.device)
             if before is not None:  # tokens dropped in earlier forwards
                 pos = pos - before[:, None].to(pos.device)
@@ -654,9 +674,11 @@ class TextSide:
                 pos = pos.gather(1, seg.rows.to(pos.device))
                 if delta is not None:
                     pos = pos - delta.to(pos.device)
-            return text.rotary_emb(hidden, pos.clamp(min=0), *extra)
+            return rotary(hidden, pos.clamp(min=0), *extra)
 
-        kwargs[tables[0]] = ctx.once(("compact", kind, hidden.device), (seg, before), make)
+        for k in tables:  # 4.57's Gemma 3 has two
+            rotary = text.rotary_emb_local if k.endswith("_local") else text.rotary_emb
+            kwargs[k] = ctx.once(("compact", k, kind, hidden.device), (seg, before), functools.partial(make, rotary))
 
     # ------------------------------------------------------------------------------------------------------ tapping
     def observe(
@@ -820,6 +842,18 @@ def write(hidden: Tensor, writes: list[tuple[int, Tensor, Tensor]]) -> Tensor:
     at = torch.cat([at for _, at, _ in writes])
     values = torch.cat([v for _, _, v in writes]).to(hidden.dtype)
     return hidden.index_put((rows, at), values)
+
+
+def shorten_between(seg: Segment, kwargs: dict[str, Any], rows: str, values: str) -> dict[str, Any]:
+    """Narrow what a text model adds to its visual tokens between layers: the mask of their rows and the values for each layer."""
+    mask = kwargs.get(rows)
+    if mask is None:
+        return {}
+    mask = mask.to(seg.rows.device)
+    short = mask.gather(1, seg.rows)
+    short = short if seg.valid is None else short & seg.valid
+    kept = (seg.inverse >= 0)[mask]
+    return {rows: short, values: [v[kept.to(v.device)] for v in kwargs[values]]}
 
 
 def rope_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:

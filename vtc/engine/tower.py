@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderReducer, EncoderState, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
+from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
+from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.project import Projection
-from vtc.errors import InvalidSignalError, UnsupportedFeatureError
-from vtc.families.base import Family, VisionCall
+from vtc.errors import UnsupportedFeatureError
+from vtc.families.base import Family, VisionCall, by_length
 from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
 
@@ -55,6 +56,8 @@ class VisionRecord:
         Per image, what the tower-side reducer merged (see :class:`vtc.stats.KeptTokens`), for pictures.
     clock : Clock
         Time spent on signals and selection.
+    video : bool
+        Whether these are videos.
     """
 
     slots: list[Layout]
@@ -65,6 +68,7 @@ class VisionRecord:
     fingerprint: list[int]
     merges: list[list[tuple[Tensor, Tensor, Tensor]]]
     clock: Clock
+    video: bool = False
 
     @property
     def lengths(self) -> list[int]:
@@ -77,17 +81,17 @@ class TowerRun:
     """State of one call of ``get_image_features``."""
 
     call: VisionCall
+    encoder: EncoderRun
     recorded: dict[Key, Tensor] = field(default_factory=dict)  # need -> (views, patches, ...)
-    layer_taps: dict[str, Tensor] = field(default_factory=dict)  # ENCODER: signals of the layer that has just run
-    carry: dict[str, Tensor] = field(default_factory=dict)
-    ids: Tensor | None = None  # (views, n) patch ids alive, ascending; None = all
-    valid: Tensor | None = None  # (views, n)
-    target: Tensor | None = None
     cls: Tensor | None = None
     small: tuple[int, int] | None = None  # IMAGE: the grid the tower ran on
     chosen: list[Selection] | None = None  # VISION: per image
     fired: set[int] = field(default_factory=set)
-    clock: Clock = field(default_factory=Clock)
+
+    @property
+    def clock(self) -> Clock:
+        """Time spent on signals and selection."""
+        return self.encoder.clock
 
 
 class TowerSide:
@@ -102,7 +106,7 @@ class TowerSide:
         self.needs = [n for n in dict.fromkeys(wanted) if n.of == "attention"]
         self.projected = [n for n in dict.fromkeys(wanted) if n.of == "projection"]
         self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
-        self.projection = Projection(family.projector)
+        self.projection = Projection(family.projector) if self.projected else None
         self.undo: list[Callable[[], None]] = []
         self.on_record: Callable[[VisionRecord], None] | None = None
 
@@ -110,22 +114,23 @@ class TowerSide:
     def install(self) -> None:
         """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
         base, part = self.family.base, self.part
-        original = base.get_image_features
-        wrapper = functools.wraps(original)(functools.partial(self.get_image_features, original))
-        self.undo.append(replace_attribute(base, "get_image_features", wrapper))
+        for video, describe in enumerate((self.family.describe, self.family.describe_video)):
+            if describe is not None:
+                name = "get_video_features" if video else "get_image_features"
+                original = getattr(base, name)
+                wrapper = functools.wraps(original)(functools.partial(self.get_features, original, describe, bool(video)))
+                self.undo.append(replace_attribute(base, name, wrapper))
         by_layer: dict[int, list[Need]] = {}
         for need in self.needs:
             by_layer.setdefault(self.index(need.layer), []).append(need)
         stepping: dict[int, tuple[Need, ...]] = {}
         if isinstance(part, EncoderReducer):
-            used = self.family.facts.feature_layer
-            provides = self.family.facts.provides
-            stepping = {i: tuple(n.resolve(provides) for n in part.encoder_needs(i)) for i in range(used)}
-            for i in range(1, len(self.family.encoder_layers)):
-                hook = self.family.encoder_layers[i].register_forward_pre_hook(
-                    functools.partial(self.before_layer, i), with_kwargs=True
-                )
-                self.undo.append(hook.remove)
+            family = self.family
+            stage = EncoderStage(
+                part, family.encoder_layers, family.encoder_attention, family.mlp_branch, family.facts, current_encoder
+            )
+            stepping = stage.wanted()
+            self.undo += stage.install()
         for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
             observe = functools.partial(self.observe, by_layer.get(i, []), stepping.get(i, ()))
             self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
@@ -152,24 +157,35 @@ class TowerSide:
         return layer if layer >= 0 else len(self.family.encoder_layers) + layer
 
     # -------------------------------------------------------------------------------------------------- one call
-    def get_image_features(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def get_features(
+        self, original: Callable[..., Any], describe: Callable[..., VisionCall], video: bool, *args: Any, **kwargs: Any
+    ) -> Any:
         """Run the model's own method with a record open, and attach the record to what it returns."""
+        if _RUN.get() is not None:  # the model makes the features of videos as those of images
+            return original(*args, **kwargs)
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
-        run = TowerRun(self.family.describe(call))
+        described = describe(call)
+        real = real_patches(described, self.family.facts.grid) if isinstance(self.part, EncoderReducer) else None
+        run = TowerRun(described, EncoderRun(described.views, real, Clock()))
+        if run.call.refuses and self.part is not None:
+            raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {run.call.refuses}")
         if self.seen:
             with torch.no_grad(), run.clock.span(run.call.pixels.device):
-                pixels = PixelTap(run.call.pixels, self.family.facts.grid)
+                pixels = PixelTap(run.call.pixels, run.call.patches[0].grids[0])
                 run.recorded = {need.key: need.measure(pixels) for need in self.seen}
         token = _RUN.set(run)
         try:
             out = original(*args, **kwargs)
         finally:
             _RUN.reset(token)
-        features = getattr(out, "pooler_output", out)
-        lengths = [f.reshape(-1, f.shape[-1]).shape[0] for f in features]
+        features = compat.features_of(out)
+        if run.call.from_features:
+            run.call = by_length([f.reshape(-1, f.shape[-1]) for f in features])
+        lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
-        if lengths != record.lengths:
+        record.video = video
+        if lengths != record.lengths and (len(lengths) == len(record.lengths) or sum(lengths) != sum(record.lengths)):
             raise UnsupportedFeatureError(
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
@@ -202,15 +218,21 @@ class TowerSide:
         with torch.no_grad(), run.clock.span(query.device):
             cls = self.family.facts.has_cls
             key_mask = None
-            if run.valid is not None:  # padded views: the same mask for every query row
-                key_mask = run.valid
+            if run.encoder.valid is not None:  # padded views: the same mask for every query row
+                key_mask = run.encoder.valid
                 if cls:
                     key_mask = torch.cat([torch.ones_like(key_mask[:, :1]), key_mask], 1)
                 key_mask = key_mask[:, None, None, :]
+            elif isinstance(mask, Tensor):  # a tower that pads views itself
+                key_mask = mask[:, None, None] if mask.dim() == 2 else mask[:, :1, :1]
+                key_mask = key_mask if key_mask.dtype == torch.bool else key_mask > -1 if mask.dim() == 4 else key_mask.bool()
             tap = AttentionTap(query, key, value, scaling, mask=key_mask, cls=cls)
             for need in record:
-                run.recorded[need.key] = self.spread(run, need.measure(tap))
-            run.layer_taps = {need.name: need.measure(tap) for need in stepping}
+                value = self.spread(run, need.measure(tap))
+                if run.call.cells is not None:  # a token of several patches gets their mean
+                    value = value[:, run.call.cells.to(value.device)].mean(2)
+                run.recorded[need.key] = value
+            run.encoder.taps = {need.name: need.measure(tap) for need in stepping}
 
     def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute the signals wanted of the projector."""
@@ -218,19 +240,20 @@ class TowerSide:
         if run is None:
             return
         with torch.no_grad(), run.clock.span(args[0].device):
-            tap = ProjectionTap(args[0], self.projection.function, run.valid)
+            tap = ProjectionTap(args[0], self.projection.function, run.encoder.valid)
             for need in self.projected:
                 run.recorded[need.key] = self.spread(run, need.measure(tap))
 
     def spread(self, run: TowerRun, values: Tensor) -> Tensor:
         """Put values of the patches alive back on the full grid, zeros elsewhere."""
-        if run.ids is None:
+        alive, valid = run.encoder.ids, run.encoder.valid
+        if alive is None:
             return values
         per = self.family.facts.grid[0] * self.family.facts.grid[1]
         full = values.new_zeros(values.shape[0], per, *values.shape[2:])
-        ids = run.ids.view(*run.ids.shape, *[1] * (values.dim() - 2)).expand_as(values)
-        if run.valid is not None:  # padding repeats a living id: let the real one win
-            return full.scatter_add(1, ids, values * run.valid.view(*run.valid.shape, *[1] * (values.dim() - 2)))
+        ids = alive.view(*alive.shape, *[1] * (values.dim() - 2)).expand_as(values)
+        if valid is not None:  # padding may repeat a living id: let the real one win
+            return full.scatter_add(1, ids, values * valid.view(*valid.shape, *[1] * (values.dim() - 2)))
         return full.scatter(1, ids, values)
 
     # ----------------------------------------------------------------------------------------------------- IMAGE
@@ -253,89 +276,11 @@ class TowerSide:
         kwargs = {**kwargs, "interpolate_pos_encoding": True}
         return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
 
-    # --------------------------------------------------------------------------------------------------- ENCODER
-    def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Between layer ``i - 1`` and layer ``i`` of the tower: let the reducer drop patches, mask the padding."""
-        run, part = _RUN.get(), self.part
-        if run is None or not isinstance(part, EncoderReducer):
-            return None
-        if module.training and getattr(module, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks():
-            raise UnsupportedFeatureError(
-                "gradient checkpointing of a vision tower that drops tokens inside needs transformers >= 5.2, where hooks are not "
-                "run again: upgrade, or disable gradient checkpointing"
-            )
-        hidden = args[0] if args else kwargs["hidden_states"]
-        head = int(self.family.facts.has_cls)
-        if run.layer_taps:
-            views, n = hidden.shape[0], hidden.shape[1] - head
-            with torch.no_grad(), run.clock.span(hidden.device):
-                if run.target is None:
-                    per = self.family.facts.grid[0] * self.family.facts.grid[1]
-                    run.target = torch.full((views,), part.view_budget(per, self.family.facts), device=hidden.device)
-                image = torch.repeat_interleave(
-                    torch.arange(len(run.call.views), device=hidden.device),
-                    torch.tensor(run.call.views, device=hidden.device),
-                )
-                valid = run.valid
-                if valid is None:
-                    valid = torch.ones(views, n, dtype=torch.bool, device=hidden.device)
-                state = EncoderState(i - 1, run.layer_taps, valid, image, run.carry, run.target)
-                run.carry, alive = part.step(state)
-                run.layer_taps = {}
-                run.fired.add(id(part))
-                if alive is not None:
-                    self.check_finite({**state.taps, **run.carry}, valid, i - 1)
-                index = None if alive is None else self.narrow(run, valid, alive & valid)
-            if index is not None:
-                gather = index if not head else torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
-                hidden = hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[2]))
-        if run.valid is not None:
-            mask = run.valid
-            if head:
-                mask = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
-            implementation = getattr(self.family.encoder_attention[i].config, "_attn_implementation", None) or "eager"
-            if "flash" not in implementation:
-                full = torch.zeros(mask.shape[0], 1, 1, mask.shape[1], dtype=hidden.dtype, device=hidden.device)
-                full = full.masked_fill(~mask[:, None, None, :], torch.finfo(hidden.dtype).min)
-                mask = full.expand(-1, 1, mask.shape[1], -1)
-            if len(args) > 1:
-                args = (args[0], mask, *args[2:])
-            else:
-                kwargs = {**kwargs, "attention_mask": mask}
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-
-    def check_finite(self, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
-        """Raise before patches are chosen by numbers that are not finite."""
-        for name, value in signals.items():
-            if not torch.isfinite(value[valid]).all():
-                raise InvalidSignalError(
-                    f"signal '{name}' of '{self.part.name}' at tower layer {layer} contains NaN or infinite values: run the "
-                    "model in bfloat16 or float32, or check the input image"
-                )
-
-    def narrow(self, run: TowerRun, valid: Tensor, alive: Tensor) -> Tensor | None:
-        """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped."""
-        if torch.equal(alive, valid):
-            return None
-        count = alive.sum(1)
-        longest = int(count.max())  # all of them where one view keeps everything and another does not
-        # survivors first, in order; padding holds some of the leftovers
-        index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, :longest]
-        ragged = bool((count != longest).any())
-        ids = run.ids if run.ids is not None else torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
-        run.ids = ids.gather(1, index)
-        run.valid = torch.arange(longest, device=alive.device) < count[:, None] if ragged else None
-        run.carry = {
-            k: v.gather(1, index.view(*index.shape, *[1] * (v.dim() - 2)).expand(-1, -1, *v.shape[2:]))
-            for k, v in run.carry.items()
-        }
-        return index
-
     # ---------------------------------------------------------------------------------------- VISION and the projector
     def remember_cls(self, _module: nn.Module, _args: Any, out: Any) -> None:
         """Keep the class token of the layer whose output feeds the projector."""
         run = _RUN.get()
-        if run is not None:
+        if run is not None and run.call.cells is None:  # (wider tokens leave no place for it)
             run.cls = (out[0] if isinstance(out, tuple) else out)[:, 0]
 
     def before_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -359,7 +304,7 @@ class TowerSide:
         tokens: list[Tensor | None] = [None] * len(run.call.views)
         for members in groups.values():
             views, layout = run.call.views[members[0]], run.call.patches[members[0]]
-            asked = part.count(len(run.call.slots[members[0]]), self.family.facts)
+            asked = part.wanted(run.call.slots[members[0]], self.family.facts)
             whole = not part.decides_itself and asked >= len(run.call.slots[members[0]])
             rows = torch.tensor([starts[m] + v for m in members for v in range(views)], device=features.device)
             mine = features[rows].reshape(len(members), -1, features.shape[-1])
@@ -382,7 +327,7 @@ class TowerSide:
                     fingerprint=tuple(fingerprint(run.call, m) for m in members) if part.wants_fingerprint else (),
                 )
                 if not whole:
-                    selection = part.select(signals.check(f"the vision tower's output ('{part.name}')"))
+                    selection = part.reduce(signals.check(f"the vision tower's output ('{part.name}')"))
             merged = selection.features
             if merged is None:
                 merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))
@@ -422,8 +367,8 @@ class TowerSide:
             return full.view(total, per, -1)
         if part.stage is Stage.IMAGE and run.small is not None:
             ids = nearest_cells(run.small, (rows, cols)).to(out.device).expand(total, -1)
-        elif run.ids is not None:
-            ids = run.ids
+        elif run.encoder.ids is not None:
+            ids = run.encoder.ids
         else:
             return None
         if out.shape[1] != ids.shape[1]:
@@ -433,8 +378,8 @@ class TowerSide:
             )
         index = ids[..., None].expand(-1, -1, out.shape[-1])
         full = out.new_zeros(total, per, out.shape[-1])
-        if run.valid is not None:
-            return full.scatter_add(1, index, out * run.valid[..., None])
+        if run.encoder.valid is not None:
+            return full.scatter_add(1, index, out * run.encoder.valid[..., None])
         return full.scatter(1, index, out)
 
     # ------------------------------------------------------------------------------------------------------- record
@@ -443,6 +388,9 @@ class TowerSide:
         part, facts = self.part, self.family.facts
         per = facts.grid[0] * facts.grid[1]
         entries, stages, merges, start = [], [], [], 0
+        encoder = run.encoder
+        if encoder.fired:
+            run.fired.add(id(part))
         acted = part is not None and id(part) in run.fired
         for image, (slots, patches, views) in enumerate(zip(run.call.slots, run.call.patches, run.call.views, strict=True)):
             alive = None
@@ -458,12 +406,16 @@ class TowerSide:
                 alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
                 group = torch.arange(views)[:, None] * len(cells) + covering_cells(run.small, facts.grid)[None]
                 merges[-1].append((patches.slot, alive, group.flatten()))
-            elif acted and run.ids is not None:
-                ids = run.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
-                alive = ids.flatten() if run.valid is None else ids[run.valid[start : start + views]]
+            elif acted and encoder.ids is not None:
+                ids = encoder.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
+                real = torch.ones_like(ids, dtype=torch.bool) if encoder.valid is None else encoder.valid[start : start + views]
+                alive = ids[real]
+                if encoder.owner is not None:
+                    shift = real.sum(1).cumsum(0) - real.sum(1)
+                    merges[-1].append((patches.slot, alive, (encoder.owner[start : start + views] + shift[:, None]).flatten()))
             whole = alive is None or len(alive) == views * per
             if acted and not isinstance(part, EncoderReducer):  # all patches are not yet the whole image: newlines count, too
-                whole = not part.decides_itself and part.count(len(slots), facts) >= len(slots)
+                whole = not part.decides_itself and part.wanted(slots, facts) >= len(slots)
             kept = every = torch.arange(len(slots), device=device)
             if not whole:
                 alive = torch.arange(views * per, device=device) if alive is None else alive
@@ -471,9 +423,10 @@ class TowerSide:
             entries.append(kept)
             row: list[StageStats] = []
             if acted:
-                asked = part.count(len(slots), facts)
+                asked = part.wanted(slots, facts)
                 if isinstance(part, EncoderReducer):  # its budget is one of views
-                    asked = min(len(slots), views * part.view_budget(per, facts))
+                    asked = min(len(slots), sum(part.view_budgets(views, per, facts)))
+                    note = part.note(asked, len(slots))
                 note = "; ".join(x for x in (note, SHORT if part.budget.exceeds(len(slots)) else "") if x)
                 asked = None if part.decides_itself else asked
                 row.append(StageStats(part.name, part.stage.value, 0, len(slots), len(kept), asked, note))
@@ -486,16 +439,30 @@ class TowerSide:
     def on_slots(self, run: TowerRun, values: Tensor) -> list[Tensor]:
         """Rearrange ``(views, patches, ...)`` into one ``(slots, ...)`` tensor per image."""
         out, start = [], 0
-        cols, per = self.family.facts.grid[1], self.family.facts.grid[0] * self.family.facts.grid[1]
-        for slots, views in zip(run.call.slots, run.call.views, strict=True):
-            flat = values[start : start + views].reshape(views * values.shape[1], *values.shape[2:])
+        values = values.flatten(0, 1)
+        for slots, patches in zip(run.call.slots, run.call.patches, strict=True):
+            grids = torch.tensor(slots.grids)
+            first = grids.prod(1).cumsum(0) - grids.prod(1)  # of each view
             patch = slots.kind == Kind.PATCH
-            source = torch.where(patch, slots.view * per + slots.row * cols + slots.col, 0).to(values.device)
-            mine = flat[source.clamp(max=flat.shape[0] - 1)]
-            patch = patch.to(values.device).view(-1, *[1] * (values.dim() - 2))
+            view = slots.view.clamp(min=0)
+            source = torch.where(patch, first[view] + slots.row * grids[view, 1] + slots.col, 0).to(values.device)
+            mine = values[(start + source).clamp(max=len(values) - 1)]
+            patch = patch.to(values.device).view(-1, *[1] * (values.dim() - 1))
             out.append(torch.where(patch, mine, torch.zeros_like(mine)))
-            start += views
+            start += len(patches)
         return out
+
+
+def current_encoder() -> EncoderRun | None:
+    """State of the tower pass under way, if any."""
+    run = _RUN.get()
+    return None if run is None else run.encoder
+
+
+def real_patches(call: VisionCall, grid: tuple[int, int]) -> Tensor | None:
+    """Return ``(views, patches)`` bool, the patches that have a slot, or None where all have one."""
+    real = torch.cat([p.slot >= 0 for p in call.patches]).view(-1, grid[0] * grid[1])
+    return None if bool(real.all()) else real
 
 
 def slots_of(patches: Layout, alive: Tensor) -> Tensor:
@@ -536,7 +503,8 @@ def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
 def fingerprint(call: VisionCall, image: int) -> int:
     """Return an integer that depends on the image's pixels exactly, whatever the batch: a wrapping sum of weighted bit patterns."""
     start = sum(call.views[:image])
-    pixels = call.pixels[start : start + call.views[image]].detach().contiguous()
+    own = call.pixels[image] if isinstance(call.pixels, list) else call.pixels[start : start + call.views[image]]
+    pixels = own.detach().contiguous()
     size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[pixels.element_size()]
     bits = pixels.view(size).flatten().long()
     weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647

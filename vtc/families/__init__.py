@@ -10,7 +10,14 @@ from vtc.errors import UnsupportedModelError, did_you_mean
 from vtc.families.base import Family
 
 # model_type -> module of this package with a build(model) function
-FAMILIES: dict[str, str] = {"llava": "llava", "llava_next": "llava_next"}
+FAMILIES: dict[str, str] = {
+    "llava": "llava",
+    "llava_next": "llava_next",
+    "llava_next_video": "llava_next_video",
+    "llava_onevision": "llava_onevision",
+    "paligemma": "paligemma",
+    "vipllava": "vipllava",
+}
 
 
 def list_families() -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.core import Facts, Layout, Stage
+from vtc.core import Facts, Kind, Layout, Stage
 from vtc.errors import UnsupportedModelError
 
 
@@ -24,15 +26,27 @@ class VisionCall:
     slots : list of Layout
         Slot layout of each image. Images of one geometry share one object.
     patches : list of Layout
-        View layout of each image (every patch of every view).
-    pixels : Tensor
-        ``(sum(views), 3, H, W)`` what the tower is given, for fingerprints.
+        View layout of each image: every token the projector makes of every view, in its order.
+    pixels : Tensor or list of Tensor
+        What the tower is given: ``(sum(views), 3, H, W)``, or one tensor per image where images differ in size.
+    cells : Tensor or None
+        ``(n, m)`` the ``m`` tower patches that the projector turns into each of the ``n`` tokens of a view; ``None``: one each.
+    refuses : str
+        Why reducers in the vision tower cannot serve this call; empty if they can.
+    appended : int
+        Slots per image that the model adds behind what ``get_image_features`` returns.
+    from_features : bool
+        Nothing is known yet: :func:`by_length` fills the rest in from the features' shapes.
     """
 
     views: list[int]
     slots: list[Layout]
     patches: list[Layout]
-    pixels: Tensor
+    pixels: Tensor | list[Tensor]
+    cells: Tensor | None = None
+    refuses: str = ""
+    appended: int = 0
+    from_features: bool = False
 
 
 @dataclass(eq=False)
@@ -57,14 +71,23 @@ class Family:
         Its layers.
     encoder_attention : list of Module
         Their attention modules.
-    projector : Module
-        Maps tower features ``(views, patches, D_v)`` to ``(views, patches, D)``, token by token.
+    projector : Module or None
+        Maps tower features ``(views, tokens, D_v)`` to ``(views, tokens, D)``, token by token; ``None`` where no module does.
     image_token_ids : tuple of int
-        Placeholder token ids.
+        Placeholder token ids of images.
     facts : Facts
         Numbers reducers may see.
     describe : callable
         Bound arguments of ``get_image_features`` to :class:`VisionCall`.
+    video_token_ids : tuple of int
+        Placeholder token ids of videos.
+    describe_video : callable or None
+        The same as ``describe`` for ``get_video_features``; ``None`` where there are no videos.
+    between_layers : tuple of str
+        Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
+        ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
+    mlp_branch : callable
+        A tower layer to the modules between which its second residual branch runs (see :func:`mlp_branch`).
     """
 
     name: str
@@ -75,10 +98,14 @@ class Family:
     tower: nn.Module
     encoder_layers: nn.ModuleList
     encoder_attention: list[nn.Module]
-    projector: nn.Module
+    projector: nn.Module | None
     image_token_ids: tuple[int, ...]
     facts: Facts
     describe: Callable[[Mapping[str, Any]], VisionCall]
+    video_token_ids: tuple[int, ...] = ()
+    describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None
+    between_layers: tuple[str, str] | None = None
+    mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
     notes: list[str] = field(default_factory=list)
 
 
@@ -134,28 +161,169 @@ def feature_layer(config: Any, layers: int) -> int | None:
 
     ``hidden_states`` has ``layers + 1`` entries and entry ``i`` is the output of layer ``i - 1``.
     """
-    index = config.vision_feature_layer
+    index = getattr(config, "vision_feature_layer", None)
     if not isinstance(index, int):
         return None
     return (index if index >= 0 else layers + 1 + index) - 1
 
 
+def refused(image: str = "", encoder: str = "", vision: str = "") -> dict[Stage, str]:
+    """Stages of a family with the reasons against those before the projector; the others are supported."""
+    return dict.fromkeys(Stage, "") | {Stage.IMAGE: image, Stage.ENCODER: encoder, Stage.VISION: vision}
+
+
 def tower_stages(single_layer: bool, full_strategy: bool) -> dict[Stage, str]:
     """Which stages a CLIP-tower family supports, and why not."""
-    stages = dict.fromkeys(Stage, "")
     if full_strategy:
         why = "vision_feature_select_strategy='full' hands the class token to the language model as one more slot"
-        stages |= {Stage.IMAGE: why, Stage.ENCODER: why, Stage.VISION: why}
-    elif not single_layer:
-        why = "features of several tower layers are concatenated (vision_feature_layer is a list)"
-        stages |= {Stage.ENCODER: why}
-    return stages
+        return refused(why, why, why)
+    several = "features of several tower layers are concatenated (vision_feature_layer is a list)"
+    return refused(encoder="" if single_layer else several)
+
+
+def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module] | None:
+    """Return the first and the last module of a tower layer's ``x + mlp(norm(x))``, or None where vtc does not know them."""
+    norm, mlp = find(layer, ("layer_norm2", "norm2")), find(layer, ("mlp",))
+    if norm is None or mlp is None or find(layer, ("ls2", "layer_scale2", "lambda_2", "drop_path2")) is not None:
+        return None
+    return norm, mlp
 
 
 def grid_of(vision_config: Any) -> tuple[int, int]:
     """Patch grid of one view."""
-    side = vision_config.image_size // vision_config.patch_size
-    return side, side
+    size, patch = vision_config.image_size, vision_config.patch_size
+    high, wide = size if isinstance(size, (list, tuple)) else (size, size)
+    down, across = patch if isinstance(patch, (list, tuple)) else (patch, patch)
+    return high // down, wide // across
+
+
+def placeholder(config: Any, what: str) -> tuple[int, ...]:
+    """Return the token id of ``"image"`` or ``"video"`` placeholders as a tuple, empty where there is none."""
+    ids = (getattr(config, f"{what}_token_{end}", None) for end in ("id", "index"))
+    return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
+
+
+def assemble(
+    model: nn.Module,
+    *,
+    tower: nn.Module,
+    layers: nn.ModuleList,
+    attention: list[nn.Module],
+    projector: nn.Module | None,
+    describe: Callable[[Mapping[str, Any]], VisionCall],
+    describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None,
+    between_layers: tuple[str, str] | None = None,
+    **facts: Any,
+) -> Family:
+    """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
+    config = model.config
+    base, text = multimodal_parts(model)
+    return Family(
+        name=config.model_type,
+        base=base,
+        text=text,
+        layers=text.layers,
+        text_attention=[layer.self_attn for layer in text.layers],
+        tower=tower,
+        encoder_layers=layers,
+        encoder_attention=attention,
+        projector=projector,
+        image_token_ids=require(placeholder(config, "image") or None, "image token id", model),
+        facts=Facts(family=config.model_type, layers=len(text.layers), encoder_layers=len(layers), **facts),
+        describe=describe,
+        video_token_ids=placeholder(config, "video"),
+        describe_video=describe_video,
+        between_layers=between_layers,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+def single_views(pixels: Tensor, layout: Layout, cells: Tensor | None = None) -> VisionCall:
+    """Every view ``(V, 3, H, W)`` is an image of its own, all with one layout."""
+    n = len(pixels)
+    return VisionCall([1] * n, [layout] * n, [layout] * n, pixels, cells)
+
+
+def by_length(features: list[Tensor]) -> VisionCall:
+    """Images of which only the features ``(slots, D)`` are known: a square number of them is taken for a square grid."""
+    sides = [math.isqrt(len(f)) for f in features]
+    slots = [Layout.grid(s, s) if s * s == len(f) else Layout.grid(1, len(f)) for s, f in zip(sides, features, strict=True)]
+    return VisionCall([1] * len(slots), slots, slots, list(features))
+
+
+@functools.lru_cache(maxsize=64)
+def frames(t: int, grid: tuple[int, int], newline: bool = False) -> Layout:
+    """Layout of a clip: ``t`` frames, each a raster of ``grid``; with a newline behind the last one if asked. Cached."""
+    rows, cols = grid
+    n = torch.arange(t * rows * cols)
+    row, col = n // cols % rows, n % cols
+    columns = [torch.zeros_like(n), n // (rows * cols), row, col, row, col, n]
+    if newline:
+        ends = [int(Kind.NEWLINE), -1, -1, -1, rows - 1, cols, len(n)]
+        columns = [torch.cat([c, torch.tensor([e])]) for c, e in zip(columns, ends, strict=True)]
+    return Layout(*columns, (grid,) * t, video=True)
+
+
+def pooled(grid: tuple[int, int], size: int) -> tuple[tuple[int, int], Tensor]:
+    """Return the grid made of blocks of ``size`` x ``size`` patches, and the patches of each block ``(blocks, size ** 2)``."""
+    numbers = torch.arange(grid[0] * grid[1]).view(grid)
+    blocks = numbers.unfold(0, size, size).unfold(1, size, size)
+    return (blocks.shape[0], blocks.shape[1]), blocks.flatten(2).flatten(0, 1)
+
+
+def shuffled(grid: tuple[int, int], size: int, shuffle: Callable[[Tensor], Tensor]) -> tuple[tuple[int, int], Tensor]:
+    """Return what :func:`pooled` does, for the model's own pixel ``shuffle`` of ``(1, patches, 1)``; raise if it is another one."""
+    small, cells = pooled(grid, size)
+    numbers = torch.arange(grid[0] * grid[1], dtype=torch.float64)[None, :, None]
+    made = shuffle(numbers).reshape(-1, size * size).long()
+    if made.shape != cells.shape or not torch.equal(made.sort(1).values, cells.sort(1).values):
+        raise UnsupportedModelError("the pixel shuffle of this model joins other patches than squares in raster order")
+    return small, cells
+
+
+def anyres_layouts(
+    n: int, grid: tuple[int, int], shape: tuple[int, int], pack: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[Layout, Layout]:
+    """Slot and view layout of an image cut into a thumbnail and ``n - 1`` crops.
+
+    The model's own packing is run on coordinates instead of features, so unpadding, newlines and shrinking are right by
+    construction. Where it shrinks the picture, a slot stands for the patch nearest to its centre.
+
+    Parameters
+    ----------
+    shape : (int, int)
+        Rows and columns of crops.
+    pack : callable
+        ``(views (n, patches, 3), newline (3,))`` to ``(slots, 3)``.
+    """
+    rows, cols = grid
+    per, wide = rows * cols, max(shape[1], 1)
+    entry = torch.arange(n * per)
+    crop = (entry // per - 1).clamp(min=0)
+    y, x = entry % per // cols, entry % per % cols
+    y = torch.where(entry >= per, y + crop // wide * rows, y)
+    x = torch.where(entry >= per, x + crop % wide * cols, x)
+    told = torch.stack([entry >= per, y, x], -1).double().view(n, per, 3)
+    packed = (pack(told, torch.full((3,), -1.0, dtype=torch.float64)) + 0.5).floor().long()
+    new = packed[:, 0] < 0  # newlines
+    inside, down, across = packed.clamp(min=0).unbind(-1)
+    view = inside * (1 + down // rows * wide + across // cols)
+    at = torch.where(new, 0, view * per + down % rows * cols + across % cols)
+    before = torch.where(new, torch.roll(at, 1), at)  # a newline closes the stitched row of the token before it
+    slots = Layout(
+        kind=torch.where(new, int(Kind.NEWLINE), int(Kind.PATCH)),
+        view=torch.where(new, -1, at // per),
+        row=torch.where(new, -1, at % per // cols),
+        col=torch.where(new, -1, at % per % cols),
+        y=y[before],
+        x=torch.where(new, x.max() + 1, x[at]),
+        slot=torch.arange(len(at)),
+        grids=(grid,) * n,
+        thumbnail=n > 1,
+    )
+    slot_of = torch.full((n * per,), -1)
+    slot_of[at[~new]] = torch.arange(len(at))[~new]
+    return slots, view_layout(n, grid, slot_of, y, x, n > 1)
 
 
 def view_layout(n_views: int, grid: tuple[int, int], slot: Tensor, y: Tensor, x: Tensor, thumbnail: bool) -> Layout:

@@ -1,102 +1,73 @@
-"""LLaVA-NeXT: AnyRes views (thumbnail, then crops row by row), unpadding, one newline token per row of the stitched picture.
-
-The slot layout comes from running the model's own ``pack_image_features`` on coordinates instead of features, so unpadding and
-newlines are right by construction, for any grid of crops.
-"""
+"""LLaVA-NeXT: AnyRes views (thumbnail, then crops row by row), unpadding, one newline token per row of the stitched picture."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vtc.core import Facts, Kind, Layout
+from vtc.core import Layout
 from vtc.families import llava
-from vtc.families.base import Family, VisionCall, view_layout
+from vtc.families.base import Family, VisionCall, anyres_layouts
 
 
 def build(model: nn.Module) -> Family:
     """Describe a ``LlavaNextForConditionalGeneration`` (or ``LlavaNextModel``)."""
+    strategy = model.config.vision_feature_select_strategy
+    return anyres(model, lambda call: {"vision_feature_select_strategy": strategy})
+
+
+def anyres(
+    model: nn.Module,
+    packing: Callable[[Mapping[str, Any]], dict[str, Any]],
+    whole: Callable[[Mapping[str, Any], int], list[bool]] | None = None,
+) -> Family:
+    """Describe a model that cuts images into crops by ``image_grid_pinpoints``.
+
+    Parameters
+    ----------
+    packing : callable
+        A call of ``get_image_features`` to the further arguments of the model's ``pack_image_features``.
+    whole : callable, optional
+        A call and its number of images to which of them are not cut into crops.
+    """
     family = llava.build(model)
     config, base = model.config, family.base
     module = sys.modules[type(base).__module__]
-    grid = family.facts.grid
-    cached: dict[tuple[int, int], tuple[Layout, Layout]] = {}
+    grid, side = family.facts.grid, config.vision_config.image_size
+    cached: dict[tuple[Any, ...], tuple[Layout, Layout]] = {}
 
     def views_of(size: tuple[int, int]) -> int:
-        return int(module.image_size_to_num_patches(list(size), config.image_grid_pinpoints, config.vision_config.image_size))
+        return int(module.image_size_to_num_patches(list(size), config.image_grid_pinpoints, side))
 
-    def layouts(size: tuple[int, int]) -> tuple[Layout, Layout]:
-        if size not in cached:
-            cached[size] = _layouts(size)
-        return cached[size]
+    def layouts(size: tuple[int, int], n: int, options: dict[str, Any]) -> tuple[Layout, Layout]:
+        def pack(views: Tensor, newline: Tensor) -> Tensor:
+            return base.pack_image_features([views], torch.tensor([size]), image_newline=newline, **options)[0][0]
 
-    def _layouts(size: tuple[int, int]) -> tuple[Layout, Layout]:
-        n, (rows, cols) = views_of(size), grid
-        per = rows * cols
-        entry = torch.arange(n * per)
-        y, x = entry % per // cols, entry % per % cols
-        high, wide = 1, n - 1
-        if n > 1:
-            high, wide = module.get_anyres_image_grid_shape(
-                list(size), config.image_grid_pinpoints, config.vision_config.image_size
-            )
-            crop = (entry // per - 1).clamp(min=0)
-            y = torch.where(entry >= per, y + crop // wide * rows, y)
-            x = torch.where(entry >= per, x + crop % wide * cols, x)
-        # the model's own packing, run on entry numbers; newline = -1
-        numbers = entry.to(torch.float64).reshape(n, per, 1)
-        packed, _ = base.pack_image_features(
-            [numbers],
-            torch.tensor([size]),
-            vision_feature_select_strategy=config.vision_feature_select_strategy,
-            image_newline=torch.full((1,), -1.0, dtype=torch.float64),
-        )
-        source = packed[0][:, 0].round().long()
-        new = source < 0
-        at = source.clamp(min=0)
-        # a newline closes the stitched row of the token before it
-        before = torch.where(new, torch.roll(at, 1), at)
-        slots = Layout(
-            kind=torch.where(new, int(Kind.NEWLINE), int(Kind.PATCH)),
-            view=torch.where(new, -1, at // per),
-            row=torch.where(new, -1, at % per // cols),
-            col=torch.where(new, -1, at % per % cols),
-            y=y[before],
-            x=torch.where(new, x.max() + 1, x[at]),
-            slot=torch.arange(len(source)),
-            grids=(grid,) * n,
-            thumbnail=n > 1,
-        )
-        slot_of = torch.full((n * per,), -1)
-        slot_of[source[~new]] = torch.arange(len(source))[~new]
-        return slots, view_layout(n, grid, slot_of, y, x, n > 1)
+        key = (size, n, *options.values())
+        if key not in cached:
+            shape = module.get_anyres_image_grid_shape(list(size), config.image_grid_pinpoints, side) if n > 1 else (1, 1)
+            cached[key] = anyres_layouts(n, grid, shape, pack)
+        return cached[key]
 
     def describe(call: Mapping[str, Any]) -> VisionCall:
         sizes = [(int(s[0]), int(s[1])) for s in torch.as_tensor(call["image_sizes"]).reshape(-1, 2).tolist()]
-        pairs = [layouts(s) for s in sizes]
-        views = [views_of(s) for s in sizes]
+        uncut = whole(call, len(sizes)) if whole is not None else [False] * len(sizes)
+        views = [1 if one else views_of(s) for s, one in zip(sizes, uncut, strict=True)]
+        options = packing(call)
+        pairs = [layouts(s, n, options) for s, n in zip(sizes, views, strict=True)]
         pixels = call["pixel_values"]
         if pixels.dim() == 5:
             pixels = torch.cat([p[:v] for p, v in zip(pixels, views, strict=True)])
         return VisionCall(views, [s for s, _ in pairs], [p for _, p in pairs], pixels)
 
-    side = config.vision_config.image_size
     most = max((h // side) * (w // side) for h, w in config.image_grid_pinpoints)
     most_rows = max(h // side for h, _ in config.image_grid_pinpoints) * grid[0]
-    family.name = "llava_next"
-    family.facts = Facts(
-        **{
-            **vars(family.facts),
-            "family": "llava_next",
-            "tokens": None,
-            "max_tokens": (most + 1) * grid[0] * grid[1] + most_rows,
-            "max_views": most + 1,
-            "anyres": True,
-        }
-    )
+    most_tokens = (most + 1) * grid[0] * grid[1] + most_rows
+    family.facts = dataclasses.replace(family.facts, tokens=None, max_tokens=most_tokens, max_views=most + 1, anyres=True)
     family.describe = describe
     return family

@@ -239,8 +239,11 @@ class AIMPrune(Scorer):
         "llava15-252": {"keep": 252, "start": 13, "stop": 21},
         "llava15-72": {"keep": 72, "start": 13, "stop": 21},
         "r25": {"keep": 0.25},
+        **{f"frame-{k}": {"keep": k / 196} for k in (49, 25, 13, 7, 4)},
+        "merge-r50": {"keep": 0.5, "prune": False},
         "merge-r25": {"keep": 0.25, "prune": False},
         "merge-r12": {"keep": 0.125, "prune": False},
+        "merge-r3": {"keep": 0.031, "prune": False},
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +264,10 @@ class AIM(Schedule):
     is an approximation of the released one. The release's masks leak into decoding (Qwen2) and turn to NaN under left padding,
     where it drops text; both are absent here. It merges images of LLaVA-1.5 and videos only: other images are an adaptation.
     Merged tokens stay in raster order; the release puts unmerged ones in front, by similarity (``official=True``). For
-    LLaVA-1.5 the released code keeps 252 tokens, a commented line 72: which the paper's table shows is unconfirmed. Schedules
-    are given for 28 and 32 layers; other depths use the same shares as 32. In a conversation over several turns mass starts at
-    the tokens of the turn that brings the image.
+    LLaVA-1.5 the released code keeps 252 tokens, a commented line 72: which the paper's table shows is unconfirmed. Presets
+    ``frame-K`` are the release's for LLaVA-OneVision, whose frames have 196 tokens. Schedules are given for 28 and 32 layers;
+    other depths use the same shares as 32. In a conversation over several turns mass starts at the tokens of the turn that
+    brings the image.
 
     Parameters
     ----------
@@ -305,7 +309,7 @@ class AIM(Schedule):
                 f"'aim': start={start} and stop={stop} do not fit this model, give start in {facts.first_layer - 1}.."
                 f"{facts.layers - 2} and a larger stop, or prune=False"
             )
-        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines")}
+        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per")}
         shared |= {"start": start, "stop": stop, "layers": facts.layers}
         kind = AIMPackedMerge if facts.anyres else AIMMerge
         parts: tuple[Reducer, ...] = (kind(**shared, prune=self.prune, official=self.official),)

@@ -156,4 +156,4 @@ class CoreMatching(Reducer):
         return Selection(index, valid=None if bool(valid.all()) else valid)
 
 
-_OPTIONS = ("keep", "avg_tokens", "positions", "newlines", "rule", "reference")
+_OPTIONS = ("keep", "avg_tokens", "positions", "newlines", "per", "rule", "reference")

@@ -23,6 +23,7 @@ from vtc.registry import register
         "llava15-128": {"keep": 128},
         "llava15-64": {"keep": 64},
         "llava15-32": {"keep": 32},
+        "video": {"keep": 0.1},
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,7 @@ class DivPrune(Reducer):
         Visual tokens per image entering the language model (the release's subset ratio is a share).
     official : bool, default False
         As released: distances in the model's dtype, nothing masked (a token chosen twice counts once, so fewer than ``keep`` may
-        stay), newline tokens compete.
+        stay), newline tokens compete, and the first image's choice counts for every image of the batch that has the same geometry.
     """
 
     stage: ClassVar[Stage] = Stage.BOUNDARY
@@ -60,7 +61,7 @@ class DivPrune(Reducer):
     def pick(self, signals: Signals) -> Tensor:
         """Return ``(B, K)`` tokens in the order they are chosen (``official``: possibly with repetitions)."""
         if self.official:
-            return _official_picks(signals.features, signals.budget)
+            return _official_picks(signals.features[:1], signals.budget).expand(signals.shape[0], -1)
         first = nearest_distance(signals.features).argmax(-1)
         return farthest_point(signals.features, signals.budget, first)
 

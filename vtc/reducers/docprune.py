@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from importlib import resources
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -86,7 +88,7 @@ def fit(
         classifier.train()
         order = torch.multinomial(weight, len(weight), replacement=True, generator=generator)
         for at in order.split(batch):
-            loss = F.binary_cross_entropy_with_logits(classifier(blocks[at]), labels[at])
+            loss = F.binary_cross_entropy_with_logits(classifier(blocks[at].float()), labels[at])
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(classifier.parameters(), 5.0)
@@ -101,6 +103,48 @@ def fit(
     return best
 
 
+class TextClassifier(nn.Module):
+    """Does a block of pixels show text? Three small convolutions, each behind a GELU their mean and maximum, one linear layer.
+
+    vtc's default is of this kind, since strokes look the same wherever in a block they are, which :class:`PatchClassifier`, whose
+    one convolution is as large as the block, has to learn place by place.
+
+    Parameters
+    ----------
+    widths : tuple of int, default (24, 40, 56)
+        Channels of the convolutions.
+    eps : float, default 1e-2
+        Added to the variance when a block is scaled to mean 0 and variance 1: noise on blank paper stays small.
+    """
+
+    def __init__(self, widths: tuple[int, int, int] = (24, 40, 56), eps: float = 1e-2) -> None:
+        super().__init__()
+        self.eps = eps
+        self.convs = nn.ModuleList(
+            nn.Conv2d(before, after, 3, stride=stride, padding=1)
+            for before, after, stride in zip((3, *widths[:-1]), widths, (2, 2, 1), strict=True)
+        )
+        self.fc = nn.Linear(2 * widths[-1], 1)
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """Return logits ``(M,)`` of normalised blocks ``(M, 3, size, size)``; above 0 means text."""
+        x = F.layer_norm(blocks, blocks.shape[1:], eps=self.eps)
+        for conv in self.convs:
+            x = F.gelu(conv(x))
+        return self.fc(torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1))[:, 0]
+
+
+@functools.lru_cache(maxsize=8)
+def trained(device: str = "cpu") -> TextClassifier:
+    """Return the classifier that comes with vtc, for inference; one copy per device (its card: ``vtc/assets/docprune``)."""
+    from safetensors.torch import load
+
+    weights = load((resources.files("vtc") / "assets" / "docprune" / "classifier.safetensors").read_bytes())
+    classifier = TextClassifier(tuple(len(weights[f"convs.{i}.bias"]) for i in range(3)))
+    classifier.load_state_dict(weights)
+    return classifier.float().requires_grad_(False).eval().to(device)
+
+
 def contrast(blocks: Tensor) -> Tensor:
     """Stand-in for a trained classifier: logarithm of ten times the standard deviation of a block's brightness, ``(M,)``.
 
@@ -109,11 +153,18 @@ def contrast(blocks: Tensor) -> Tensor:
     return torch.log(10 * blocks.mean(1).flatten(1).std(1, correction=0) + 1e-3)
 
 
+_NOTES = {
+    "trained": "no classifier given: vtc's own, trained on generated pages, is used",
+    "contrast": "the contrast of the blocks stands in for a classifier",
+}
+"""What the statistics say, by classifier."""
+
+
 @dataclass(frozen=True)
 class _TextBlocks:
     """Logits of the blocks of every view; the same number for the 2 x 2 patches of a block."""
 
-    classifier: nn.Module | None
+    classifier: nn.Module | Literal["trained", "contrast"]
     dilate: bool
 
     def __call__(self, tap: PixelTap) -> Tensor:
@@ -126,11 +177,12 @@ class _TextBlocks:
         wide = F.pad(wide, (0, BLOCK * across - 14 * cols, 0, BLOCK * high - 14 * rows), mode="replicate")
         views, channels = wide.shape[:2]
         blocks = wide.view(views, channels, high, BLOCK, across, BLOCK).permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        if self.classifier is None:
+        if self.classifier == "contrast":
             logits = contrast(blocks)
         else:
-            like = next(self.classifier.parameters(), blocks)
-            logits = self.classifier(blocks.to(like.device, like.dtype)).to(blocks.device, blocks.dtype)
+            classifier = trained(str(blocks.device)) if self.classifier == "trained" else self.classifier
+            like = next(classifier.parameters(), blocks)
+            logits = classifier(blocks.to(like.device, like.dtype)).to(blocks.device, blocks.dtype)
         logits = logits.view(views, 1, high, across)
         near = F.max_pool2d(logits, 3, stride=1, padding=1) if self.dilate else logits
         both = torch.cat([logits, near], 1).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :rows, :cols]
@@ -179,15 +231,17 @@ class DocPrune(Reducer):
     stage: ClassVar[Stage] = Stage.BOUNDARY
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "all"
-    classifier: nn.Module | None = None
+    classifier: nn.Module | Literal["trained", "contrast"] = "trained"
     threshold: float = 0.0
     dilate: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what cannot classify."""
         super().__post_init__()
-        if self.classifier is not None and not isinstance(self.classifier, nn.Module):
-            raise UnknownArgumentError(f"docprune: classifier={self.classifier!r} is no torch module; pass a PatchClassifier")
+        if not isinstance(self.classifier, nn.Module) and self.classifier not in _NOTES:
+            raise UnknownArgumentError(
+                f"docprune: classifier={self.classifier!r} is not possible; use one of {', '.join(_NOTES)}, or pass a torch module"
+            )
         number = isinstance(self.threshold, (int, float)) and not isinstance(self.threshold, bool)
         if not number or self.threshold != self.threshold:
             raise UnknownArgumentError(f"docprune: threshold={self.threshold!r} is not a number; use a logit such as 0.0")
@@ -215,7 +269,7 @@ class DocPrune(Reducer):
             kept = rank < count[:, None]
             index = torch.argsort((~kept).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]
             valid = torch.arange(index.shape[1], device=index.device) < count[:, None]
-        note = "" if self.classifier is not None else "no classifier given: the contrast of the blocks is used"
+        note = "" if isinstance(self.classifier, nn.Module) else _NOTES[self.classifier]
         return Selection(index, valid=None if bool(valid.all()) else valid, note=note)
 
 

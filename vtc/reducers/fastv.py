@@ -19,6 +19,8 @@ from vtc.signals import last_attn
     licence="none found",
     presets={
         "paper": {"layer": 2, "keep": 0.5},
+        "k2-r75": {"layer": 2, "keep": 0.25},
+        "k3-r50": {"layer": 3, "keep": 0.5},
         "k3-r75": {"layer": 3, "keep": 0.25},
         "llava15-192": {"layer": 2, "keep": 192},
         "llava15-128": {"layer": 2, "keep": 128},
@@ -32,10 +34,11 @@ class FastV(Scorer):
     Score of a token: attention of the last real token of the row in layer ``layer - 1``, mean over heads, softmax over all
     positions it may see. Survivors keep their original RoPE positions; layers before ``layer`` keep the full KV cache.
 
-    Deviates: the released code applies row 0's choice to the whole batch, ignores padding, hard-codes where the image starts and
-    (in its cached variant) stores layer ``layer - 1``'s keys twice; here every image is judged by its own row, and nothing runs
-    or is stored twice. The paper describes the average attention a token receives from all others; the code, and this reducer,
-    use the last row only.
+    Deviates: the released code applies row 0's choice to the whole batch, ignores padding, hard-codes where the image starts
+    and (in its cached variant) stores layer ``layer - 1``'s keys twice; here every image is judged by its own row, and nothing
+    runs or is stored twice (``official=True`` restores the first of these, the others are errors of bookkeeping). 192, 128 and
+    64 tokens are budgets of later comparisons, not of the authors. The paper describes the average attention a token receives
+    from all others; the code, and this reducer, use the last row only.
 
     Parameters
     ----------
@@ -43,6 +46,8 @@ class FastV(Scorer):
         Visual tokens per image entering decoder layer ``layer`` (the paper's R is the share *removed*).
     layer : int, default 2
         First decoder layer that runs on the shorter sequence (the paper's K).
+    official : bool, default False
+        As released: the choice made for the first image counts for every image of the batch that has the same geometry.
     """
 
     stage: ClassVar[Stage] = Stage.DECODER
@@ -50,6 +55,7 @@ class FastV(Scorer):
     default_newlines: ClassVar[Newlines] = "compete"
 
     layer: int = 2
+    official: bool = False
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -58,4 +64,4 @@ class FastV(Scorer):
 
     def score(self, signals: Signals) -> Tensor:
         """Return the tapped attention row."""
-        return signals.last_attn
+        return signals.last_attn[:1].expand_as(signals.last_attn) if self.official else signals.last_attn

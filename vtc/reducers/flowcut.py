@@ -79,8 +79,8 @@ def drop_count(
 ) -> Tensor:
     """Return how many patches leave each view after a layer that is not the last one: few while attention is spread out.
 
-    ``round((N - target) / sqrt(remaining) * (1 - h^2))`` with the relative entropy ``h`` of the attention, rounded half to even;
-    the largest number of a group counts for all its views.
+    ``round((N - target) / sqrt(remaining) * (1 - h^2))`` with the relative entropy ``h`` of the attention, rounded half to
+    even; the largest number of a group counts for all its views.
 
     Parameters
     ----------
@@ -113,8 +113,8 @@ def drop_count(
 def encoder_target(tokens: int, *, anyres: bool = False, merge: int = 1) -> int:
     """Return the patches a view keeps in the encoder when ``tokens`` visual tokens are asked for, before clamping.
 
-    One view per image: ``tokens``. AnyRes: half of it for every view. Towers that fuse ``merge > 1`` patches into one token behind
-    the encoder (Qwen2-VL: 4): twice the tokens, that is ``2 * merge * tokens`` patches.
+    One view per image: ``tokens``. AnyRes: half of it for every view. Towers that fuse ``merge > 1`` patches into one token
+    behind the encoder (Qwen2-VL: 4): twice the tokens, that is ``2 * merge * tokens`` patches.
     """
     return 2 * merge * tokens if merge > 1 else tokens // 2 if anyres else tokens
 
@@ -279,6 +279,9 @@ class FlowCutDecoder(Scorer):
     presets={
         **{f"llava15-{k}": {"keep": k} for k in (192, 128, 64)},
         **{f"next-{k}": {"keep": k} for k in (640, 320, 160)},
+        "qwen2vl-33": {"keep": 1 / 3},
+        "qwen2vl-22": {"keep": 2 / 9},
+        "qwen2vl-11": {"keep": 1 / 9},
     },
 )
 @dataclass(frozen=True, kw_only=True)
@@ -287,22 +290,24 @@ class FlowCut(Schedule):
 
     **Encoder.** Patches are scored in every layer by attention of the class token, value similarity to it and value magnitude
     (:func:`token_score`), averaged over the layers (:func:`accumulate`). After every second layer some leave; how many follows
-    from the entropy of the attention (:func:`drop_count`). The layer before the one whose output is used sees exactly the target:
-    ``keep`` patches on models with one view per image, ``keep // 2`` of every view on AnyRes models. Survivors stay in raster
-    order; on AnyRes models newline tokens and padding go, thumbnail first, then the crops in raster order of the stitched picture.
+    from the entropy of the attention (:func:`drop_count`). The layer before the one whose output is used sees exactly the
+    target: ``keep`` patches on models with one view per image, ``keep // 2`` of every view on AnyRes models. Survivors stay in
+    raster order; on AnyRes models newline tokens and padding go, thumbnail first, then the crops in raster order of the
+    stitched picture.
 
     **Language model** (AnyRes models only). Before decoder layer ``layer`` an image with more than ``keep`` tokens is cut to
     ``keep``, by the same score with the last text token as the reference. Positions are renumbered from there on.
 
     Towers without a class token use the rule of the released Qwen2-VL code: attention of the mean query times value magnitude.
 
-    Deviates: the number of patches dropped is the largest one among the views of one *image*; the release takes it over the whole
-    batch, so that an image's tokens depend on its neighbours (the same at batch size one; ``official=True`` restores it). A patch
-    with attention exactly zero counts as ``0 log 0 = 0`` in the entropy, where the release stops with an error. The cut in the
-    language model is made per sample in padded batches and grouped-query models too, where the release fails. With a tower
-    without class token the last cut lies one layer before the features, as with CLIP; the released Qwen2-VL code cuts after the
-    last block. An image of one view on an AnyRes model loses its single newline token, and a budget so large that the encoder
-    drops nothing leaves newline tokens in place until the cut in the language model.
+    Deviates: the number of patches dropped is the largest one among the views of one *image*; the release takes it over the
+    whole batch, so that an image's tokens depend on its neighbours (the same at batch size one; ``official=True`` restores it).
+    A patch with attention exactly zero counts as ``0 log 0 = 0`` in the entropy, where the release stops with an error. The cut
+    in the language model is made per sample in padded batches and grouped-query models too, where the release fails. With a
+    tower without class token the last cut lies one layer before the features, as with CLIP; the released Qwen2-VL code cuts
+    after the last block. An image of one view on an AnyRes model loses its single newline token, and a budget so large that the
+    encoder drops nothing leaves newline tokens in place until the cut in the language model. The paper's setting for
+    Video-LLaVA (256 tokens of 8 frames) has no released code and no preset.
 
     Parameters
     ----------
@@ -344,7 +349,7 @@ class FlowCut(Schedule):
             raise UnknownArgumentError(
                 f"'flowcut': layer={self.layer} places the cut inside the language model, which only AnyRes models have: drop it"
             )
-        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines")}
+        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per")}
         at = 2 if self.layer is None else self.layer
         parts: tuple[Reducer, ...] = (
             FlowCutEncoder(

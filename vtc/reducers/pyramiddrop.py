@@ -74,8 +74,9 @@ class PyramidDrop(Schedule):
     Deviates: the release ranks only with FlashAttention or without padding, stops on grouped-query models and on left padding,
     and knows one image per sample; here each image is ranked by its own row, in padded batches and grouped-query models too.
     Budgets other than the paper's bend its shares by one exponent, so that ``(1/2, 1/4, 1/8)`` becomes ``(x, x^2, x^3)``; the
-    paper's own shares are rounded down. Layers 8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other
-    depths. In a conversation over several turns the ranking sees the tokens of the turn that brings the image.
+    paper's own shares are rounded down. The authors give no setting for 192, 128 or 64 tokens; ``avg_tokens`` finds one. Layers
+    8, 16, 24 of 32 are taken as a quarter, a half and three quarters of other depths. In a conversation over several turns the
+    ranking sees the tokens of the turn that brings the image.
 
     Parameters
     ----------
@@ -111,7 +112,7 @@ class PyramidDrop(Schedule):
         """
         check_bounds(self.budget, facts)
         cuts = place_cuts(self.layers, facts, "pyramiddrop")
-        shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios")}
+        shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per", "ratios")}
         bound = copy.copy(self)
         parts = checked((PyramidDropStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)

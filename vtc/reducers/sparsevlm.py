@@ -320,9 +320,10 @@ class SparseVLM(Schedule):
     bent by one exponent, counts include the merged tokens, and averages are those really run. ``official=True`` takes the
     release's lists for ``keep`` = 192, 128, 96 or 64, whatever the image's size, and adds its noise of 1e-6 to the densities,
     seeded here. The very first commit's adaptive number (rank of the attention, tuned per benchmark), which the paper
-    describes, is not offered; versions 1 and 1.5 differ in how attention is obtained, not in what is kept. A question without
-    any word above the mean uses all words; the release has no rater then. Batches, padding and grouped-query models, which the
-    release refuses, work; with several images in a row the raters, and in version 2 the heads, are those of the whole row.
+    describes, is not offered, nor is the video branch, whose one cut uses that number, too; versions 1 and 1.5 differ in how
+    attention is obtained, not in what is kept. A question without any word above the mean uses all words; the release has no
+    rater then. Batches, padding and grouped-query models, which the release refuses, work; with several images in a row the
+    raters, and in version 2 the heads, are those of the whole row.
 
     Parameters
     ----------
@@ -383,7 +384,7 @@ class SparseVLM(Schedule):
         if not self.official:
             check_bounds(self.budget, facts)
         cuts = place_cuts(self.layers, facts, "sparsevlm")
-        names = ("keep", "avg_tokens", "positions", "newlines", "ratios", "version", "heads", "official", "seed")
+        names = ("keep", "avg_tokens", "positions", "newlines", "per", "ratios", "version", "heads", "official", "seed")
         shared: dict[str, Any] = {k: getattr(self, k) for k in names}
         bound = copy.copy(self)
         parts = checked((SparseVLMStage(**shared, cuts=cuts, stage_index=i) for i in range(len(cuts))), facts)

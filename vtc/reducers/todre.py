@@ -155,6 +155,9 @@ class ToDREExit(Reducer):
         "r10": {"keep": 0.10},
         "next-720": {"keep": 720},
         "next-288": {"keep": 288},
+        "select-r25": {"keep": 0.25, "exit": False},
+        "select-r10": {"keep": 0.10, "exit": False},
+        "exit-only": {"keep": 1.0},
         "v1-r25": {"keep": 0.25, "diversity": "kcenter"},
         "v1-r10": {"keep": 0.10, "diversity": "kcenter"},
     },
@@ -163,24 +166,24 @@ class ToDREExit(Reducer):
 class ToDRE(Schedule):
     """Keep a spread-out subset of the projected tokens, and drop them all late in the model once text no longer looks at them.
 
-    **Before the language model.** Starting with the patch the class token attends to most (last tower layer; in the thumbnail of
-    AnyRes images), tokens are added one by one: the one with the smallest sum of cosines to those already chosen
-    (``diversity="max_sum"``, version 2 of the paper), or the one farthest from its nearest chosen token (``"kcenter"``, version 1).
-    Kept tokens stay in sequence order.
+    **Before the language model.** Starting with the patch the class token attends to most (last tower layer; in the thumbnail
+    of AnyRes images), tokens are added one by one: the one with the smallest sum of cosines to those already chosen
+    (``diversity="max_sum"``, version 2 of the paper), or the one farthest from its nearest chosen token (``"kcenter"``, version
+    1). Kept tokens stay in sequence order.
 
     **Inside.** In decoder layer ``exit_layer`` two shares of attention are measured over the prompt: of text rows on visual
-    columns, and of visual rows on text columns. Where both are below ``tau``, all visual tokens of this sample are gone from the
-    next layer on, in the KV cache too; otherwise nothing happens. Text keeps its positions.
+    columns, and of visual rows on text columns. Where both are below ``tau``, all visual tokens of this sample are gone from
+    the next layer on, in the KV cache too; otherwise nothing happens. Text keeps its positions.
 
-    Deviates: no code is public, and these points of the paper are readings: attention of the pivot is averaged over heads; a share
-    is rounded down; layer ``7L/8`` is rounded down, counts from 0, is at most the last but one, and takes effect in the layer
-    after it (counting from 1 would be ``exit_layer`` one lower; which of the two is meant is unconfirmed); text is what follows
-    the first visual token; the distance of version 1 is one minus the cosine; newline tokens of AnyRes models are dropped. In
-    version 2's own numbers newline tokens do not count (25 % are 720 of 2880), while a share here is one of all visual slots:
-    presets ``next-720`` and ``next-288`` give the paper's counts. Batches decide per sample. Towers without a class token start
-    at a random token (the authors' own fallback), which the statistics say. A prompt without any text after its first image never
-    takes the exit: no text row could speak for it. With a causal mask visual rows never see later text, so that the second share
-    is 0 unless text lies between images.
+    Deviates: no code is public, and these points of the paper are readings: attention of the pivot is averaged over heads; a
+    share is rounded down; layer ``7L/8`` is rounded down, counts from 0, is at most the last but one, and takes effect in the
+    layer after it (counting from 1 would be ``exit_layer`` one lower; which of the two is meant is unconfirmed); text is what
+    follows the first visual token and keeps its positions; the distance of version 1 is one minus the cosine; newline tokens of
+    AnyRes models are dropped. In version 2's own numbers newline tokens do not count (25 % are 720 of 2880), while a share here
+    is one of all visual slots: presets ``next-720`` and ``next-288`` give the paper's counts. Batches decide per sample. Towers
+    without a class token start at a random token (the authors' own fallback), which the statistics say. A prompt without any
+    text after its first image never takes the exit: no text row could speak for it. With a causal mask visual rows never see
+    later text, so that the second share is 0 unless text lies between images.
 
     Parameters
     ----------
@@ -236,7 +239,7 @@ class ToDRE(Schedule):
             ``exit_layer`` out of range.
         """
         check_bounds(self.budget, facts)
-        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens")}
+        shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "per")}
         fallback = self.pivot == "cls" and not facts.has_cls
         parts: tuple[Reducer, ...] = (
             ToDREDiversity(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import apportion, count_similar
+from vtc.kernels import apportion, count_similar, merge_scatter, pairwise_top1
 from vtc.registry import register
 from vtc.signals import all_keys, cls_attn
 from vtc.views import NO_CLS
@@ -30,16 +30,17 @@ class TokenCorr(Reducer):
        times all patches, itself not counted, exceeds ``alpha``. As many patches as are not redundant, at least one, are taken by
        their CLS attention in that layer: redundancy decides how many, not which.
 
-    Both together stay, in raster order; nothing is merged. How many that is depends on the page; ``keep`` is the most. If there are
-    more, views lose in proportion, and in each the local patches of least attention go first. Newline tokens stay where their row
-    keeps a patch, on top of the budget. Towers without a class token are scored by the mean attention a patch receives.
+    Both together stay, in raster order; with ``merge`` each other patch is averaged into the kept one of its view whose key in
+    layer ``low`` is most similar. How many that is depends on the page; ``keep`` is the most. If there are more, views lose in
+    proportion, and in each the local patches of least attention go first. Newline tokens stay where their row keeps a patch, on
+    top of the budget. Towers without a class token are scored by the mean attention a patch receives.
 
     Deviates: no code is public and the description was read off the paper's figure and its reviews, so these points are
-    unconfirmed: both layers, ``alpha``, ``beta`` and ``factor``; quartiles by linear interpolation and outliers on the upper side
-    only; attention averaged over heads; whether dropped patches are merged into kept ones (here they are not); and how patches
-    are sampled by attention (``sampling``: the highest, reproducible in itself, or drawn without replacement). The authors tune
-    their model with the method; without that they report a visible loss. Their model merges neighbouring patches by a convolution
-    after this step, which LLaVA-like models do not have.
+    unconfirmed: both layers, ``alpha``, ``beta`` and ``factor``; quartiles by linear interpolation and outliers on the upper
+    side only; attention averaged over heads; whether dropped patches are merged into kept ones (``merge``, whose rule is ours);
+    and how patches are sampled by attention (``sampling``: the highest, reproducible in itself, or drawn without replacement).
+    The authors tune their model with the method; without that they report a visible loss. Their model merges neighbouring
+    patches by a convolution after this step, which LLaVA-like models do not have.
 
     Parameters
     ----------
@@ -60,6 +61,8 @@ class TokenCorr(Reducer):
     adaptive : bool, default True
         Let the page decide on the number of tokens; otherwise exactly ``keep`` stay, shared among the views in proportion to what
         they would keep.
+    merge : bool, default False
+        Whether dropped patches are averaged into kept ones.
     seed : int, default 0
         Of the random draw, which also depends on the image's pixels.
     """
@@ -76,6 +79,7 @@ class TokenCorr(Reducer):
     factor: float = 1.5
     sampling: Literal["top", "random"] = "top"
     adaptive: bool = True
+    merge: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -164,4 +168,21 @@ class TokenCorr(Reducer):
             index = torch.stack([torch.cat([k, k.new_zeros(longest - len(k))]) for k in kept])
             valid = torch.arange(longest, device=view.device) < count[:, None]
         note = "" if signals.cls is not None else NO_CLS
-        return Selection(index, valid=None if bool(valid.all()) else valid, note=note)
+        valid = None if bool(valid.all()) else valid
+        if not self.merge:
+            return Selection(index, valid=valid, note=note)
+        with torch.no_grad():
+            owner = torch.stack([self.owners(signals, b, tokens, view[b], real[b]) for b, tokens in enumerate(kept)])
+        return Selection(index, merge_scatter(signals.features, owner, longest), owner, valid, note)
+
+    def owners(self, signals: Signals, image: int, kept: Tensor, view: Tensor, real: Tensor) -> Tensor:
+        """Return ``(N,)`` the place in ``kept`` each token of an image is merged into, -1 where its view keeps none."""
+        owner = torch.full_like(view, -1)
+        owner[kept] = torch.arange(len(kept), device=kept.device)
+        for v in range(signals.layout.views):
+            left = ((view == v) & real & (owner < 0)).nonzero()[:, 0]
+            to = kept[view[kept] == v]
+            if len(left) and len(to):
+                keys = signals.all_keys[image]
+                owner[left] = owner[to][pairwise_top1(keys[None, left], keys[None, to])[1][0]]
+        return owner

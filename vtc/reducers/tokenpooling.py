@@ -26,21 +26,21 @@ from vtc.views import each_view
 class TokenPooling(Reducer):
     """Cluster the tower's patches and hand on one token per cluster, so that as little as possible is lost.
 
-    A patch's significance is the attention it receives in the tower's penultimate layer, mean over heads and queries. Per view, the
-    most significant patches are the first centres; a few rounds of Euclidean clustering follow. ``kmedoids``: a cluster's token is
-    its most central patch, the one with the smallest sum of distances to the others, weighted by their significance; real tokens in
-    their places. ``kmeans``: its token is the mean of the patches, weighted likewise, in the place of the patch nearest to it.
-    Newline tokens are dropped. No class token is needed.
+    A patch's significance is the attention it receives in the tower's penultimate layer, mean over heads and queries. Per view,
+    the most significant patches are the first centres; a few rounds of Euclidean clustering follow. ``kmedoids``: a cluster's
+    token is its most central patch, the one with the smallest sum of distances to the others, weighted by their significance;
+    real tokens in their places. ``kmeans``: its token is the mean of the patches, weighted likewise, in the place of the patch
+    nearest to it. Newline tokens are dropped. No class token is needed.
 
     The paper has no public code and was made for classifiers trained with it, with a schedule over all layers; here one step
-    stands between tower and projector. Unconfirmed: plain rather than squared distances in the medoid's sum, the first centres,
-    and the number of rounds.
+    stands between tower and projector, and there is no setting to make a preset of. Unconfirmed: plain rather than squared
+    distances in the medoid's sum, the first centres, and the number of rounds.
 
-    Deviates: a mean that lost all its patches (repeated ones) becomes the lowest-numbered patch that is no other cluster's place,
-    so that exactly ``keep`` tokens stay. ``compat="tokenreduction"`` follows the third-party code instead: a medoid is the member
-    with the smallest product of its *own* significance and its distances to *all* patches, an empty cluster jumps to the first
-    patch, and unweighted clustering starts at a random patch and goes on with the one whose *largest* distance to a centre is
-    largest; a patch that is a medoid twice counts once.
+    Deviates: a mean that lost all its patches (repeated ones) becomes the lowest-numbered patch that is no other cluster's
+    place, so that exactly ``keep`` tokens stay. ``compat="tokenreduction"`` follows the third-party code instead: a medoid is
+    the member with the smallest product of its *own* significance and its distances to *all* patches, an empty cluster jumps to
+    the first patch, and unweighted clustering starts at a random patch and goes on with the one whose *largest* distance to a
+    centre is largest; a patch that is a medoid twice counts once.
 
     Parameters
     ----------

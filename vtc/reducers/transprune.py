@@ -143,7 +143,8 @@ class TransPrune(Schedule):
     same at batch size one). The paper describes one minus the *absolute* cosine and a weighted sum; the code, and this reducer,
     use the signed cosine and a plain sum. The paper's layers are those of a model with 32; other depths use the same shares of
     the depth, and other budgets bend the paper's shares by one exponent. Preset ``low`` matches the paper's numbers for its
-    smaller setting, whose layers and shares are not published: unconfirmed. In a conversation over several turns the attention
+    smaller setting, whose layers and shares are not published: unconfirmed. Its settings for Qwen2.5-VL are not published at all;
+    that with VisionZip in front is ``["visionzip", "transprune"]``. In a conversation over several turns the attention
     covers the tokens of the turn that brings the image.
 
     Parameters
@@ -193,7 +194,7 @@ class TransPrune(Schedule):
                 f"'transprune': watch={self.watch} is not possible, give layers below {cuts[-1]}, at least one of them below "
                 f"{cuts[0]}"
             )
-        shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "ratios", "iga")}
+        shared = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per", "ratios", "iga")}
         bound = copy.copy(self)
         parts = checked((TransPruneStage(**shared, cuts=cuts, watched=watched, stage_index=i) for i in range(len(cuts))), facts)
         object.__setattr__(bound, "_parts", parts)

@@ -24,6 +24,7 @@ from vtc.signals import cls_attn, keys
         "llava15-192": {"keep": 192},
         "llava15-128": {"keep": 128},
         "llava15-64": {"keep": 64},
+        "release-default": {"keep": 221, "contextual": 30},
         "llavanext-640": {"keep": 640},
         "llavanext-320": {"keep": 320},
         "llavanext-160": {"keep": 160},

@@ -22,6 +22,7 @@ from vtc.views import NO_CLS, each_view
     code="https://github.com/Theia-4869/VisPruner @ aefa01a",
     licence="Apache-2.0",
     presets={
+        "llava15-192": {"keep": 192},
         "llava15-128": {"keep": 128},
         "llava15-64": {"keep": 64},
         "llava15-32": {"keep": 32},

@@ -1,0 +1,303 @@
+"""Fewer tokens between the layers of a vision tower (ENCODER): dropping, merging, and bringing back.
+
+The class token, where there is one, is never touched. Views may hold different numbers of tokens; the rest is padding, which a
+mask hides from attention.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc import compat
+from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts
+from vtc.errors import InvalidSignalError, UnsupportedFeatureError
+from vtc.kernels import merge_scatter
+from vtc.stats import Clock
+
+
+@dataclass(eq=False)
+class EncoderRun:
+    """State of one pass through the tower.
+
+    Attributes
+    ----------
+    views : list of int
+        Views of each image; their sum is ``V``.
+    real : Tensor or None
+        ``(V, patches)`` bool: patches that have a slot; ``None``: all.
+    clock : Clock
+        Time spent on signals and selection.
+    taps : dict
+        Signals of the layer that is running or has just run.
+    carry : dict
+        What the reducer carries from layer to layer.
+    ids, valid : Tensor or None
+        ``(V, n)`` patch each token stands at, and whether it is not padding. ``None``: all patches, no padding.
+    size, owner : Tensor or None
+        Merging: ``(V, n)`` patches each token stands for; ``(V, patches)`` token each patch is in.
+    target : Tensor or None
+        ``(V,)`` patches each view is to end with.
+    left : Tensor or None
+        States of all tokens when some of them left for a while.
+    merged, branch : Tensor or None
+        Merged tokens of the layer that is running, and what its MLP makes of them.
+    fired : bool
+        Whether the reducer has acted.
+    """
+
+    views: list[int]
+    real: Tensor | None
+    clock: Clock
+    taps: dict[str, Tensor] = field(default_factory=dict)
+    carry: dict[str, Tensor] = field(default_factory=dict)
+    ids: Tensor | None = None
+    valid: Tensor | None = None
+    size: Tensor | None = None
+    owner: Tensor | None = None
+    target: Tensor | None = None
+    left: Tensor | None = None
+    merged: Tensor | None = None
+    branch: Tensor | None = None
+    fired: bool = False
+
+
+class EncoderStage:
+    """Hooks between and inside the layers of one tower.
+
+    Parameters
+    ----------
+    part : EncoderReducer
+        The reducer.
+    layers, attention : sequence of Module
+        The tower's layers and their attention modules.
+    mlp_branch : callable
+        A layer to the modules between which its second residual branch runs, or None.
+    facts : Facts
+        Of the model.
+    current : callable
+        Returns the pass under way, or None.
+    """
+
+    def __init__(
+        self,
+        part: EncoderReducer,
+        layers: Sequence[nn.Module],
+        attention: Sequence[nn.Module],
+        mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None],
+        facts: Facts,
+        current: Callable[[], EncoderRun | None],
+    ) -> None:
+        self.part, self.layers, self.attention, self.facts, self.current = part, layers, attention, facts, current
+        self.head = int(facts.has_cls)
+        self.merges = isinstance(part, EncoderMerger)
+        self.branches = [mlp_branch(layer) for layer in layers[: facts.feature_layer + 1]] if self.merges else []
+
+    def install(self) -> list[Callable[[], None]]:
+        """Put the hooks on; return what takes them off."""
+        undo: list[Callable[[], None]] = []
+        if None in self.branches:
+            raise UnsupportedFeatureError(
+                f"'{self.part.name}' merges between attention and MLP, which vtc does not know how to reach in the vision tower of "
+                f"'{self.facts.family}': use a reducer that merges behind the tower, such as 'tokenpooling'"
+            )
+        for i in range(1, len(self.layers)):
+            before = functools.partial(self.before_layer, i)
+            undo.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True).remove)
+        for i, (first, last) in enumerate(self.branches):
+            undo.append(first.register_forward_pre_hook(functools.partial(self.before_mlp, i)).remove)
+            undo.append(last.register_forward_hook(self.after_mlp).remove)
+            # in front of transformers' own hooks, which record what a layer returns
+            undo.append(self.layers[i].register_forward_hook(self.after_layer, prepend=True).remove)
+        return undo
+
+    def wanted(self) -> dict[int, tuple[Any, ...]]:
+        """Signals to tap, by tower layer."""
+        count = self.facts.feature_layer + int(self.merges)
+        return {i: tuple(n.resolve(self.facts.provides) for n in self.part.encoder_needs(i)) for i in range(count)}
+
+    # ------------------------------------------------------------------------------------------------- between layers
+    def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Between layer ``i - 1`` and layer ``i``: drop patches or bring them back, mask the padding, weigh by size."""
+        run = self.current()
+        if run is None:
+            return None
+        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
+        if checkpointed and (self.merges or compat.checkpoint_repeats_hooks()):
+            raise UnsupportedFeatureError(
+                f"gradient checkpointing of a vision tower in which '{self.part.name}' shortens the sequence "
+                + ("is not possible" if self.merges else "needs transformers >= 5.2, where hooks are not run again: upgrade")
+                + ", or disable gradient checkpointing"
+            )
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if run.taps and not self.merges:
+            hidden = self.drop(run, hidden, i - 1)
+        if i == self.part.returns:
+            hidden = self.bring_back(run, hidden)
+        mask = self.mask(run, i, hidden)
+        if mask is not None:
+            if len(args) > 1:
+                args = (args[0], mask, *args[2:])
+            else:
+                kwargs = {**kwargs, "attention_mask": mask}
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def state(self, run: EncoderRun, layer: int, hidden: Tensor) -> EncoderState:
+        """What the reducer is shown after (or in) a layer."""
+        views, n = hidden.shape[0], hidden.shape[1] - self.head
+        device = hidden.device
+        if run.target is None:
+            per = self.facts.grid[0] * self.facts.grid[1]
+            each = [b for count in run.views for b in self.part.view_budgets(count, per, self.facts)]
+            run.target = torch.tensor(each, device=device)
+        image = torch.repeat_interleave(torch.arange(len(run.views), device=device), torch.tensor(run.views, device=device))
+        valid = run.valid if run.valid is not None else torch.ones(views, n, dtype=torch.bool, device=device)
+        return EncoderState(layer, run.taps, valid, image, run.carry, run.target, run.size)
+
+    def drop(self, run: EncoderRun, hidden: Tensor, layer: int) -> Tensor:
+        """Let the reducer drop patches after ``layer``."""
+        with torch.no_grad(), run.clock.span(hidden.device):
+            state = self.state(run, layer, hidden)
+            run.carry, alive = self.part.step(state)
+            run.taps = {}
+            run.fired = True
+            if alive is None:
+                return hidden
+            self.check_finite({**state.taps, **run.carry}, state.valid, layer)
+            index = narrow(run, state.valid, alive & state.valid)
+        if index is None:
+            return hidden
+        if self.part.returns is not None and run.left is None:
+            run.left = hidden
+        gather = index if not self.head else torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
+        return hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[2]))
+
+    def bring_back(self, run: EncoderRun, hidden: Tensor) -> Tensor:
+        """Write the tokens back to their patches; those that had left are as they were then."""
+        if run.left is None or run.ids is None:
+            return hidden
+        at = run.ids + self.head
+        if self.head:
+            at = torch.cat([torch.zeros_like(at[:, :1]), at], 1)
+        at = at[..., None].expand_as(hidden)
+        if run.valid is not None:  # padding lies on patches that have left
+            hidden = torch.where(self.with_head(run.valid, True)[..., None], hidden, run.left.gather(1, at))
+        back = run.left.scatter(1, at, hidden)
+        run.ids = run.valid = run.left = None
+        return back
+
+    def mask(self, run: EncoderRun, i: int, hidden: Tensor) -> Tensor | None:
+        """Attention mask of layer ``i``: padding is hidden, large tokens count more; ``None`` where neither is needed."""
+        weigh = run.size is not None and self.part.weighs_sizes
+        if run.valid is None and not weigh:
+            return None
+        implementation = getattr(getattr(self.attention[i], "config", None), "_attn_implementation", None) or "eager"
+        if "flash" in implementation:
+            if weigh:
+                raise UnsupportedFeatureError(
+                    f"'{self.part.name}' adds the sizes of merged tokens to attention logits, which FlashAttention cannot do: load "
+                    "the model with attn_implementation='sdpa', or switch the sizes off with proportional=False"
+                )
+            return self.with_head(run.valid, True)
+        bias = hidden.new_zeros(hidden.shape[:2])
+        if weigh:
+            bias = self.with_head(run.size, 1.0).log().to(hidden.dtype)
+        if run.valid is not None:
+            bias = bias.masked_fill(~self.with_head(run.valid, True), torch.finfo(hidden.dtype).min)
+        return bias[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)
+
+    def with_head(self, values: Tensor, first: Any) -> Tensor:
+        """Put the class token's value in front of those of the patches."""
+        return torch.cat([torch.full_like(values[:, :1], first), values], 1) if self.head else values
+
+    def check_finite(self, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
+        """Raise before patches are chosen by numbers that are not finite."""
+        for name, value in signals.items():
+            if not torch.isfinite(value[valid]).all():
+                raise InvalidSignalError(
+                    f"signal '{name}' of '{self.part.name}' at tower layer {layer} contains NaN or infinite values: run the "
+                    "model in bfloat16 or float32, or check the input image"
+                )
+
+    # ------------------------------------------------------------------------------------------------- inside a layer
+    # x + mlp(norm(x)) is made m + mlp(norm(m)) with the merged m: the norm is given m, the branch hands a zero to the sum that
+    # still holds x, and the layer's output is replaced by the sum that was meant.
+    def before_mlp(self, i: int, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Merge; give the merged tokens to the MLP."""
+        run = self.current()
+        if run is None or not run.taps:
+            return None
+        hidden = args[0]
+        with torch.no_grad(), run.clock.span(hidden.device):
+            state = self.state(run, i, hidden)
+            self.check_finite(state.taps, state.valid, i)
+            found = self.part.merge(state)
+            run.taps = {}
+            run.fired = True
+        if found is None:
+            return None
+        with run.clock.span(hidden.device):
+            run.merged = self.merge(run, hidden, state.valid, *found)
+        return (run.merged, *args[1:])
+
+    def merge(self, run: EncoderRun, hidden: Tensor, valid: Tensor, owner: Tensor, count: Tensor) -> Tensor:
+        """Return the merged states; bring the record of patches, sizes and padding up to date."""
+        places = int(count.max())
+        size = run.size if run.size is not None else torch.ones_like(owner, dtype=torch.float32)
+        whole = self.with_head(torch.where(owner >= 0, owner + self.head, owner), 0)
+        merged = merge_scatter(hidden, whole, places + self.head, weight=self.with_head(size, 1.0))
+        ids = run.ids if run.ids is not None else torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
+        to = owner.clamp(min=0)
+        sizes = torch.zeros_like(size[:, :1]).expand(-1, places)
+        run.size = sizes.scatter_add(1, to, torch.where(owner >= 0, size, torch.zeros_like(size)))
+        patches = ids.shape[1] if run.owner is None else run.owner.shape[1]
+        first = ids if run.real is None else torch.where(run.real.to(ids.device).gather(1, ids), ids, ids + patches)
+        first = torch.where(owner >= 0, first, 2 * patches)
+        first = torch.full_like(first[:, :1], 2 * patches).expand(-1, places).scatter_reduce(1, to, first, "amin")
+        run.ids = torch.where(first < 2 * patches, first % patches, 0)
+        run.owner = owner if run.owner is None else owner.gather(1, run.owner)
+        ragged = bool((count != places).any())
+        run.valid = torch.arange(places, device=count.device) < count[:, None] if ragged else None
+        run.size = run.size.clamp(min=1)  # padding
+        return merged
+
+    def after_mlp(self, _module: nn.Module, _args: Any, out: Tensor) -> Any:
+        """Keep the branch's output; hand a zero to the sum that still holds the tokens before merging."""
+        run = self.current()
+        if run is None or run.merged is None:
+            return None
+        run.branch = out
+        return out.new_zeros(1, 1, 1)
+
+    def after_layer(self, _module: nn.Module, _args: Any, out: Any) -> Any:
+        """Replace the layer's output by the merged tokens plus the branch."""
+        run = self.current()
+        if run is None or run.merged is None:
+            return None
+        hidden = run.merged + run.branch
+        run.merged = run.branch = None
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def narrow(run: EncoderRun, valid: Tensor, alive: Tensor) -> Tensor | None:
+    """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped."""
+    if torch.equal(alive, valid):
+        return None
+    count = alive.sum(1)
+    longest = int(count.max())  # all of them where one view keeps everything and another does not
+    # survivors first, in order; padding holds some of the leftovers
+    index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, :longest]
+    ragged = bool((count != longest).any())
+    ids = run.ids if run.ids is not None else torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
+    run.ids = ids.gather(1, index)
+    run.valid = torch.arange(longest, device=alive.device) < count[:, None] if ragged else None
+    run.carry = {
+        k: v.gather(1, index.view(*index.shape, *[1] * (v.dim() - 2)).expand(-1, -1, *v.shape[2:]))
+        for k, v in run.carry.items()
+    }
+    return index

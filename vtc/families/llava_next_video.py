@@ -1,0 +1,27 @@
+"""LLaVA-NeXT-Video: images as LLaVA-NeXT; the frames of a clip are pooled 2 x 2 in front of the projector and have no newlines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from vtc.families import llava_next
+from vtc.families.base import Family, VisionCall, frames, pooled
+
+
+def build(model: nn.Module) -> Family:
+    """Describe a ``LlavaNextVideoForConditionalGeneration`` (or ``LlavaNextVideoModel``)."""
+    family = llava_next.build(model)
+    grid, cells = pooled(family.facts.grid, model.config.spatial_pool_stride)
+
+    def describe_video(call: Mapping[str, Any]) -> VisionCall:
+        pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # 4.57 has the second name
+        clips, t = pixels.shape[:2]
+        layout = frames(t, grid)
+        why = "is given pooled video frames on this model: use a reducer of the stage boundary or decoder for videos"
+        return VisionCall([t] * clips, [layout] * clips, [layout] * clips, pixels.flatten(0, 1), cells, why)
+
+    family.describe_video = describe_video
+    return family
