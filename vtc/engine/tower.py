@@ -373,8 +373,9 @@ class TowerSide:
             return None
         if out.shape[1] != ids.shape[1]:
             raise UnsupportedFeatureError(
-                f"the projector returned {out.shape[1]} tokens per view where {ids.shape[1]} survived: this model's features do "
-                "not come from one tower layer"
+                f"the projector returned {out.shape[1]} tokens per view where {ids.shape[1]} survived: the features do not come "
+                "from one tower layer, or this release of transformers records them before hooks can shorten them; upgrade "
+                "transformers, or use a reducer behind the tower"
             )
         index = ids[..., None].expand(-1, -1, out.shape[-1])
         full = out.new_zeros(total, per, out.shape[-1])
