@@ -128,7 +128,7 @@ def merged_tower(
             q, k, v = (f(normed)[0].view(len(members), heads, -1).transpose(0, 1) for f in (a.q_proj, a.k_proj, a.v_proj))
             logits = q @ k.transpose(1, 2) * a.head_dim**-0.5
             if proportional:
-                logits = logits + torch.tensor([max(len(m), 1) for m in members]).log().to(logits)
+                logits = logits + torch.tensor([max(len(m), 1) for m in members]).to(logits).log()
             mixed = (logits.softmax(-1) @ v).transpose(0, 1).reshape(1, len(members), -1)
             x = x + a.out_proj(mixed)
             key = torch.nn.functional.normalize(k.mean(0), dim=-1)

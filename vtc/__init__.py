@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from vtc.engine.patch import Handle, patch, unpatch
     from vtc.families import list_families
     from vtc.pocket import load_pocket
+    from vtc.retrieval import maxsim, pool_vectors
 
 from vtc._version import __version__
 
@@ -44,6 +45,8 @@ _LAZY = {
     "Handle": "vtc.engine.patch",
     "list_families": "vtc.families",
     "load_pocket": "vtc.pocket",
+    "maxsim": "vtc.retrieval",
+    "pool_vectors": "vtc.retrieval",
 }
 
 __all__ = [
@@ -78,7 +81,9 @@ __all__ = [
     "list_families",
     "list_reducers",
     "load_pocket",
+    "maxsim",
     "patch",
+    "pool_vectors",
     "register",
     "unpatch",
 ]

@@ -12,7 +12,6 @@ import importlib.metadata
 import inspect as pyinspect
 import json
 import sys
-import textwrap
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -109,57 +108,46 @@ def list_(
 # --------------------------------------------------------------------------------------------------------------- info
 @app.command()
 def info(name: Annotated[str, typer.Argument(help="A reducer, or reducer.preset.")], as_json: Json = False) -> None:
-    """Explain one reducer: the idea, where it deviates from its release, options, presets, source."""
+    """Explain one reducer: the idea, where it acts, where it deviates, options, presets, source; Markdown if piped."""
     from vtc import registry
-    from vtc.inspect import needs_of, positions_of
+    from vtc.docs import sheet
 
     base, _, preset = name.partition(".")
     entry = registry.info(base)
     budget = {} if {"keep", "avg_tokens"} & set(entry.presets.get(preset, {})) else {"keep": 0.5}
-    built = registry.create(name, **budget)  # an unknown preset fails here
-    options = {k: v for k, v in entry.options.items() if not k.startswith("_")}
-    doc = pyinspect.getdoc(entry.cls) or ""
+    registry.create(name, **budget)  # an unknown preset fails here
+    page = sheet(entry)
     data = {
         "name": entry.name,
         "stages": list(entry.stages),
         "kind": entry.cls.kind,
-        "needs": needs_of(entry.name),
-        "positions": positions_of(entry.name),
-        "newlines": built.newline_policy,
+        "needs": list(page.needs),
+        "positions": page.positions,
+        "newlines": page.newlines,
         "paper": entry.paper,
         "code": entry.code,
         "licence": entry.licence,
-        "options": options,
+        "options": {k: v for k, v in entry.options.items() if not k.startswith("_")},
         "presets": {k: dict(v) for k, v in entry.presets.items()},
-        "doc": doc,
+        "deviates": page.deviates,
+        "unconfirmed": list(page.unconfirmed),
+        "golden": None if page.golden is None else list(page.golden),
+        "doc": pyinspect.getdoc(entry.cls) or "",
     }
     if preset:
         data["preset"] = {"name": preset, **entry.presets[preset]}
     if as_json:
         _json(data)
         return
-    console = _console()
-    console.print(Text(name, "bold"))
-    console.print(Text(_reflow(doc, min(console.width, 110))))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("acts at", ", ".join(data["stages"]))
-    facts.add_row("needs", ", ".join(data["needs"]) or "features only")
-    facts.add_row("positions", f"{data['positions']} (AnyRes newlines: {data['newlines']})")
-    facts.add_row("paper", data["paper"])
-    if entry.code:
-        facts.add_row("code", f"{entry.code} (licence: {entry.licence or 'not stated'})")
-    facts.add_row("options", ", ".join(f"{k}={v!r}" for k, v in options.items()))
-    console.print()
-    console.print(facts)
-    if entry.presets:
-        console.print("\npresets")
-        presets = Table.grid(padding=(0, 2))
-        for key, values in entry.presets.items():
-            mark = "bold" if key == preset else ""
-            presets.add_row(
-                "", Text(f"{entry.name}.{key}", mark), Text(", ".join(f"{k}={v!r}" for k, v in values.items()), mark)
-            )
-        console.print(presets)
+    from rich.markdown import Markdown
+
+    from vtc.docs import entry_text
+
+    text, console = entry_text(page, title=name, mark=preset), _console()
+    if console.is_terminal:
+        console.print(Markdown(text), width=min(console.width, 120))
+    else:
+        print(text, end="")
 
 
 # -------------------------------------------------------------------------------------------------------------- check
@@ -401,28 +389,6 @@ def _console() -> Console:
     """Return a console as wide as the terminal, or wide enough for our tables where there is none (pipes, logs)."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(width=160, highlight=False)
-
-
-def _reflow(doc: str, width: int) -> str:
-    """Wrap a docstring to ``width``: paragraphs are filled, headings, rules and the parameter list keep their lines."""
-    out: list[str] = []
-    for block in doc.split("\n\n"):
-        lines = block.splitlines()
-        listing = any(set(line) == {"-"} for line in lines)
-        joined: list[str] = []
-        for line in lines:
-            indent = len(line) - len(line.lstrip())
-            last = joined[-1] if joined else None
-            same = last is not None and len(last) - len(last.lstrip()) == indent
-            if same and (indent or not listing):
-                joined[-1] = f"{last} {line.strip()}"
-            else:
-                joined.append(line)
-        for line in joined:
-            pad = " " * (len(line) - len(line.lstrip()))
-            out.append(textwrap.fill(line.strip(), width, initial_indent=pad, subsequent_indent=pad, break_on_hyphens=False))
-        out.append("")
-    return "\n".join(out).rstrip()
 
 
 def _quiet() -> None:

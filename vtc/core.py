@@ -400,6 +400,8 @@ class Facts:
         First decoder layer at which a ``DECODER`` reducer may act.
     missing : mapping
         Vision signals that cannot be tapped, by what they are ``of`` (:class:`Need`), and the reason.
+    windowed : tuple of int
+        Tower layers whose attention sees only a window: no signals of attention there.
     """
 
     family: str
@@ -417,6 +419,7 @@ class Facts:
     mrope: bool = False
     first_layer: int = 1
     missing: Mapping[str, str] = field(default_factory=dict)
+    windowed: tuple[int, ...] = ()
 
 
 # ---------------------------------------------------------------------------------------------------------- reducers
@@ -500,6 +503,11 @@ class Reducer:
     def layer(self) -> int:
         """First decoder layer that runs on the shorter sequence (0 for everything before the decoder)."""
         return 0
+
+    @property
+    def tower_layer(self) -> int | None:
+        """``VISION`` in a vision transformer without language model: first block that runs on fewer tokens. ``None``: cannot."""
+        return None
 
     def parts(self) -> tuple[Reducer, ...]:
         """The single-stage reducers this one consists of, in the order data passes them."""

@@ -47,6 +47,8 @@ class EncoderRun:
         States of all tokens when some of them left for a while.
     merged, branch : Tensor or None
         Merged tokens of the layer that is running, and what its MLP makes of them.
+    lengths : list of list of int
+        Patches of each view entering each layer, where somebody counts them.
     fired : bool
         Whether the reducer has acted.
     """
@@ -64,6 +66,7 @@ class EncoderRun:
     left: Tensor | None = None
     merged: Tensor | None = None
     branch: Tensor | None = None
+    lengths: list[list[int]] = field(default_factory=list)
     fired: bool = False
 
 
@@ -82,6 +85,8 @@ class EncoderStage:
         Of the model.
     current : callable
         Returns the pass under way, or None.
+    mask_name : str or None
+        Keyword under which a layer takes its attention mask; ``None`` where it takes none.
     """
 
     def __init__(
@@ -92,8 +97,10 @@ class EncoderStage:
         mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None],
         facts: Facts,
         current: Callable[[], EncoderRun | None],
+        mask_name: str | None = "attention_mask",
     ) -> None:
         self.part, self.layers, self.attention, self.facts, self.current = part, layers, attention, facts, current
+        self.mask_name = mask_name
         self.head = int(facts.has_cls)
         self.merges = isinstance(part, EncoderMerger)
         self.branches = [mlp_branch(layer) for layer in layers[: facts.feature_layer + 1]] if self.merges else []
@@ -141,10 +148,15 @@ class EncoderStage:
             hidden = self.bring_back(run, hidden)
         mask = self.mask(run, i, hidden)
         if mask is not None:
+            if self.mask_name is None:
+                raise UnsupportedFeatureError(
+                    f"'{self.part.name}' needs an attention mask, which {type(module).__name__} does not take: upgrade timm, or "
+                    "switch sizes off with proportional=False"
+                )
             if len(args) > 1:
                 args = (args[0], mask, *args[2:])
             else:
-                kwargs = {**kwargs, "attention_mask": mask}
+                kwargs = {**kwargs, self.mask_name: mask}
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def state(self, run: EncoderRun, layer: int, hidden: Tensor) -> EncoderState:
@@ -152,8 +164,7 @@ class EncoderStage:
         views, n = hidden.shape[0], hidden.shape[1] - self.head
         device = hidden.device
         if run.target is None:
-            per = self.facts.grid[0] * self.facts.grid[1]
-            each = [b for count in run.views for b in self.part.view_budgets(count, per, self.facts)]
+            each = [b for count in run.views for b in self.part.view_budgets(count, n, self.facts)]
             run.target = torch.tensor(each, device=device)
         image = torch.repeat_interleave(torch.arange(len(run.views), device=device), torch.tensor(run.views, device=device))
         valid = run.valid if run.valid is not None else torch.ones(views, n, dtype=torch.bool, device=device)
@@ -206,7 +217,8 @@ class EncoderStage:
             return self.with_head(run.valid, True)
         bias = hidden.new_zeros(hidden.shape[:2])
         if weigh:
-            bias = self.with_head(run.size, 1.0).log().to(hidden.dtype)
+            wide = torch.promote_types(hidden.dtype, torch.float32)
+            bias = self.with_head(run.size, 1.0).to(wide).log().to(hidden.dtype)
         if run.valid is not None:
             bias = bias.masked_fill(~self.with_head(run.valid, True), torch.finfo(hidden.dtype).min)
         return bias[:, None, None, :].expand(-1, 1, hidden.shape[1], -1)

@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import inspect
 import sys
-import threading
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,22 +15,27 @@ from torch import nn
 from vtc import compat
 from vtc.core import Compose, Facts, Need, Reducer, Stage
 from vtc.engine.cache import check_cache
+from vtc.engine.handle import ATTRIBUTE, BaseHandle
+from vtc.engine.retriever import RetrieverHandle
 from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
 from vtc.engine.tower import MADE, TowerSide, replace_attribute
+from vtc.engine.vit import VitHandle, bind_vit
 from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family
+from vtc.families.retriever import Retriever, is_retriever
+from vtc.families.timm_vit import build as build_timm
+from vtc.families.timm_vit import is_timm
 from vtc.registry import create, entries, resolve
-from vtc.stats import StatsLog
+from vtc.retrieval import check_vector_reducer
 
-_ATTRIBUTE = "_vtc_handle"
 _CACHES = {None, "dynamic", "dynamic_full"}  # and "static" where its layers count their own tokens
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
-class Handle:
-    """One patch on one model. Also a context manager that removes it on exit.
+class Handle(BaseHandle):
+    """A patch on a vision-language model. Also a context manager that removes it on exit.
 
     Attributes
     ----------
@@ -47,96 +50,33 @@ class Handle:
     """
 
     def __init__(self, model: nn.Module, family: Family, reducer: Reducer, strict: bool) -> None:
-        self._model = weakref.ref(model)
-        self.family, self.reducer, self.strict = family, reducer, strict
-        self.stats = StatsLog()
+        super().__init__(model, family, reducer, strict)
         parts = tuple(reducer.parts())  # made once: the engine tells parts apart by identity
         self.tower = TowerSide(family, parts)
         self.text = TextSide(family, parts, self.tower, self.stats, strict)
-        self._undo: list[Callable[[], None]] = []
-        self._lock = threading.Lock()
-        self._running = 0
 
-    # ------------------------------------------------------------------------------------------------------ lifecycle
-    def install(self, model: nn.Module) -> None:
-        """Put everything on the model, or nothing."""
-        try:
-            self.tower.install()
-            self.text.install()
-            for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
-                original = getattr(model, name, None)
-                if original is not None:
-                    wrapper = functools.wraps(original)(functools.partial(guard, original))
-                    self._undo.append(replace_attribute(model, name, wrapper))
-            object.__setattr__(model, _ATTRIBUTE, self)
-            _forget_graphs()
-        except BaseException:
-            self._take_off(model)
-            raise
-
-    def _take_off(self, model: nn.Module) -> None:
-        while self._undo:
-            self._undo.pop()()
-        self.text.remove()
-        self.tower.remove()
-        if vars(model).get(_ATTRIBUTE) is self:
-            object.__delattr__(model, _ATTRIBUTE)
+    def attach(self, model: nn.Module) -> None:
+        """Put all hooks on."""
+        self.tower.install()
+        self.text.install()
+        for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
+            original = getattr(model, name, None)
+            if original is not None:
+                wrapper = functools.wraps(original)(functools.partial(guard, original))
+                self._undo.append(replace_attribute(model, name, wrapper))
         _forget_graphs()
 
-    @property
-    def active(self) -> bool:
-        """Whether the patch is on."""
-        model = self._model()
-        return model is not None and vars(model).get(_ATTRIBUTE) is self
-
-    def remove(self) -> None:
-        """Take the patch off; doing it twice is harmless.
-
-        Raises
-        ------
-        PatchError
-            While a call of the model is running.
-        """
-        model = self._model()
-        if model is None or not self.active:
-            return
-        self.check_idle()
-        self._take_off(model)
+    def _take_off(self, model: nn.Module) -> None:
+        super()._take_off(model)
+        self.text.remove()
+        self.tower.remove()
+        _forget_graphs()
 
     def check_idle(self) -> None:
         """Raise :class:`PatchError` while a call is running."""
-        if self._running or self.text.running:
+        super().check_idle()
+        if self.text.running:
             raise PatchError("the model is running: patch and unpatch between calls, not during one")
-
-    def __enter__(self) -> Handle:
-        """Return the handle."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Remove the patch."""
-        self.remove()
-
-    def __repr__(self) -> str:
-        """Show reducer, family and state."""
-        return f"<vtc.Handle {self.reducer} on {self.family.name}, {'active' if self.active else 'removed'}>"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
-        """Copy the handle together with its model, so that a copied model can be un-patched on its own."""
-        import copy
-
-        new = object.__new__(type(self))
-        memo[id(self)] = new
-        for key, value in vars(self).items():
-            if key == "_lock":
-                new._lock = threading.Lock()
-            elif key == "_running":
-                new._running = 0
-            elif key == "_model":
-                model = self._model()
-                new._model = weakref.ref(memo.get(id(model), model))
-            else:
-                setattr(new, key, copy.deepcopy(value, memo))
-        return new
 
     # --------------------------------------------------------------------------------------------------------- guards
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -160,15 +100,12 @@ class Handle:
             )
         check_cache(call.get("past_key_values"))
         check_implementation(self.family.text.config)
-        with self._lock:
-            self._running += 1
         token = MADE.set([])
         try:
-            return original(*args, **kwargs)
+            with self.running():
+                return original(*args, **kwargs)
         finally:
             MADE.reset(token)
-            with self._lock:
-                self._running -= 1
 
     @staticmethod
     def refuse_batching(original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
@@ -184,7 +121,7 @@ def patch(
     *,
     strict: bool = True,
     **options: Any,
-) -> Handle:
+) -> Handle | BaseHandle:
     """Attach a visual-token reducer to one model instance.
 
     The model keeps its interface: prompts, ``generate``, logits and labels stay as they are; only the decoder layers (and, for
@@ -194,7 +131,9 @@ def patch(
     Parameters
     ----------
     model : Module
-        A Hugging Face vision-language model (PEFT, DDP and ``torch.compile`` wrappers are looked through).
+        A Hugging Face vision-language model (PEFT, DDP and ``torch.compile`` wrappers are looked through), a vision transformer
+        of timm (``"tome"``, ``"tokenpooling"``, ``"skipspan"``), or a multi-vector retriever (``"hierpool"``; see
+        :mod:`vtc.retrieval`).
     reducer : str, Reducer or list
         A method's name, ``"method.preset"``, a :class:`vtc.Reducer`, or a list of reducers of different stages.
     strict : bool, default True
@@ -219,15 +158,21 @@ def patch(
     """
     model = unwrap(model)
     wanted = resolve(reducer, **options)  # type: ignore[arg-type]
-    old: Handle | None = vars(model).get(_ATTRIBUTE)
+    old: Handle | BaseHandle | None = vars(model).get(ATTRIBUTE)
     if old is not None:
         old.check_idle()
-    family = family_of(model)
-    bound = bind(wanted, family.facts)
-    check_implementation(family.text.config)
+    if is_timm(model):
+        transformer = build_timm(model)
+        handle: Handle | BaseHandle = VitHandle(model, transformer, bind_vit(wanted, transformer), strict)
+    elif is_retriever(model):
+        handle = RetrieverHandle(model, Retriever(model.config.model_type), check_vector_reducer(wanted), strict)
+    else:
+        family = family_of(model)
+        bound = bind(wanted, family.facts)
+        check_implementation(family.text.config)
+        handle = Handle(model, family, bound, strict)
     if old is not None:
         old.remove()
-    handle = Handle(model, family, bound, strict)
     try:
         handle.install(model)
     except BaseException:
@@ -239,9 +184,7 @@ def patch(
 
 def bind(reducer: Reducer, facts: Facts) -> Reducer:
     """Resolve a reducer for a model; raise where stage, layer, signal or positions cannot be served."""
-    bound = reducer.bind(facts)
-    if facts.mrope:
-        bound = keep_positions(bound)
+    bound = (keep_positions(reducer) if facts.mrope else reducer).bind(facts)
     for part in bound.parts():
         reason = facts.stages.get(part.stage, "not known to this adapter")
         if reason:
@@ -283,6 +226,12 @@ def check_signal(need: Need, facts: Facts) -> None:
     used = need.resolve(facts.provides)
     if used.source == "vision" and used.of in facts.missing:
         raise UnsupportedSignalError(f"signal '{need.name}' is read from the vision tower, but {facts.missing[used.of]}")
+    if used.source == "vision" and used.of == "attention" and used.layer % facts.encoder_layers in facts.windowed:
+        whole = [str(i) for i in range(facts.encoder_layers) if i not in facts.windowed]
+        raise UnsupportedSignalError(
+            f"signal '{need.name}' is read from tower layer {used.layer}, where attention sees only a window: choose one of the "
+            f"layers {', '.join(whole)} where the method has an option for it"
+        )
 
 
 def keep_positions(reducer: Reducer) -> Reducer:
@@ -313,7 +262,7 @@ def usable(facts: Facts) -> list[str]:
 def unpatch(model: nn.Module) -> nn.Module:
     """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is."""
     inner = unwrap(model)
-    handle: Handle | None = vars(inner).get(_ATTRIBUTE)
+    handle: Handle | None = vars(inner).get(ATTRIBUTE)
     if handle is not None:
         handle.remove()
     return model
@@ -321,7 +270,7 @@ def unpatch(model: nn.Module) -> nn.Module:
 
 def handle_of(model: nn.Module) -> Handle | None:
     """Return the handle of a patched model, or None."""
-    return vars(unwrap(model)).get(_ATTRIBUTE)
+    return vars(unwrap(model)).get(ATTRIBUTE)
 
 
 def _forget_graphs() -> None:

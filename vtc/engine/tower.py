@@ -83,6 +83,7 @@ class TowerRun:
     call: VisionCall
     encoder: EncoderRun
     recorded: dict[Key, Tensor] = field(default_factory=dict)  # need -> (views, patches, ...)
+    packed: dict[Key, list[Tensor]] = field(default_factory=dict)  # the same, of the blocks of a packed sequence so far
     cls: Tensor | None = None
     small: tuple[int, int] | None = None  # IMAGE: the grid the tower ran on
     chosen: list[Selection] | None = None  # VISION: per image
@@ -166,10 +167,10 @@ class TowerSide:
         call = inspect.signature(original).bind(*args, **kwargs).arguments
         call = {**call, **call.get("kwargs", {})}
         described = describe(call)
+        if described.refuses and self.part is not None:
+            raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {described.refuses}")
         real = real_patches(described, self.family.facts.grid) if isinstance(self.part, EncoderReducer) else None
         run = TowerRun(described, EncoderRun(described.views, real, Clock()))
-        if run.call.refuses and self.part is not None:
-            raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {run.call.refuses}")
         if self.seen:
             with torch.no_grad(), run.clock.span(run.call.pixels.device):
                 pixels = PixelTap(run.call.pixels, run.call.patches[0].grids[0])
@@ -216,6 +217,9 @@ class TowerSide:
         if run is None:
             return
         with torch.no_grad(), run.clock.span(query.device):
+            if run.call.pieces is not None:
+                self.observe_packed(run, record, query, key, value, scaling)
+                return
             cls = self.family.facts.has_cls
             key_mask = None
             if run.encoder.valid is not None:  # padded views: the same mask for every query row
@@ -228,11 +232,23 @@ class TowerSide:
                 key_mask = key_mask if key_mask.dtype == torch.bool else key_mask > -1 if mask.dim() == 4 else key_mask.bool()
             tap = AttentionTap(query, key, value, scaling, mask=key_mask, cls=cls)
             for need in record:
-                value = self.spread(run, need.measure(tap))
-                if run.call.cells is not None:  # a token of several patches gets their mean
-                    value = value[:, run.call.cells.to(value.device)].mean(2)
-                run.recorded[need.key] = value
+                run.recorded[need.key] = of_cells(run.call, self.spread(run, need.measure(tap)))
             run.encoder.taps = {need.name: need.measure(tap) for need in stepping}
+
+    @staticmethod
+    def observe_packed(run: TowerRun, record: list[Need], query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """The same for a tower that packs everything in one sequence: its blocks come one by one, or together."""
+        pieces, total = run.call.pieces, sum(run.call.pieces)
+        if query.shape[2] != total:
+            pieces = [query.shape[2]]
+        parts = zip(*(t.split(pieces, 2) for t in (query, key, value)), strict=True)
+        taken = [AttentionTap(*part, scaling) for part in parts]
+        for need in record:
+            held = run.packed.setdefault(need.key, [])
+            held += [need.measure(tap) for tap in taken]
+            if sum(h.shape[1] for h in held) == total:
+                run.recorded[need.key] = of_cells(run.call, torch.cat(held, 1))
+                held.clear()
 
     def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute the signals wanted of the projector."""
@@ -280,7 +296,7 @@ class TowerSide:
     def remember_cls(self, _module: nn.Module, _args: Any, out: Any) -> None:
         """Keep the class token of the layer whose output feeds the projector."""
         run = _RUN.get()
-        if run is not None and run.call.cells is None:  # (wider tokens leave no place for it)
+        if run is not None:
             run.cls = (out[0] if isinstance(out, tuple) else out)[:, 0]
 
     def before_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
@@ -308,6 +324,9 @@ class TowerSide:
             whole = not part.decides_itself and asked >= len(run.call.slots[members[0]])
             rows = torch.tensor([starts[m] + v for m in members for v in range(views)], device=features.device)
             mine = features[rows].reshape(len(members), -1, features.shape[-1])
+            fits = (
+                run.cls is not None and run.cls.shape[-1] == mine.shape[-1]
+            )  # not beside several patches or layers in one token
             with run.clock.span(features.device):
                 own = {}
                 for need in part.needs:
@@ -323,7 +342,7 @@ class TowerSide:
                     budget=asked,
                     slots=slots,
                     taps=own,
-                    cls=None if run.cls is None else run.cls[rows].reshape(len(members), views, -1),
+                    cls=run.cls[rows].reshape(len(members), views, -1) if fits else None,
                     fingerprint=tuple(fingerprint(run.call, m) for m in members) if part.wants_fingerprint else (),
                 )
                 if not whole:
@@ -464,6 +483,11 @@ def real_patches(call: VisionCall, grid: tuple[int, int]) -> Tensor | None:
     """Return ``(views, patches)`` bool, the patches that have a slot, or None where all have one."""
     real = torch.cat([p.slot >= 0 for p in call.patches]).view(-1, grid[0] * grid[1])
     return None if bool(real.all()) else real
+
+
+def of_cells(call: VisionCall, values: Tensor) -> Tensor:
+    """Turn values of tower patches ``(views, patches, ...)`` into those of the projector's tokens: the mean of their patches."""
+    return values if call.cells is None else values[:, call.cells.to(values.device)].mean(2)
 
 
 def slots_of(patches: Layout, alive: Tensor) -> Tensor:

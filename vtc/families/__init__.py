@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import pkgutil
+from types import ModuleType
 
 from torch import nn
 
-from vtc.errors import UnsupportedModelError, did_you_mean
+from vtc.errors import UnsupportedModelError
 from vtc.families.base import Family
+from vtc.families.probing import probe
 
-# model_type -> module of this package with a build(model) function
-FAMILIES: dict[str, str] = {
-    "llava": "llava",
-    "llava_next": "llava_next",
-    "llava_next_video": "llava_next_video",
-    "llava_onevision": "llava_onevision",
-    "paligemma": "paligemma",
-    "vipllava": "vipllava",
-}
+
+@functools.cache
+def adapters() -> dict[str, ModuleType]:
+    """Return the adapter of every ``config.model_type``: each module here with ``TYPES`` and ``build(model)`` is one."""
+    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
+    return {kind: module for module in modules if hasattr(module, "build") for kind in getattr(module, "TYPES", ())}
 
 
 def list_families() -> list[str]:
     """Return the supported values of ``config.model_type``."""
-    return sorted(FAMILIES)
+    return sorted(adapters())
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -39,10 +40,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 def family_of(model: nn.Module) -> Family:
     """Return the adapter's description of ``model``.
 
+    A model whose ``config.model_type`` no adapter knows is looked at, and a warning names what was assumed: see
+    :mod:`vtc.families.probing`.
+
     Raises
     ------
     UnsupportedModelError
-        If no adapter knows ``config.model_type``.
+        If nothing is known of it and its structure is none that vtc can hook into.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if kind is None:
@@ -50,8 +54,5 @@ def family_of(model: nn.Module) -> Family:
             f"a {type(model).__name__} is not a transformers vision-language model (no config.model_type): pass the model that "
             "`AutoModelForImageTextToText.from_pretrained` returns"
         )
-    if kind not in FAMILIES:
-        raise UnsupportedModelError(
-            f"models of type '{kind}' are not supported{did_you_mean(kind, FAMILIES)} (supported: {', '.join(list_families())})"
-        )
-    return importlib.import_module(f"vtc.families.{FAMILIES[kind]}").build(model)
+    adapter = adapters().get(kind)
+    return probe(model) if adapter is None else adapter.build(model)

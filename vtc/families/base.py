@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from vtc.core import Facts, Kind, Layout, Stage
 from vtc.errors import UnsupportedModelError
 
+SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on all of them"
+PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
+
 
 @dataclass(eq=False)
 class VisionCall:
@@ -30,7 +33,10 @@ class VisionCall:
     pixels : Tensor or list of Tensor
         What the tower is given: ``(sum(views), 3, H, W)``, or one tensor per image where images differ in size.
     cells : Tensor or None
-        ``(n, m)`` the ``m`` tower patches that the projector turns into each of the ``n`` tokens of a view; ``None``: one each.
+        ``(n, m)`` the ``m`` tower patches that the projector turns into each of the ``n`` tokens of a view (of the whole call
+        where the tower packs all views in one sequence); ``None``: one each.
+    pieces : list of int or None
+        Lengths of the blocks that attend to themselves only, where the tower packs all views in one sequence.
     refuses : str
         Why reducers in the vision tower cannot serve this call; empty if they can.
     appended : int
@@ -44,6 +50,7 @@ class VisionCall:
     patches: list[Layout]
     pixels: Tensor | list[Tensor]
     cells: Tensor | None = None
+    pieces: list[int] | None = None
     refuses: str = ""
     appended: int = 0
     from_features: bool = False

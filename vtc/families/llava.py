@@ -22,6 +22,8 @@ from vtc.families.base import (
     tower_stages,
 )
 
+TYPES = ("llava",)
+
 
 def build(model: nn.Module, *, last: bool = False) -> Family:
     """Describe a ``LlavaForConditionalGeneration`` (or ``LlavaModel``).

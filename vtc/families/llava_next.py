@@ -14,6 +14,8 @@ from vtc.core import Layout
 from vtc.families import llava
 from vtc.families.base import Family, VisionCall, anyres_layouts
 
+TYPES = ("llava_next",)
+
 
 def build(model: nn.Module) -> Family:
     """Describe a ``LlavaNextForConditionalGeneration`` (or ``LlavaNextModel``)."""

@@ -10,6 +10,8 @@ from torch import nn
 from vtc.families import llava_next
 from vtc.families.base import Family, VisionCall, frames, pooled
 
+TYPES = ("llava_next_video",)
+
 
 def build(model: nn.Module) -> Family:
     """Describe a ``LlavaNextVideoForConditionalGeneration`` (or ``LlavaNextVideoModel``)."""
@@ -21,7 +23,7 @@ def build(model: nn.Module) -> Family:
         clips, t = pixels.shape[:2]
         layout = frames(t, grid)
         why = "is given pooled video frames on this model: use a reducer of the stage boundary or decoder for videos"
-        return VisionCall([t] * clips, [layout] * clips, [layout] * clips, pixels.flatten(0, 1), cells, why)
+        return VisionCall([t] * clips, [layout] * clips, [layout] * clips, pixels.flatten(0, 1), cells, refuses=why)
 
     family.describe_video = describe_video
     return family

@@ -14,6 +14,8 @@ from vtc.core import Layout
 from vtc.families import llava_next
 from vtc.families.base import Family, VisionCall, frames
 
+TYPES = ("llava_onevision",)
+
 
 def build(model: nn.Module) -> Family:
     """Describe a ``LlavaOnevisionForConditionalGeneration`` (or ``LlavaOnevisionModel``)."""
@@ -45,7 +47,9 @@ def build(model: nn.Module) -> Family:
         clips, t = pixels.shape[:2]
         slots, patches = frames(t, grid, newline=True), frames(t, grid)
         why = "is followed by bilinear pooling of video frames: use a reducer of the stage boundary or decoder for videos"
-        return VisionCall([t] * clips, [slots] * clips, [patches] * clips, pixels.flatten(0, 1), cells, why, appended)
+        return VisionCall(
+            [t] * clips, [slots] * clips, [patches] * clips, pixels.flatten(0, 1), cells, refuses=why, appended=appended
+        )
 
     family.describe, family.describe_video = describe_image, describe_video
     return family

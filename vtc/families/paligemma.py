@@ -6,4 +6,5 @@ import functools
 
 from vtc.families import llava
 
+TYPES = ("paligemma",)
 build = functools.partial(llava.build, last=True)

@@ -2,4 +2,6 @@
 
 from vtc.families.llava import build
 
-__all__ = ["build"]
+__all__ = ["TYPES", "build"]
+
+TYPES = ("vipllava",)

@@ -25,6 +25,7 @@ from vtc.pocket.model import (
     N_PATCHES,
     PATCH_SIZE,
     PATCH_TARGET_SIZES,
+    RELATION_TARGETS,
     build_vocabulary,
 )
 from vtc.pocket.scenes import (
@@ -32,6 +33,7 @@ from vtc.pocket.scenes import (
     N_COMBINATIONS,
     SHAPES,
     WIDE_SIZES,
+    Focus,
     Mention,
     QuestionText,
     Scene,
@@ -49,6 +51,8 @@ TEXT_BUDGET = 192
 
 _PREFIX_WORDS = (BOS, "user", ":")
 _CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
+_FOCUSES: dict[str, tuple[Focus | None, ...]] = {"G": (None, "places", "reading"), "H": (None, None, "reading")}
+_MIN_DISTANCE = 7  # pixels; less is no relation
 _MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
 # Each stage starts far down the train stream, on scenes that the ones before it never reach.
 _STAGE_OFFSETS = {
@@ -58,6 +62,8 @@ _STAGE_OFFSETS = {
     "D": 800_000_000,
     "E": 850_000_000,
     "F": 870_000_000,
+    "G": 600_000_000,
+    "H": 650_000_000,
     "N": 900_000_000,
 }
 
@@ -79,6 +85,9 @@ class Batch:
         at each place (the answer, then the end), `IGNORE` elsewhere.
     mention_targets
         int64 [b, t, 6]: classes per noun phrase at its last word, see ``MENTION_TARGET_SIZES``; `IGNORE` elsewhere.
+    relation_targets
+        int64 [b, t, 5]: 0 or 1 at the last word of the second noun phrase of a spatial question, see
+        ``RELATION_TARGETS``; `IGNORE` elsewhere.
     question_types
         Types of the packed questions of each image, in order.
     grid
@@ -93,6 +102,7 @@ class Batch:
     positions: Tensor
     answer_targets: Tensor
     mention_targets: Tensor
+    relation_targets: Tensor
     question_types: tuple[tuple[str, ...], ...]
     grid: tuple[int, int] | None = None
 
@@ -171,6 +181,16 @@ def mention_classes(scene: Scene, numbers: Sequence[int]) -> list[int]:
     return classes
 
 
+def relation_classes(scene: Scene, mentions: Sequence[Mention], prompt: str, answer: str) -> list[int]:
+    """Targets of the second noun phrase of a spatial question; on an axis with little distance there is none."""
+    (x, y), (other_x, other_y) = (scene.objects[numbers[0]].center for _, numbers in mentions)
+    differences = (x - other_x, y - other_y)
+    sides = [IGNORE if abs(difference) < _MIN_DISTANCE else int(difference > 0) for difference in differences]
+    words = prompt.split()
+    vertical, far = "above" in words or "below" in words, "right" in words or "below" in words
+    return [*sides, int(vertical), int(far), int(answer == "yes")]
+
+
 def pack_questions(
     questions: Sequence[QuestionText], scene: Scene | None = None, budget: int = TEXT_BUDGET, context: int = _CONTEXT
 ) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -190,12 +210,12 @@ def pack_questions(
     Returns
     -------
     packed
-        int64 [10, t]: tokens, segments, positions, answer targets and six mention targets.
+        int64 [15, t]: tokens, segments, positions, answer targets, six mention targets and five relation targets.
     types
         Types of the questions that fitted.
     """
     vocabulary = _vocabulary()
-    packed = np.zeros((4 + len(MENTION_TARGET_SIZES), budget), np.int64)
+    packed = np.zeros((4 + len(MENTION_TARGET_SIZES) + RELATION_TARGETS, budget), np.int64)
     packed[1], packed[3:] = -1, IGNORE
     mentions: Sequence[tuple[Mention, ...]] = scene.mentions if scene is not None else [()] * len(questions)
     start, types = 0, []
@@ -209,7 +229,11 @@ def pack_questions(
         packed[2, start:end] = context + np.arange(len(words))
         packed[3, end - 2 : end] = vocabulary[answer], vocabulary[EOS]
         for place, numbers in mentions[number]:
-            packed[4:, start + place] = mention_classes(scene, numbers)
+            packed[4:-RELATION_TARGETS, start + place] = mention_classes(scene, numbers)
+        if kind == "spatial":
+            packed[-RELATION_TARGETS:, start + mentions[number][1][0]] = relation_classes(
+                scene, mentions[number], prompt, answer
+            )
         start = end
         types.append(kind)
     return packed, tuple(types)
@@ -228,7 +252,8 @@ def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequenc
         torch.from_numpy(np.stack(targets)),
         torch.from_numpy(np.stack(contents)),
         *text[:4],
-        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
+        mention_targets=text[4:-RELATION_TARGETS].permute(1, 2, 0).contiguous(),
+        relation_targets=text[-RELATION_TARGETS:].permute(1, 2, 0).contiguous(),
         question_types=tuple(types for _, types in packs),
     )
 
@@ -255,7 +280,8 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     ----------
     stage
         ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"`` to ``"F"``: ordinary scenes
-        with questions. ``"N"``: wide scenes with questions, cut into crops.
+        with questions. ``"G"`` and ``"H"``: also scenes with many digits and questions about what to read only, a third,
+        and in ``"G"`` a third of scenes with spatial questions only. ``"N"``: wide scenes with questions, cut into crops.
     step
         From 0.
     n_scenes, n_easy
@@ -270,7 +296,10 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     first = step * n_scenes + _STAGE_OFFSETS[stage]
     scenes = []
     for j in range(rank, n_scenes, ranks):
-        if stage != "A":
+        if stage in _FOCUSES:
+            focus = _FOCUSES[stage][(first + j) % len(_FOCUSES[stage])]
+            scenes.append(render_scene(first + j, "train", seed, focus=focus))
+        elif stage != "A":
             scenes.append(render_scene(first + j, "train", seed))
         elif j % 5 == 4:
             corner = random.Random(first + j)
@@ -307,7 +336,8 @@ def wide_batch(scenes: Sequence[Scene], prefix: str = "wide_") -> Batch:
         unknown,
         torch.full((len(scenes), N_CONTENTS), -1.0),
         *text[:4],
-        mention_targets=text[4:].permute(1, 2, 0).contiguous(),
+        mention_targets=text[4:-RELATION_TARGETS].permute(1, 2, 0).contiguous(),
+        relation_targets=text[-RELATION_TARGETS:].permute(1, 2, 0).contiguous(),
         question_types=tuple(tuple(prefix + kind for kind in types) for _, types in packs),
         grid=(rows, columns),
     )

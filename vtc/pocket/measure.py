@@ -1,10 +1,12 @@
 """Measure a pocket model: ``python -m vtc.pocket.measure --model pocket --out measured.json``.
 
 Writes accuracy per question type with 95 % Wilson intervals, next to what the same questions yield without the right
-image: the most frequent training answer, a blank (mean gray) image, and another scene's image. All questions about an
-image are packed behind it, which gives the answers of single prompts (a test checks that) at a twentieth of the cost.
+image: the most frequent training answer to the question's wording (the chance level), a blank (mean gray) image, and
+another scene's image. All questions about an image are packed behind it, which gives the answers of single prompts (a
+test checks that) at a twentieth of the cost.
 
-With ``--reducers`` and ``--keep`` it also asks single prompts under `vtc.patch`, which gives the pruning curves.
+With ``--reducers`` and ``--keep`` it also asks single prompts under `vtc.patch`, which gives the pruning curves; with
+``--fastv-layers`` it does so under FastV before each of these decoder layers, at the same shares.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from vtc.pocket.answer import answer_questions, encode_questions
 from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, validation_batches, wide_batch, wide_validation_batches
 from vtc.pocket.easyvqa import easy_vqa_questions, question_texts
 from vtc.pocket.model import arrange_crops, decode_packed, encode_images
-from vtc.pocket.scenes import detail_questions, render_scene, render_wide_scene, scene_questions
+from vtc.pocket.scenes import QuestionText, detail_questions, render_scene, render_wide_scene, scene_questions
 
 _Z = 1.959964  # 95 %
 _DETAIL = {"wide_digit": "detail_digit", "wide_lookup": "detail_lookup", "wide_word": "detail_word"}
@@ -135,27 +137,44 @@ def batches_to_ask(is_next: bool, split: str, scenes: int, wide: int, easy: int)
     return [*ordinary, *wide_validation_batches(wide, split)]
 
 
-def majority_shares(marked: Mapping[str, Sequence[bool]], split: str) -> dict[str, float]:
-    """Share of the most frequent training answer of each type among the questions of `split`, for chance levels."""
-    learnt, asked = (_answer_counts(part, n) for part, n in (("train", 1500), (split, 600)))
-    shares = {}
-    for kind in marked:
-        answer = min(learnt[kind], key=lambda a: (-learnt[kind][a], a))
-        shares[kind] = round(asked[kind][answer] / sum(asked[kind].values()), 4)
-    return shares
+def chance_levels(split: str, scenes: int = 600, wide: int = 240, learnt_from: int = 3000) -> dict[str, float]:
+    """Accuracy per type of answering by the question's wording alone, learnt from the train split, asked about `split`.
+
+    The answer is the most frequent one to the same prompt, or to the type where training asked that prompt fewer than
+    twenty times; so a type whose wording tells something about the answer has a higher level than its share of the most
+    frequent answer.
+
+    Parameters
+    ----------
+    split
+        Asked about.
+    scenes, wide
+        How many of its scenes.
+    learnt_from
+        Training scenes, and a third as many wide ones.
+    """
+    by_prompt: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    by_type: dict[str, Counter[str]] = defaultdict(Counter)
+    for kind, prompt, answer in _texts("train", learnt_from, learnt_from // 3):
+        by_prompt[kind, prompt][answer] += 1
+        by_type[kind][answer] += 1
+    marks: Marks = defaultdict(list)
+    for kind, prompt, answer in _texts(split, scenes, wide):
+        counts = by_prompt[kind, prompt]
+        counts = counts if counts.total() >= 20 else by_type[kind]
+        marks[kind].append(answer == min(counts, key=lambda a: (-counts[a], a)))
+    return {kind: round(sum(hits) / len(hits), 4) for kind, hits in marks.items()}
 
 
-def _answer_counts(split: str, n_scenes: int) -> dict[str, Counter[str]]:
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for number in range(n_scenes):
-        for kind, _, answer in render_scene(number, split).questions:
-            counts[kind][answer] += 1
-    for number in range(n_scenes // 3):
-        for kind, _, answer in render_wide_scene(number, split).questions:
-            counts[_DETAIL.get(f"wide_{kind}", f"wide_{kind}")][answer] += 1
-    for _, _, answer in question_texts(split):
-        counts["easy_yesno" if answer in ("yes", "no") else "easy_open"][answer] += 1
-    return counts
+def _texts(split: str, scenes: int, wide: int) -> Iterator[QuestionText]:
+    """Type, prompt and answer of all questions about so many scenes of a split and of easy-VQA."""
+    for number in range(scenes):
+        yield from render_scene(number, split).questions
+    for number in range(wide):
+        for kind, prompt, answer in render_wide_scene(number, split).questions:
+            yield _DETAIL.get(f"wide_{kind}", f"wide_{kind}"), prompt, answer
+    for _, prompt, answer in question_texts(split):
+        yield "easy_yesno" if answer in ("yes", "no") else "easy_open", prompt, answer
 
 
 # ---------------------------------------------------------------------------------------------- command
@@ -170,8 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wide", type=int, default=240, help="wide scenes to ask about")
     parser.add_argument("--easy", type=int, default=1000, help="easy-VQA images to ask about")
     parser.add_argument("--reducers", nargs="*", default=[], help="registered reducers for the pruning curves")
+    parser.add_argument("--fastv-layers", nargs="*", type=int, default=[], help="decoder layers to prune before, by FastV")
     parser.add_argument("--keep", nargs="*", type=float, default=[0.5, 0.25, 0.11, 0.056], help="shares of tokens")
-    parser.add_argument("--questions", type=int, default=600, help="single prompts per point of a curve, of each source")
+    parser.add_argument("--questions", type=int, default=600, help="single prompts per point of a curve; of easy-VQA a quarter")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
     values = parser.parse_args(arguments)
@@ -185,29 +205,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "full": summarise(full),
         "blank": summarise(packed_marks(model, batches, blank)),
         "wrong": summarise(packed_marks(model, batches, swapped)),
-        "majority": majority_shares(full, values.split),
+        "chance": chance_levels(values.split, values.scenes, values.wide),
         "curves": {},
     }
-    if values.reducers:
+    asked_for = [(name, name, {}) for name in values.reducers]
+    asked_for += [(f"fastv before layer {layer}", "fastv", {"layer": layer}) for layer in values.fastv_layers]
+    if asked_for:
         import vtc
 
         questions = detail_questions(values.split, values.questions) if is_next else []
         questions += scene_questions(values.split, values.questions)
-        questions += [] if is_next else easy_vqa_questions(values.split, values.questions)
+        questions += [] if is_next else easy_vqa_questions(values.split, values.questions // 4)
         prepared = encode_questions(processor, questions)
         result["curves"]["none"] = {"1": _marked(answer_questions(model, processor, prepared))}
-        for name in values.reducers:
-            rows = result["curves"][name] = {}
+        for label, name, options in asked_for:
+            rows = result["curves"][label] = {}
             for keep in values.keep:
-                with vtc.patch(model, name, keep=keep):
+                with vtc.patch(model, name, keep=keep, **options):
                     rows[f"{keep:g}"] = _marked(answer_questions(model, processor, prepared))
     result["settings"] = {name: str(value) for name, value in vars(values).items() if name not in ("out", "threads")}
     result["seconds"] = round(time.perf_counter() - began, 1)
     values.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(accuracy_table(result))
+    if result["curves"]:
+        print(curve_table(result["curves"]))
+
+
+def accuracy_table(result: Mapping[str, Any]) -> str:
+    """Accuracies per type and their baselines as a Markdown table, in percent."""
+    lines = ["| type | accuracy | 95 % interval | n | chance | blank image | wrong image |", "|---" * 7 + "|"]
     for kind, row in result["full"].items():
-        chance = result["majority"].get(kind, float("nan"))
-        others = "  ".join(f"{name} {result[name][kind]['accuracy']:.3f}" for name in ("blank", "wrong"))
-        print(f"{kind:14} {row['accuracy']:.3f}  n={row['n']:<5} chance {chance:.3f}  {others}")
+        low, high = row["interval"]
+        chance = f"{100 * result['chance'][kind]:.1f}" if kind in result["chance"] else ""
+        others = " | ".join(f"{100 * result[name][kind]['accuracy']:.1f}" for name in ("blank", "wrong"))
+        share = f"{100 * row['accuracy']:.1f} | {100 * low:.1f} to {100 * high:.1f} | {row['n']}"
+        lines.append(f"| {kind} | {share} | {chance} | {others} |")
+    return "\n".join(lines)
+
+
+def curve_table(curves: Mapping[str, Mapping[str, Any]]) -> str:
+    """Pruning curves as a Markdown table, in percent; ``mean`` is over the types, easy-VQA counted as one."""
+    kinds = [kind for kind in curves["none"]["1"] if not kind.startswith(("easy_", "detail_"))]
+    lines = [f"| reducer | keep | mean | {' | '.join(kinds)} |", "|---" * (3 + len(kinds)) + "|"]
+    for name, rows in curves.items():
+        for keep, row in rows.items():
+            shares = [row[kind]["accuracy"] for kind in kinds]
+            cells = " | ".join(f"{100 * share:.1f}" for share in (sum(shares) / len(shares), *shares))
+            lines.append(f"| {name} | {100 * float(keep):g} % | {cells} |")
+    return "\n".join(lines)
 
 
 def _load(name: str) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ not know.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ PATCH_TARGET_SIZES = (len(COLOR_NAMES) + 1, len(SHAPES) + 1, 11, len(WORDS) + 1,
 
 MENTION_TARGET_SIZES = (8, GRID, GRID, 10, len(COLOR_NAMES), len(SHAPES))
 """Classes of the targets of a noun phrase: how many objects fit it, and column, row, digit, colour, shape of a single one."""
+
+RELATION_TARGETS = 5
+"""Targets of the second noun phrase of a spatial question: the first one's object is to the right; is below; the question
+is about above and below; it asks for right or below; the answer is yes."""
 
 N_CONTENTS = N_COMBINATIONS + 10 + len(WORDS)
 """Length of the image's content vector: which (colour, shape) pairs, digits and words it shows."""
@@ -310,8 +315,29 @@ class MentionHeads(nn.Module):
         self.classify = nn.Linear(width, sum(MENTION_TARGET_SIZES))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map hidden states [n, width] to float32 logits."""
+        """Map hidden states [..., width] to float32 logits."""
         return self.classify(self.norm(hidden)).float()
+
+
+class RelationHead(nn.Module):
+    """Linear read-outs at the second noun phrase of a spatial question, during training only.
+
+    "Is A left of B?" is an exclusive-or of the relation word and the sign of a difference; answers alone stay at chance
+    until both are known. One layer after `MentionHeads` asked where each object is, this head asks on which side of B
+    lies A and what the question wants to know, and another layer later whether the two agree.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.sides = nn.Linear(width, RELATION_TARGETS - 1)
+        self.agree = nn.Linear(width, 1)
+
+    def forward(self, states: Sequence[Tensor]) -> Tensor:
+        """Map the decoder's states [b, t, width], from the embeddings on, to float32 logits [b, t, 5]."""
+        half = (len(states) - 1) // 2
+        sides, agree = (states[min(half + further, len(states) - 1)] for further in (1, 2))
+        return torch.cat([self.sides(self.norms[0](sides)), self.agree(self.norms[1](agree))], dim=-1).float()
 
 
 class PositionHead(nn.Module):
@@ -381,7 +407,7 @@ def arrange_crops(model: nn.Module, visual: Tensor, rows: int, columns: int) -> 
 
 def decode_packed(
     model: nn.Module, visual: Tensor, prefix: Tensor, tokens: Tensor, segments: Tensor, positions: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run the decoder on several questions packed behind one image.
 
     Each question sees the prefix, the image and itself, at the positions it would have alone: the result equals that
@@ -404,9 +430,9 @@ def decode_packed(
 
     Returns
     -------
-    last, middle
-        Hidden states of the packed tokens after the last layer (normalised) and after half of the layers, both
-        [b, t, width].
+    last, states
+        Hidden states of the packed tokens [b, t, width]: after the last layer and its norm, and a tuple of those in front
+        of and after every layer, as the library gives them.
     """
     decoder = model.model.language_model
     batch, context = tokens.shape[0], len(prefix) + visual.shape[1]
@@ -427,8 +453,7 @@ def decode_packed(
         use_cache=False,
         output_hidden_states=True,
     )
-    middle = output.hidden_states[(len(output.hidden_states) - 1) // 2]
-    return output.last_hidden_state[:, context:], middle[:, context:]
+    return output.last_hidden_state[:, context:], tuple(state[:, context:] for state in output.hidden_states)
 
 
 # ---------------------------------------------------------------------------------------------- portable folder

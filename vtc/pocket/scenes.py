@@ -1,7 +1,8 @@
 """Deterministic procedural scenes with questions: everything is a function of (seed, split, index).
 
 A scene is a 112x112 image with a noisy, cluttered background holding at most one big shape, one to three pairs of a
-small shape and a real handwritten digit next to it, at most one printed word, and up to three free small shapes. About
+small shape and a real handwritten digit next to it, at most one printed word, and up to three free small shapes. A
+quarter of the backgrounds hold a pale window of one of scikit-learn's two photographs, each split its own columns. About
 a quarter of its 196 patches show an object, so a reducer that keeps the right 50 of them loses little.
 
 A *wide* scene is drawn on two or four such canvases (112x224, 224x112 or 224x224 pixels): big and free shapes are twice
@@ -42,6 +43,7 @@ from vtc.pocket.errors import MissingPocketDataError, PocketError
 from vtc.pocket.questions import Question
 
 Split = Literal["train", "val", "test"]
+Focus = Literal["reading", "places"]
 
 IMAGE_SIZE = 112
 """Side of an image in pixels."""
@@ -96,6 +98,9 @@ _VAL_OFFSET = 1 << 62  # far above every train and test stream with a legal seed
 _MAX_SEED = 1 << 30
 _DIGIT_RANGES: dict[str, slice] = {"test": slice(0, 400), "val": slice(400, 600), "train": slice(600, None)}
 _WIDE_OFFSET = 1 << 63  # wide scenes have streams of their own
+_PHOTO_OFFSET = 1 << 64  # the streams that choose a photograph leave those of the objects alone
+_PHOTO_SHARE = 0.25
+_PHOTO_COLUMNS: dict[str, tuple[int, int]] = {"train": (0, 384), "val": (384, 512), "test": (512, 640)}
 _TEST_PER_TYPE = {"presence": 2}  # asked about one val or test scene; 1 for every other type
 # Hard types come first in the training mix, because only so many questions fit behind one image.
 _TRAIN_PRIORITY = {"digit": 0.6, "spatial": 0.6, "lookup": 0.5, "presence": 0.5, "count_sub": 0.5, "word": 0.5}
@@ -205,6 +210,16 @@ def digit_indices(split: Split) -> tuple[int, ...]:
     return tuple(int(i) for i in _load_digits()[2][_DIGIT_RANGES[_check_split(split)]])
 
 
+@lru_cache(maxsize=1)
+def _photographs() -> tuple[Image.Image, ...]:
+    """The two photographs of scikit-learn, 640x427."""
+    try:
+        from sklearn.datasets import load_sample_images
+    except ImportError as error:
+        raise MissingPocketDataError("scikit-learn", "The photographs behind pocket scenes") from error
+    return tuple(Image.fromarray(photo) for photo in load_sample_images().images)
+
+
 @lru_cache(maxsize=3)
 def _digit_images(split: Split) -> tuple[tuple[np.ndarray, ...], ...]:
     """Digit images of a split: ten tuples, one per class."""
@@ -256,8 +271,16 @@ def _draw_shape(canvas: ImageDraw.ImageDraw, shape: int, box: tuple[int, int, in
 class _Painter:
     """Draws one scene. The order of the random draws defines the stream: never reorder the calls."""
 
-    def __init__(self, rng: random.Random, split: Split, height: int = IMAGE_SIZE, width: int = IMAGE_SIZE) -> None:
+    def __init__(
+        self,
+        rng: random.Random,
+        photo_rng: random.Random,
+        split: Split,
+        height: int = IMAGE_SIZE,
+        width: int = IMAGE_SIZE,
+    ) -> None:
         self.rng = rng
+        self.photo_rng = photo_rng
         self.split = split
         self.height, self.width = height, width
         self.objects: list[SceneObject] = []
@@ -267,7 +290,7 @@ class _Painter:
         self._paint_background()
 
     def _paint_background(self) -> None:
-        """Light colour with a linear gradient and noise, then a few low-contrast lines and rings as clutter."""
+        """Light colour with a linear gradient and noise, maybe a pale photograph, then low-contrast lines and rings."""
         rng, height, width = self.rng, self.height, self.width
         base = [rng.randint(205, 250) for _ in range(3)]
         slope_x, slope_y = rng.uniform(-14, 14), rng.uniform(-14, 14)
@@ -276,6 +299,9 @@ class _Painter:
         noise = _noise()[top : top + height, left : left + width] * rng.uniform(1, 5)
         gradient = slope_x * columns[None, :, None] + slope_y * rows[:, None, None]
         pixels = np.array(base, np.float32) + gradient + noise
+        if self.photo_rng.random() < _PHOTO_SHARE:
+            strength = self.photo_rng.uniform(0.15, 0.4)
+            pixels = (1 - strength) * pixels + strength * self._cut_photograph()
         self.image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
         self._canvas = ImageDraw.Draw(self.image)
         for _ in range(rng.randint(1, 6) * (height * width // IMAGE_SIZE**2)):
@@ -287,6 +313,14 @@ class _Painter:
             else:
                 x, y, diameter = rng.randint(0, width), rng.randint(0, height), rng.randint(2, 9)
                 self._canvas.ellipse((x, y, x + diameter, y + diameter), outline=color)
+
+    def _cut_photograph(self) -> np.ndarray:
+        """Window of a photograph, from the columns that belong to the split, scaled to the scene."""
+        photo, (first, end) = self.photo_rng.choice(_photographs()), _PHOTO_COLUMNS[self.split]
+        left = self.photo_rng.randint(first, end - IMAGE_SIZE)
+        top = self.photo_rng.randint(0, photo.height - IMAGE_SIZE)
+        window = photo.crop((left, top, left + IMAGE_SIZE, top + IMAGE_SIZE))
+        return np.asarray(window.resize((self.width, self.height), Image.BILINEAR), np.float32)
 
     def place(self, width: int, height: int) -> tuple[int, int]:
         """Reserve a free box at least three pixels from the others and return its top-left corner.
@@ -362,7 +396,7 @@ class _Painter:
         return np.asarray(self._labels)
 
 
-def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool = False) -> Scene:
+def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool = False, focus: Focus | None = None) -> Scene:
     """Render scene `index` of a split.
 
     Parameters
@@ -375,6 +409,9 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
         Selects one of many disjoint streams of the split, 0 <= seed < 2**30.
     dense
         Draw more objects and ask nothing: for pre-training the vision tower, where every labelled patch counts.
+    focus
+        For training on what is hard: ``"reading"`` draws more digits and asks only about them and the word,
+        ``"places"`` asks spatial questions only.
 
     Returns
     -------
@@ -389,14 +426,17 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
     MissingPocketDataError
         If scikit-learn is missing.
     """
-    rng = random.Random(_stream_seed(index, split, seed))
-    painter = _Painter(rng, split)
+    stream = _stream_seed(index, split, seed)
+    rng = random.Random(stream)
+    painter = _Painter(rng, random.Random(stream + _PHOTO_OFFSET), split)
     combinations = _choose_combinations(rng)
     digits = rng.sample(range(10), 6)
     # A dense scene shows either many digits or many words: both would not fit.
     n_pairs, n_words, n_free = rng.choice((1, 1, 2, 2, 2, 3)), int(rng.random() < 0.6), rng.randint(0, 3)
     if dense:
         n_pairs, n_words, n_free = rng.choice(((5, 1, 1), (1, 6, 1), (3, 2, 3)))
+    elif focus == "reading":
+        n_pairs, n_words, n_free = 4, 1, 0
     steps: list[Callable[[], None]] = []
     if rng.random() < (0.2 if dense else 0.5):
         width = rng.randint(28, 40)
@@ -405,7 +445,7 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
     steps += [partial(painter.add_pair, combinations[k], digits[k]) for k in range(n_pairs)]
     steps += [painter.add_word] * n_words
     steps += [partial(painter.add_free_shape, combinations[6 + k]) for k in range(n_free)]
-    return _finish(rng, painter, steps, split, asking=not dense)
+    return _finish(rng, painter, steps, split, asking=not dense, focus=focus)
 
 
 def render_wide_scene(index: int, split: Split = "test", seed: int = 0, size: tuple[int, int] | None = None) -> Scene:
@@ -428,9 +468,10 @@ def render_wide_scene(index: int, split: Split = "test", seed: int = 0, size: tu
     PocketError, MissingPocketDataError
         As for `render_scene`.
     """
-    rng = random.Random(_stream_seed(index, split, seed) + _WIDE_OFFSET)
+    stream = _stream_seed(index, split, seed) + _WIDE_OFFSET
+    rng = random.Random(stream)
     height, width = size or WIDE_SIZES[index % len(WIDE_SIZES)]
-    painter = _Painter(rng, split, height, width)
+    painter = _Painter(rng, random.Random(stream + _PHOTO_OFFSET), split, height, width)
     combinations = _choose_combinations(rng)
     digits = rng.sample(range(10), 6)
     steps: list[Callable[[], None]] = []
@@ -461,14 +502,21 @@ def _choose_combinations(rng: random.Random) -> list[int]:
     return pairs[:16]
 
 
-def _finish(rng: random.Random, painter: _Painter, steps: Sequence[Callable[[], None]], split: Split, asking: bool) -> Scene:
+def _finish(
+    rng: random.Random,
+    painter: _Painter,
+    steps: Sequence[Callable[[], None]],
+    split: Split,
+    asking: bool,
+    focus: Focus | None = None,
+) -> Scene:
     """Draw what finds room, ask, and wrap up."""
     for step in steps:
         try:
             step()
         except _NoRoomError:
             continue
-    asked = _Questions(rng, painter.objects, asking_all=split == "train").ask() if asking else []
+    asked = _Questions(rng, painter.objects, asking_all=split == "train").ask(focus) if asking else []
     return Scene(
         painter.image,
         painter.label_map(),
@@ -514,18 +562,26 @@ class _Questions:
         self.words = [o for o in objects if o.word is not None]
         self._asked: list[tuple[QuestionText, tuple[Mention, ...]]] = []
 
-    def ask(self) -> list[tuple[QuestionText, tuple[Mention, ...]]]:
+    def ask(self, focus: Focus | None = None) -> list[tuple[QuestionText, tuple[Mention, ...]]]:
         """Ask questions of every type that the scene allows, each at most once, in random order.
 
         A val or test scene gets one or two per type, a training scene all that fit its objects, hard types first.
+        With a focus, only types of that focus are asked.
         """
+        if focus == "reading":
+            self._ask_digits()
+            self._ask_word()
+            self.rng.shuffle(self._asked)
+            return self._asked
+        if focus == "places":
+            self._ask_spatial(attempts=24, wanted=14)
+            return list({question[1]: (question, mentions) for question, mentions in self._asked}.values())
         self._ask_about_big_shape()
         self._ask_properties()
         self._ask_presence()
         self._ask_counts()
         self._ask_digits()
-        if self.words:
-            self._add("word", "what does the {word} say?", WORDS[self.words[-1].word], self.words)
+        self._ask_word()
         self._ask_spatial()
         self.rng.shuffle(self._asked)
         kept, prompts, per_type = [], set(), defaultdict(int)
@@ -607,11 +663,15 @@ class _Questions:
             prompt = f"what color is the shape next to the {{digit {target.digit}}}?"
             self._add("lookup", prompt, COLOR_NAMES[color], [target])
 
-    def _ask_spatial(self) -> None:
+    def _ask_word(self) -> None:
+        if self.words:
+            self._add("word", "what does the {word} say?", WORDS[self.words[-1].word], self.words)
+
+    def _ask_spatial(self, attempts: int = 6, wanted: int = 4) -> None:
         """Ask how two shapes lie to each other, if they are at least 14 pixels apart along the axis."""
         if len(self.shapes) < 2:
             return
-        for _ in range(6):
+        for _ in range(attempts):
             first, second = self.rng.sample(self.shapes, 2)
             relation = self.rng.randrange(len(RELATIONS))
             axis = 0 if relation < 2 else 1
@@ -621,7 +681,7 @@ class _Questions:
             answer = "yes" if (distance < 0) == (relation in (0, 2)) else "no"
             prompt = f"is the {{{first.name}}} {RELATIONS[relation]} the {{{second.name}}}?"
             self._add("spatial", prompt, answer, [first], [second])
-            if not self.asking_all or sum(q[0][0] == "spatial" for q in self._asked) == 4:
+            if not self.asking_all or sum(q[0][0] == "spatial" for q in self._asked) == wanted:
                 return
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import farthest_point, nearest_distance
+from vtc.kernels import farthest_point, most_isolated
 from vtc.registry import register
 
 
@@ -62,8 +62,7 @@ class DivPrune(Reducer):
         """Return ``(B, K)`` tokens in the order they are chosen (``official``: possibly with repetitions)."""
         if self.official:
             return _official_picks(signals.features[:1], signals.budget).expand(signals.shape[0], -1)
-        first = nearest_distance(signals.features).argmax(-1)
-        return farthest_point(signals.features, signals.budget, first)
+        return farthest_point(signals.features, signals.budget, most_isolated(signals.features))
 
     def select(self, signals: Signals) -> Selection:
         """Sort what was picked."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from vtc.core import Facts, ImageReducer, Reducer
-from vtc.errors import BudgetError
+from vtc.errors import BudgetError, InvalidSignalError
 from vtc.kernels import coarse_grid
 from vtc.registry import register
 
@@ -51,7 +52,17 @@ class Downsample(ImageReducer):
         return coarse_grid(min(share, patches), *grid)
 
     def resize(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
-        """Resize in float32 and return the dtype given."""
+        """Resize in float32 and return the dtype given.
+
+        Raises
+        ------
+        InvalidSignalError
+            NaN or infinite pixels.
+        """
+        if not torch.isfinite(pixels).all():
+            raise InvalidSignalError(
+                f"signal 'pixels' at the image ('{self.name}') contains NaN or infinite values: check the input image"
+            )
         wide = pixels if pixels.element_size() >= 4 else pixels.float()
         small = functional.interpolate(wide, size=size, mode="bicubic", antialias=True, align_corners=False)
         return small.to(pixels.dtype)

@@ -31,8 +31,9 @@ class Evs(Reducer):
     The first frame stays whole; the most dissimilar tokens of the others fill the budget. Positions stay as they were, so that
     time stays visible.
 
-    Written from descriptions of the implementation in vLLM (pull request 22980; the first frame always wins, a stable sort, at least one frame);
-    paper and golden files were not at hand. Unconfirmed: that a token whose earlier token is gone counts as entirely new.
+    Written from descriptions of the implementation in vLLM (pull request 22980: the first frame always wins, a stable sort, at
+    least one frame); paper and golden files were not at hand. Unconfirmed: that a token whose earlier token is gone counts as
+    entirely new.
 
     Deviates: where the budget is smaller than the first frame, and for images, the release cannot go below one frame; here the
     first frame is thinned evenly and the budget is met (said in the statistics). ``official=True`` keeps the whole first frame,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from vtc.core import Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.core import Facts, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
 from vtc.kernels import k_means, merge_scatter, seat_clusters, similarity_rows, ward
 from vtc.registry import register
@@ -74,6 +75,10 @@ class HierPool(Reducer):
             raise UnknownArgumentError(f"hierpool: method={self.method!r} is not possible; use one of {', '.join(known)}")
         if self.official and self.method != "ward":
             raise UnknownArgumentError("hierpool: official=True goes with method='ward' only, the others have no release")
+
+    def count(self, n: int, facts: Facts) -> int:
+        """Return how many tokens to keep; the release rounds down."""
+        return self.budget.tokens(n, rounding=math.floor if self.official else round)
 
     def clusters(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Return the token every cluster sits in ``(K,)`` and each token's cluster ``(N,)``, of one view."""

@@ -74,7 +74,8 @@ def rate(attention: Tensor, weight: Tensor, heads: int | None = None, visual: Te
     visual : Tensor or None
         ``(B, K)`` bool: the visual keys.
     """
-    rows = (attention * weight[:, None, :, None]).sum(2)  # (B, H, K)
+    padding = weight[:, None, :, None] == 0  # filled, not multiplied by zero: the row of a padded query may be NaN
+    rows = attention.masked_fill(padding, 0).sum(2)  # (B, H, K)
     count = weight.sum(1)[:, None]
     if heads is None or heads >= rows.shape[1]:
         return rows.mean(1) / count

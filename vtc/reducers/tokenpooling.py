@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtc.core import Need, Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
 from vtc.kernels import k_means, k_medoids, merge_scatter, seat_clusters
 from vtc.registry import register
@@ -56,6 +57,9 @@ class TokenPooling(Reducer):
         Medoids only: the rules of the third-party code.
     seed : int, default 0
         Seed of the random patch; only with ``compat`` and without weights.
+    block : int or None
+        Vision transformers without language model only: first block that runs on the pooled tokens, weighted by attention in
+        the block before. ``None``: the middle one.
     """
 
     stage: ClassVar[Stage] = Stage.VISION
@@ -68,6 +72,7 @@ class TokenPooling(Reducer):
     iterations: int = 5
     compat: Literal["", "tokenreduction"] = ""
     seed: int = 0
+    block: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse options that do not exist or do not go together."""
@@ -87,10 +92,31 @@ class TokenPooling(Reducer):
         """The random start depends on the image's pixels."""
         return bool(self.compat) and not self.weighted
 
+    def bind(self, facts: Facts) -> Reducer:
+        """Place the pooling in a model without language model."""
+        super().bind(facts)
+        if facts.layers:
+            if self.block is not None:
+                raise UnknownArgumentError(
+                    f"tokenpooling: block={self.block} is for vision transformers without language model; here the tokens are "
+                    "pooled behind the tower: drop it"
+                )
+            return self
+        block = facts.encoder_layers // 2 if self.block is None else self.block
+        if not 1 <= block < facts.encoder_layers:
+            raise UnknownArgumentError(f"tokenpooling: block={block} is out of range, use 1..{facts.encoder_layers - 1}")
+        return dataclasses.replace(self, block=block)
+
+    @property
+    def tower_layer(self) -> int | None:
+        """Block that runs on the pooled tokens, in a model without language model."""
+        return self.block
+
     @property
     def needs(self) -> tuple[Need, ...]:
-        """The attention patches receive in the penultimate layer."""
-        return () if self.wants_fingerprint else (received_attn(-2),)
+        """The attention patches receive in the penultimate layer, or in the block before the pooling."""
+        layer = -2 if self.block is None else self.block - 1
+        return () if self.wants_fingerprint else (received_attn(layer),)
 
     def medoids(self, features: Tensor, weight: Tensor | None, start: Tensor) -> tuple[Tensor, Tensor]:
         """Return the medoids ``(B, K)`` in the order of ``start (B, K)`` and every token's cluster ``(B, N)``.

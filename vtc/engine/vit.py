@@ -1,0 +1,187 @@
+"""Reducers inside vision transformers without a language model (timm): between and inside the blocks."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage
+from vtc.engine.encoder import EncoderRun, EncoderStage
+from vtc.engine.handle import BaseHandle
+from vtc.engine.tower import replace_attribute
+from vtc.errors import NotReducedError, UnsupportedFeatureError
+from vtc.families.timm_vit import VisionTransformer
+from vtc.signals import AttentionTap
+from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStats
+
+_PASS: contextvars.ContextVar[tuple[object, EncoderRun] | None] = contextvars.ContextVar("vtc_vit_pass", default=None)
+
+
+class VitHandle(BaseHandle):
+    """One patch on one vision transformer."""
+
+    family: VisionTransformer
+
+    def attach(self, model: nn.Module) -> None:
+        """Wrap ``forward_features`` of the instance, and hook the blocks."""
+        family, part = self.family, self.reducer
+        self._undo.append(self.wrap(model, "forward_features", self.forward_features))
+        for name in ("forward_intermediates", "get_intermediate_layers"):
+            if hasattr(model, name):
+                self._undo.append(self.wrap(model, name, self.refuse))
+        if isinstance(part, EncoderReducer):
+            stage = EncoderStage(
+                part, family.layers, family.attention, family.mlp_branch, family.facts, self.current, family.mask
+            )
+            wanted = stage.wanted()
+            self._undo += stage.install()
+        else:
+            wanted = {part.tower_layer - 1: part.needs}
+            before = family.layers[part.tower_layer].register_forward_pre_hook(self.pool)
+            self._undo.append(before.remove)
+        for i, needs in wanted.items():
+            if needs:
+                self._undo += family.tap(family.attention[i], functools.partial(self.observe, needs))
+        for layer in family.layers:  # behind the hooks that shorten: what a block is given
+            self._undo.append(layer.register_forward_pre_hook(self.count).remove)
+
+    @staticmethod
+    def wrap(model: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
+        """Put a wrapper around a method of the instance."""
+        original = getattr(model, name)
+        return replace_attribute(model, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    def current(self) -> EncoderRun | None:
+        """State of this model's pass under way."""
+        found = _PASS.get()
+        return found[1] if found is not None and found[0] is self else None
+
+    def refuse(self, original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:
+        """Features of several blocks have different lengths under a reducer."""
+        raise UnsupportedFeatureError(
+            f"{original.__name__}() returns features of several blocks, which have different lengths under '{self.reducer.name}': "
+            "unpatch the model for it"
+        )
+
+    def forward_features(self, original: Callable[..., Any], pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the model's own method with a pass open; account for what happened."""
+        model = self._model()
+        if model.training and getattr(model, "grad_checkpointing", False):
+            raise UnsupportedFeatureError(
+                f"gradient checkpointing of blocks that '{self.reducer.name}' shortens is not possible: switch it off with "
+                "model.set_grad_checkpointing(False)"
+            )
+        if args or any(v is not None and v is not False for v in kwargs.values()):
+            raise UnsupportedFeatureError(
+                f"forward_features() with an attention mask cannot be combined with '{self.reducer.name}': drop the mask"
+            )
+        run = EncoderRun([1] * pixels.shape[0], None, Clock())
+        token = _PASS.set((self, run))
+        try:
+            with self.running():
+                out = original(pixels, *args, **kwargs)
+        finally:
+            _PASS.reset(token)
+        self.account(run)
+        return out
+
+    def observe(self, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+        """Compute the signals wanted of one block."""
+        run = self.current()
+        if run is None:
+            return
+        with torch.no_grad(), run.clock.span(query.device):
+            head = int(self.family.facts.has_cls)
+            mask = None
+            if run.valid is not None:
+                mask = torch.cat([torch.ones_like(run.valid[:, :head]), run.valid], 1)[:, None, None, :]
+            tap = AttentionTap(query, key, value, scale, mask=mask, cls=bool(head))
+            run.taps = {need.name: need.resolve(self.family.facts.provides).measure(tap) for need in needs}
+
+    def count(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Remember how many patches of each picture enter a block."""
+        run = self.current()
+        if run is not None:
+            n = args[0].shape[1] - int(self.family.facts.has_cls)
+            run.lengths.append([n] * args[0].shape[0] if run.valid is None else run.valid.sum(1).tolist())
+
+    def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Let a reducer made for the tower's output act between two blocks."""
+        run, part = self.current(), self.reducer
+        if run is None:
+            return None
+        hidden, head = args[0], int(self.family.facts.has_cls)
+        patches, n = hidden[:, head:], hidden.shape[1] - head
+        layout = self.layout(n)
+        budget = min(n, part.wanted(layout, self.family.facts))
+        run.fired = True
+        if budget == n:
+            return None
+        with run.clock.span(hidden.device):
+            entries = torch.arange(n, device=hidden.device).expand(hidden.shape[0], -1)
+            signals = Signals(patches, layout, entries, budget, n, run.taps, cls=hidden[:, None, 0] if head else None)
+            chosen: Selection = part.reduce(signals.check(f"block {part.tower_layer} ('{part.name}')"))
+            if chosen.valid is not None:
+                raise UnsupportedFeatureError(
+                    f"'{part.name}' keeps different numbers of tokens of a batch's pictures here: use another option or batch 1"
+                )
+            run.ids, run.owner = chosen.index, chosen.owner
+            kept = chosen.features
+            if kept is None:
+                kept = patches.gather(1, chosen.index[..., None].expand(-1, -1, hidden.shape[2]))
+        run.taps = {}
+        return (torch.cat([hidden[:, :head], kept.to(hidden.dtype)], 1), *args[1:])
+
+    def layout(self, n: int) -> Layout:
+        """Layout of a picture with ``n`` patches."""
+        rows, cols = self.family.facts.grid
+        return Layout.grid(rows, cols) if rows * cols == n else Layout.flat(n)
+
+    def account(self, run: EncoderRun) -> None:
+        """Write the statistics; complain if the reducer did not act."""
+        part, facts = self.reducer, self.family.facts
+        call, self.stats.kept = CallStats(_clock=run.clock), []
+        for i in range(len(run.views)):
+            per_layer = [counts[i] for counts in run.lengths]
+            n = per_layer[0]
+            layout = self.layout(n)
+            ids = torch.arange(n)
+            if run.ids is not None:
+                ids = run.ids[i] if run.valid is None else run.ids[i, run.valid[i]]
+            merges = [] if run.owner is None else [(torch.arange(n), ids, run.owner[i])]
+            encoder = isinstance(part, EncoderReducer)
+            asked = part.view_budgets(1, n, facts)[0] if encoder else part.wanted(layout, facts)
+            notes = (part.note(asked, n) if encoder else "", SHORT if part.budget.exceeds(n) else "")
+            requested = None if part.decides_itself else min(n, asked)
+            stage = StageStats(part.name, part.stage.value, 0, n, len(ids), requested, "; ".join(filter(None, notes)))
+            call.images.append(ImageStats(i, n, len(ids), per_layer, [stage], run.fired))
+            self.stats.kept.append(KeptTokens(i, layout, ids.sort().values, merges))
+        self.stats.append(call)
+        if not run.fired and self.strict:
+            raise NotReducedError(
+                f"'{part.name}' did not act on a call: the model ran without the expected hook; report this, or pass strict=False"
+            )
+
+
+def bind_vit(reducer: Reducer, family: VisionTransformer) -> Reducer:
+    """Resolve a reducer for a vision transformer; raise where it cannot act there."""
+    facts = family.facts
+    stages = getattr(reducer, "stages", None) or (getattr(reducer, "stage", Stage.DECODER),)
+    part, reason = reducer, facts.stages[stages[0]]
+    if not reason:
+        part, *others = reducer.bind(facts).parts()
+        if others:
+            reason = "it has several stages"
+        elif not isinstance(part, EncoderReducer) and part.tower_layer is None:
+            reason = "it acts on features on their way to a language model"
+    if reason:
+        raise UnsupportedFeatureError(
+            f"'{reducer.name}' cannot act in a vision transformer: {reason}; 'tome', 'tokenpooling', 'skipspan' and "
+            "'flowcut' can"
+        )
+    return part

@@ -1,0 +1,123 @@
+"""Vision transformers of timm: plain blocks, at most one class token, a classifier or features behind them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from vtc.core import Facts, Stage
+from vtc.errors import UnsupportedModelError
+
+MASK = "attn_mask"
+"""What a block calls its attention mask."""
+_BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+_NO_TEXT = "a vision transformer has no language model"
+
+
+@dataclass(eq=False)
+class VisionTransformer:
+    """Where things are in one model.
+
+    Attributes
+    ----------
+    name : str
+        ``"timm"``.
+    model : Module
+        The model; ``forward_features`` runs its blocks.
+    layers, attention : list of Module
+        Blocks and their attention modules.
+    facts : Facts
+        Numbers reducers may see. ``layers`` is 0: there is no language model.
+    mask : str or None
+        The blocks' argument for an additive attention mask; ``None`` where they take none.
+    """
+
+    name: str
+    model: nn.Module
+    layers: list[nn.Module]
+    attention: list[nn.Module]
+    facts: Facts
+    mask: str | None
+
+    @staticmethod
+    def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """Return the first and the last module of a block's second residual branch."""
+        return layer.norm2, layer.drop_path2
+
+    @staticmethod
+    def tap(attention: nn.Module, observe: Callable[[Tensor, Tensor, Tensor, float], None]) -> list[Callable[[], None]]:
+        """Call ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, whenever the module runs; return what ends it."""
+        tap = _Tap(attention, observe)
+        places = ((attention.qkv, tap.values), (attention.q_norm, tap.queries), (attention.k_norm, tap.keys))
+        return [module.register_forward_hook(hook).remove for module, hook in places]
+
+
+class _Tap:
+    """Collects what one attention module computes on its way (an object: closures would not follow a copied model)."""
+
+    def __init__(self, attention: nn.Module, observe: Callable[[Tensor, Tensor, Tensor, float], None]) -> None:
+        self.attention, self.observe = attention, observe
+        self.seen: dict[str, Tensor] = {}
+
+    def values(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+        batch, n, _ = out.shape
+        self.seen["v"] = out.reshape(batch, n, 3, self.attention.num_heads, -1)[:, :, 2].transpose(1, 2)
+
+    def queries(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+        self.seen["q"] = out
+
+    def keys(self, _module: nn.Module, _args: Any, out: Tensor) -> None:
+        self.observe(self.seen.pop("q"), out, self.seen.pop("v"), self.attention.scale)
+
+
+def is_timm(model: nn.Module) -> bool:
+    """Whether a model comes from timm (which need not be installed for the question)."""
+    return any(cls.__module__.partition(".")[0] == "timm" for cls in type(model).__mro__)
+
+
+def build(model: nn.Module) -> VisionTransformer:
+    """Describe a ``timm.models.VisionTransformer``.
+
+    Raises
+    ------
+    UnsupportedModelError
+        Another architecture, other blocks, or prefix tokens besides the class token (distillation, registers).
+    """
+    what = f"{type(model).__name__} of timm"
+    if not all(hasattr(model, name) for name in ("blocks", "patch_embed", "num_prefix_tokens", "forward_features")):
+        raise UnsupportedModelError(f"{what} is not a vision transformer: use a model such as vit_base_patch16_224")
+    if model.num_prefix_tokens > 1:
+        raise UnsupportedModelError(
+            f"{what} has {model.num_prefix_tokens} tokens besides its patches (distillation or register tokens): models with a "
+            "class token or none are supported"
+        )
+    blocks = list(model.blocks)
+    for block in blocks:
+        missing = [name for name in _BLOCK if not hasattr(block, name)]
+        missing += [name for name in ("qkv", "q_norm", "k_norm") if not hasattr(getattr(block, "attn", None), name)]
+        if missing:
+            raise UnsupportedModelError(
+                f"{what} has blocks without {missing[0]} ({type(block).__name__}), which vtc cannot shorten"
+            )
+    has_cls = bool(model.num_prefix_tokens)
+    stages = {stage: "" if stage in (Stage.ENCODER, Stage.VISION) else _NO_TEXT for stage in Stage}
+    stages[Stage.IMAGE] = "its input size is fixed: give it smaller pictures instead"
+    patches = model.patch_embed.num_patches
+    facts = Facts(
+        family="timm",
+        layers=0,
+        encoder_layers=len(blocks),
+        feature_layer=len(blocks) - 1,
+        tokens=patches,
+        max_tokens=patches,
+        grid=tuple(model.patch_embed.grid_size),
+        has_cls=has_cls,
+        provides=frozenset({"attention", "cls"} if has_cls else {"attention"}),
+        stages=stages,
+    )
+    mask = MASK if MASK in inspect.signature(type(blocks[0]).forward).parameters else None
+    return VisionTransformer("timm", model, blocks, [b.attn for b in blocks], facts, mask)
