@@ -6,6 +6,7 @@ A new family is one adapter file and one entry here: everything else of the test
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -84,6 +85,8 @@ class Case:
         Whether images are cut into crops by their size.
     exact : bool
         Whether every slot holds one row of the projector's output, or a newline.
+    tiles : bool
+        Whether the model makes the features of all images of a row at once.
     projector : str
         The module before which ``VISION`` reducers act.
     float32 : bool
@@ -102,6 +105,7 @@ class Case:
     video: bool = False
     anyres: bool = False
     exact: bool = True
+    tiles: bool = False
     projector: str = "multi_modal_projector"
     float32: bool = False
     steps: int = 8
@@ -189,6 +193,134 @@ def _prefix(ids: Tensor, prompt: int) -> dict[str, Tensor]:
     return {"token_type_ids": (torch.arange(ids.shape[1]) >= prompt).long().expand_as(ids).contiguous()}
 
 
+# ------------------------------------------------------------------------------------------- tiles, pixel shuffle, pooling
+def _internvl(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    tower = hf.InternVLVisionConfig(**eyes | dict(image_size=[32, 32], patch_size=[4, 4]))
+    shared = IDS | dict(text_config=hf.Qwen2Config(**words), vision_config=tower, downsample_ratio=0.5)
+    return hf.InternVLForConditionalGeneration, hf.InternVLConfig(**(shared | over))
+
+
+def _idefics(name: str, words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    tower = getattr(hf, f"{name}VisionConfig")(**eyes | dict(image_size=32, patch_size=4))
+    shared = dict(image_token_id=IMAGE_TOKEN, text_config=hf.LlamaConfig(**words), vision_config=tower, scale_factor=2)
+    shared |= dict(pad_token_id=PAD)
+    return getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")(**(shared | over))
+
+
+def _rows_of_tiles(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor], sizes: Any) -> dict[str, Tensor]:
+    pixels = draw(len(images), max(images), 3, 32, 32)
+    for row, n in enumerate(images):
+        pixels[row, n:] = 0
+    return {"pixel_values": pixels}
+
+
+def _one_tile(inputs: dict[str, Tensor], model: nn.Module, i: int) -> dict[str, Tensor]:
+    tiles = inputs["pixel_values"].flatten(0, 1)
+    return {"pixel_values": tiles[(tiles != 0).flatten(1).any(1)][i][None, None]}
+
+
+def _gemma3(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    words = dict(head_dim=8, sliding_window=12, layer_types=kinds) | words
+    shared = IDS | dict(text_config=hf.Gemma3TextConfig(**words), vision_config=_siglip(eyes | dict(image_size=56)))
+    return hf.Gemma3ForConditionalGeneration, hf.Gemma3Config(**(shared | dict(mm_tokens_per_image=16) | over))
+
+
+def _mistral3(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    tower = hf.PixtralVisionConfig(**eyes | dict(image_size=32, patch_size=4))
+    language = hf.MistralConfig(**({"sliding_window": None} | words))
+    shared = IDS | dict(text_config=language, vision_config=tower, spatial_merge_size=2, vision_feature_layer=-1)
+    return hf.Mistral3ForConditionalGeneration, hf.Mistral3Config(**(shared | over))
+
+
+def _mixed_sizes(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor], sizes: Any) -> dict[str, Tensor]:
+    sizes = [[32, 32], [16, 32], [32, 16]] * sum(images)
+    return {"image_sizes": torch.tensor(sizes[: sum(images)]), "pixel_values": draw(sum(images), 3, 32, 32)}
+
+
+def _one_sized(inputs: dict[str, Tensor], model: nn.Module, i: int) -> dict[str, Tensor]:
+    h, w = inputs["image_sizes"][i].tolist()
+    return {"image_sizes": inputs["image_sizes"][i : i + 1], "pixel_values": inputs["pixel_values"][i : i + 1, :, :h, :w]}
+
+
+def _broken_rows(model: nn.Module, image: int, slots: int, pixels: dict[str, Tensor]) -> list[int]:
+    """Pixtral: a row ends with [IMG_BREAK], the last one with [IMG_END]; both are text."""
+    width = int(pixels["image_sizes"][image, 1]) // 8
+    return ([IMAGE_TOKEN] * width + [BREAK]) * (slots // width - 1) + [IMAGE_TOKEN] * width + [END]
+
+
+# ------------------------------------------------------------------------------------------------------------------ Qwen
+def _qwen(name: str, words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
+    tower = dict(depth=TOWER_LAYERS, num_heads=3, patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
+    if name == "Qwen2VL":
+        tower |= dict(embed_dim=24, hidden_size=32, mlp_ratio=2)
+    else:
+        tower |= dict(hidden_size=24, intermediate_size=32, out_hidden_size=32)
+    if name == "Qwen2_5_VL":
+        tower |= dict(window_size=16, fullatt_block_indexes=[1, 3], tokens_per_second=2)
+    if name == "Qwen3VL":
+        tower |= dict(num_position_embeddings=64, deepstack_visual_indexes=[0, 2])
+        rope["mrope_interleaved"] = True
+        words = dict(head_dim=8) | words
+    words = dict(rope_scaling=dict(rope), rope_parameters=dict(rope)) | words
+    shared = dict(image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=START, vision_end_token_id=END)
+    shared |= dict(text_config=words, vision_config=tower)
+    return getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")(**(shared | over))
+
+
+def _grids(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor], sizes: Any) -> dict[str, Tensor]:
+    grids = torch.tensor([[1, 8, 8], [1, 4, 8], [1, 8, 4]] * sum(images))[: sum(images)]
+    return {"image_grid_thw": grids, "pixel_values": draw(int(grids.prod(1).sum()), 3 * 2 * 16)}
+
+
+def _clip_grids(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor], sizes: Any) -> dict[str, Tensor]:
+    grids = torch.tensor([[2, 4, 4], [2, 4, 8]] * sum(images))[: sum(images)]
+    clips = {"video_grid_thw": grids, "pixel_values_videos": draw(int(grids.prod(1).sum()), 3 * 2 * 16)}
+    return clips | ({"second_per_grid_ts": torch.ones(len(grids))} if model.config.model_type == "qwen2_5_vl" else {})
+
+
+def _one_grid(inputs: dict[str, Tensor], model: nn.Module, i: int) -> dict[str, Tensor]:
+    grids, pixels = (
+        ("video_grid_thw", "pixel_values_videos") if "video_grid_thw" in inputs else ("image_grid_thw", "pixel_values")
+    )
+    rows = inputs[pixels].split(inputs[grids].prod(1).tolist())
+    one = {grids: inputs[grids][i : i + 1], pixels: rows[i]}
+    return one | ({"second_per_grid_ts": torch.ones(1)} if "second_per_grid_ts" in inputs else {})
+
+
+def _spans(per_frame: bool, model: nn.Module, image: int, slots: int, pixels: dict[str, Tensor]) -> list[int]:
+    """<vision_start> ... <vision_end>; Qwen3-VL puts a pair around each frame of a clip."""
+    token = VIDEO_TOKEN if "video_grid_thw" in pixels else IMAGE_TOKEN
+    spans = int(pixels["video_grid_thw"][image, 0]) if per_frame and "video_grid_thw" in pixels else 1
+    return [START, *[token] * (slots // spans), END] * spans
+
+
+def _three_dimensional(model: nn.Module, inputs: dict[str, Tensor], counted: Tensor) -> Tensor:
+    names = inspect.signature(model.model.get_rope_index).parameters
+    positions, _ = model.model.get_rope_index(**{k: v for k, v in inputs.items() if k in names})
+    return torch.cat([counted[None], positions])
+
+
+def _modalities(kind: type[nn.Module], ids: Tensor, prompt: int) -> dict[str, Tensor]:
+    if "mm_token_type_ids" not in inspect.signature(kind.forward).parameters:  # 4.57
+        return {}
+    return {"mm_token_type_ids": (ids == IMAGE_TOKEN).int() + 2 * (ids == VIDEO_TOKEN).int()}
+
+
+def _qwen_cases(family: str, name: str) -> dict[str, Case]:
+    kind = getattr(hf, f"{name}ForConditionalGeneration")
+    shared = dict(
+        one=_one_grid,
+        run=functools.partial(_spans, name == "Qwen3VL"),
+        extra=functools.partial(_modalities, kind),
+        positions=_three_dimensional,
+    )
+    make = functools.partial(_qwen, name)
+    clips = Case(family, make, _clip_grids, video=True, **shared)
+    return {family: Case(family, make, _grids, **shared), f"{family}:clips": clips}
+
+
 _OLD = compat.transformers_version() < (5, 0, 0)
 
 CASES: dict[str, Case] = {
@@ -217,6 +349,28 @@ CASES: dict[str, Case] = {
         float32=_OLD,
         steps=1 if _OLD else 8,
     ),
+    "internvl": Case("internvl", _internvl, _plain(32)),
+    "idefics3": Case(
+        "idefics3",
+        functools.partial(_idefics, "Idefics3"),
+        _rows_of_tiles,
+        _one_tile,
+        tiles=True,
+        projector="connector.modality_projection",
+    ),
+    "smolvlm": Case(
+        "smolvlm",
+        functools.partial(_idefics, "SmolVLM"),
+        _rows_of_tiles,
+        _one_tile,
+        tiles=True,
+        projector="connector.modality_projection",
+    ),
+    "gemma3": Case("gemma3", _gemma3, _plain(56), extra=lambda ids, prompt: {"token_type_ids": (ids == IMAGE_TOKEN).long()}),
+    "mistral3": Case("mistral3", _mistral3, _mixed_sizes, _one_sized, _broken_rows),
+    **_qwen_cases("qwen2_vl", "Qwen2VL"),
+    **_qwen_cases("qwen2_5_vl", "Qwen2_5_VL"),
+    **_qwen_cases("qwen3_vl", "Qwen3VL"),
 }
 
 

@@ -185,7 +185,9 @@ def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     features = [f.reshape(-1, f.shape[-1]) for f in out]
     if case.family == "llava_onevision" and case.video and not compat.video_newline_in_features(base):
         features = [torch.cat([f, base.image_newline[None].detach()]) for f in features]
-    return features
+    if case.tiles:  # made per row
+        features = torch.cat(features).split(GRID * GRID)
+    return list(features)
 
 
 def visual_of(inputs: dict[str, Tensor]) -> Tensor:

@@ -167,9 +167,8 @@ def oracle_model(model: nn.Module, plan: Plan, repeat: int = 1) -> Iterator[nn.M
                     lambda module, args, kwargs, i=i: before(i, module, args, kwargs), with_kwargs=True
                 )
             )
-    for j, layer in enumerate(tower_layers(twin)):
-        if j in plan.tower:
-            _HIDDEN[id(layer.self_attn)] = plan.tower[j]
+    for j, gone in plan.tower.items():
+        _HIDDEN[id(tower_layers(twin)[j].self_attn)] = gone
     if plan.projector is not None:
         projector = projector_of(twin)
         plain = copy.deepcopy(projector)
@@ -189,9 +188,14 @@ def rope(text: nn.Module, layer: int, name: str, hidden: Tensor, positions: Tens
     return rotary(hidden, positions, *([text.config.layer_types[layer]] if "layer_type" in kinds else []))
 
 
-def hidden_reference(model: nn.Module, inputs: dict[str, Tensor], plan: Plan, steps: int = 8) -> tuple[Tensor, Tensor, Tensor]:
-    """Return greedy tokens ``(B, steps)``, their logits ``(B, steps, V)`` and the prompt's logits ``(B, S, V)``."""
-    inputs, case, length = dict(inputs), case_of(model), inputs["input_ids"].shape[1]
+def hidden_reference(
+    model: nn.Module, inputs: dict[str, Tensor], plan: Plan, steps: int = 8, first: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return greedy tokens ``(B, steps)``, their logits ``(B, steps, V)`` and the prompt's logits ``(B, S, V)``.
+
+    ``first``: length of the prompt's first turn, if it has several.
+    """
+    inputs, case, length = dict(inputs), case_of(model), first or inputs["input_ids"].shape[1]
     tokens, logits, prompt = [], [], None
     with oracle_model(model, plan) as twin, torch.no_grad():
         for _ in range(steps):
@@ -386,8 +390,18 @@ def views_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[list[int], Te
     return count, torch.cat([p[:n] for p, n in zip(pixels, count, strict=True)])
 
 
+def given_to_projector(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The unpatched projector's input ``(views, tokens, D_v)`` of a call."""
+    caught: list[Tensor] = []
+    hook = projector_of(model).register_forward_pre_hook(lambda m, a: caught.append(a[0]))
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return caught[0]
+
+
 def tower_features(model: nn.Module, pixels: Tensor, **options) -> Tensor:
-    """Features the projector is given, ``(views, patches, D)``, by a plain call of the tower."""
+    """Features the projector is given for these pixels, ``(views, patches, D)``, by a plain call of the tower."""
     with torch.no_grad():
         tower, config = model.model.vision_tower, model.config
         out = tower(pixels, output_hidden_states=True, **options)
@@ -408,7 +422,7 @@ def in_tower(
     marks: Sequence[int],
 ) -> list[Tensor]:
     """Work out a tower-side picker: surviving slots per image; the plan gets what is hidden or written in the tower."""
-    views, pixels = views_of(model, inputs)
+    views, pixels = views_of(model, inputs) if case_of(model).anyres else ([1] * len(marks), inputs["pixel_values"])
     per = GRID * GRID
     patches: list[Tensor] = []  # per image: surviving patches of all its views
     if part.stage is Stage.IMAGE:
@@ -432,7 +446,7 @@ def in_tower(
         patches = [torch.cat([cells + v * per for v in range(n)]) for n in views]
     elif part.stage is Stage.VISION:
         values: list[tuple[int, Tensor]] = []
-        features = tower_features(model, pixels)
+        features = given_to_projector(model, inputs)
         first = 0
         for n, mark, (_, source) in zip(views, marks, sources, strict=True):
             slots = len(source)

@@ -392,6 +392,8 @@ class Facts:
         Signals requirements met by the model: ``"attention"``, ``"cls"`` ...
     stages : mapping from Stage to str
         Supported stages map to ``""``; refused ones to the reason.
+    merge : int
+        Patches that a module at the end of the tower merges into one visual token, where reducers act in front of it.
     anyres : bool
         Whether one image is cut into several views.
     mrope : bool
@@ -415,6 +417,7 @@ class Facts:
     provides: frozenset[str]
     stages: Mapping[Stage, str]
     max_views: int = 1
+    merge: int = 1
     anyres: bool = False
     mrope: bool = False
     first_layer: int = 1
@@ -497,6 +500,10 @@ class Reducer:
     @property
     def needs(self) -> tuple[Need, ...]:
         """Signals to tap; may depend on the options (for example on ``layer``)."""
+        return ()
+
+    def decode_neurons(self, facts: Facts) -> tuple[Need, ...]:
+        """MLP neurons that decoder layers go on with after the prompt: needs ``of="neurons"`` that give indices ``(B, M)``."""
         return ()
 
     @property
@@ -700,6 +707,11 @@ class EncoderReducer(Reducer):
     def returns(self) -> int | None:
         """Tower layer before which dropped patches come back, with the state they had when they left; ``None``: never."""
         return None
+
+    @property
+    def fills_first_slots(self) -> bool:
+        """Towers that merge squares of patches: the tokens left stand in the image's first slots, not where they were."""
+        return False
 
     def view_budget(self, patches: int, facts: Facts) -> int:
         """Return how many of a view's ``patches`` survive the tower; must not depend on the other views of the call."""

@@ -179,7 +179,7 @@ class EncoderStage:
             run.fired = True
             if alive is None:
                 return hidden
-            self.check_finite({**state.taps, **run.carry}, state.valid, layer)
+            check_finite(self.part.name, {**state.taps, **run.carry}, state.valid, layer)
             index = narrow(run, state.valid, alive & state.valid)
         if index is None:
             return hidden
@@ -227,15 +227,6 @@ class EncoderStage:
         """Put the class token's value in front of those of the patches."""
         return torch.cat([torch.full_like(values[:, :1], first), values], 1) if self.head else values
 
-    def check_finite(self, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
-        """Raise before patches are chosen by numbers that are not finite."""
-        for name, value in signals.items():
-            if not torch.isfinite(value[valid]).all():
-                raise InvalidSignalError(
-                    f"signal '{name}' of '{self.part.name}' at tower layer {layer} contains NaN or infinite values: run the "
-                    "model in bfloat16 or float32, or check the input image"
-                )
-
     # ------------------------------------------------------------------------------------------------- inside a layer
     # x + mlp(norm(x)) is made m + mlp(norm(m)) with the merged m: the norm is given m, the branch hands a zero to the sum that
     # still holds x, and the layer's output is replaced by the sum that was meant.
@@ -247,7 +238,7 @@ class EncoderStage:
         hidden = args[0]
         with torch.no_grad(), run.clock.span(hidden.device):
             state = self.state(run, i, hidden)
-            self.check_finite(state.taps, state.valid, i)
+            check_finite(self.part.name, state.taps, state.valid, i)
             found = self.part.merge(state)
             run.taps = {}
             run.fired = True
@@ -294,6 +285,16 @@ class EncoderStage:
         hidden = run.merged + run.branch
         run.merged = run.branch = None
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def check_finite(name: str, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
+    """Raise before patches are chosen by numbers that are not finite."""
+    for signal, value in signals.items():
+        if not torch.isfinite(value[valid]).all():
+            raise InvalidSignalError(
+                f"signal '{signal}' of '{name}' at tower layer {layer} contains NaN or infinite values: run the model in bfloat16 "
+                "or float32, or check the input image"
+            )
 
 
 def narrow(run: EncoderRun, valid: Tensor, alive: Tensor) -> Tensor | None:

@@ -16,6 +16,7 @@ from vtc import compat
 from vtc.core import Compose, Facts, Need, Reducer, Stage
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
+from vtc.engine.neurons import NeuronSide
 from vtc.engine.retriever import RetrieverHandle
 from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
@@ -54,11 +55,13 @@ class Handle(BaseHandle):
         parts = tuple(reducer.parts())  # made once: the engine tells parts apart by identity
         self.tower = TowerSide(family, parts)
         self.text = TextSide(family, parts, self.tower, self.stats, strict)
+        self.neurons = NeuronSide(family, parts, self.text)
 
     def attach(self, model: nn.Module) -> None:
         """Put all hooks on."""
         self.tower.install()
         self.text.install()
+        self.neurons.install()
         for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
             original = getattr(model, name, None)
             if original is not None:
@@ -68,6 +71,7 @@ class Handle(BaseHandle):
 
     def _take_off(self, model: nn.Module) -> None:
         super()._take_off(model)
+        self.neurons.remove()
         self.text.remove()
         self.tower.remove()
         _forget_graphs()

@@ -22,6 +22,7 @@ from vtc import compat
 from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.encoder import EncoderRun, EncoderStage
+from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
@@ -81,7 +82,7 @@ class TowerRun:
     """State of one call of ``get_image_features``."""
 
     call: VisionCall
-    encoder: EncoderRun
+    encoder: EncoderRun | PackedRun
     recorded: dict[Key, Tensor] = field(default_factory=dict)  # need -> (views, patches, ...)
     packed: dict[Key, list[Tensor]] = field(default_factory=dict)  # the same, of the blocks of a packed sequence so far
     cls: Tensor | None = None
@@ -127,9 +128,11 @@ class TowerSide:
         stepping: dict[int, tuple[Need, ...]] = {}
         if isinstance(part, EncoderReducer):
             family = self.family
-            stage = EncoderStage(
-                part, family.encoder_layers, family.encoder_attention, family.mlp_branch, family.facts, current_encoder
-            )
+            layers, attention = family.encoder_layers, family.encoder_attention
+            if family.merger is not None:
+                stage = PackedStage(part, layers, family.merger, family.facts, current_encoder)
+            else:
+                stage = EncoderStage(part, layers, attention, family.mlp_branch, family.facts, current_encoder)
             stepping = stage.wanted()
             self.undo += stage.install()
         for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
@@ -137,7 +140,7 @@ class TowerSide:
             self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
         if self.projected:  # before the hook that may shorten what the projector is given
             self.undo.append(self.family.projector.register_forward_pre_hook(self.observe_projector).remove)
-        if part is not None:
+        if part is not None and self.family.projector is not None:
             if isinstance(part, ImageReducer):
                 hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
                 self.undo.append(hook.remove)
@@ -169,8 +172,11 @@ class TowerSide:
         described = describe(call)
         if described.refuses and self.part is not None:
             raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {described.refuses}")
-        real = real_patches(described, self.family.facts.grid) if isinstance(self.part, EncoderReducer) else None
-        run = TowerRun(described, EncoderRun(described.views, real, Clock()))
+        if described.pieces is not None:
+            run = TowerRun(described, PackedRun(described.views, described.pieces, Clock()))
+        else:
+            real = real_patches(described, self.family.facts.grid) if isinstance(self.part, EncoderReducer) else None
+            run = TowerRun(described, EncoderRun(described.views, real, Clock()))
         if self.seen:
             with torch.no_grad(), run.clock.span(run.call.pixels.device):
                 pixels = PixelTap(run.call.pixels, run.call.patches[0].grids[0])
@@ -218,7 +224,7 @@ class TowerSide:
             return
         with torch.no_grad(), run.clock.span(query.device):
             if run.call.pieces is not None:
-                self.observe_packed(run, record, query, key, value, scaling)
+                self.observe_packed(run, record, stepping, query, key, value, scaling)
                 return
             cls = self.family.facts.has_cls
             key_mask = None
@@ -236,9 +242,17 @@ class TowerSide:
             run.encoder.taps = {need.name: need.measure(tap) for need in stepping}
 
     @staticmethod
-    def observe_packed(run: TowerRun, record: list[Need], query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def observe_packed(
+        run: TowerRun,
+        record: list[Need],
+        stepping: tuple[Need, ...],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+    ) -> None:
         """The same for a tower that packs everything in one sequence: its blocks come one by one, or together."""
-        pieces, total = run.call.pieces, sum(run.call.pieces)
+        pieces, total = run.encoder.pieces, sum(run.encoder.pieces)
         if query.shape[2] != total:
             pieces = [query.shape[2]]
         parts = zip(*(t.split(pieces, 2) for t in (query, key, value)), strict=True)
@@ -247,8 +261,9 @@ class TowerSide:
             held = run.packed.setdefault(need.key, [])
             held += [need.measure(tap) for tap in taken]
             if sum(h.shape[1] for h in held) == total:
-                run.recorded[need.key] = of_cells(run.call, torch.cat(held, 1))
+                run.recorded[need.key] = of_cells(run.call, run.encoder.spread(torch.cat(held, 1)))
                 held.clear()
+        run.encoder.observe(stepping, taken)
 
     def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute the signals wanted of the projector."""
@@ -426,6 +441,8 @@ class TowerSide:
                 alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
                 group = torch.arange(views)[:, None] * len(cells) + covering_cells(run.small, facts.grid)[None]
                 merges[-1].append((patches.slot, alive, group.flatten()))
+            elif acted and isinstance(encoder, PackedRun):
+                alive = None if encoder.tokens is None else encoder.tokens[image].to(device)
             elif acted and encoder.ids is not None:
                 ids = encoder.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
                 real = torch.ones_like(ids, dtype=torch.bool) if encoder.valid is None else encoder.valid[start : start + views]
@@ -433,19 +450,20 @@ class TowerSide:
                 if encoder.owner is not None:
                     shift = real.sum(1).cumsum(0) - real.sum(1)
                     merges[-1].append((patches.slot, alive, (encoder.owner[start : start + views] + shift[:, None]).flatten()))
-            whole = alive is None or len(alive) == views * per
+            whole = alive is None or len(alive) == len(patches)
             if acted and not isinstance(part, EncoderReducer):  # all patches are not yet the whole image: newlines count, too
                 whole = not part.decides_itself and part.wanted(slots, facts) >= len(slots)
             kept = every = torch.arange(len(slots), device=device)
             if not whole:
-                alive = torch.arange(views * per, device=device) if alive is None else alive
+                alive = torch.arange(len(patches), device=device) if alive is None else alive
                 kept = add_newlines(slots, slots_of(patches, alive), every, part.newline_policy)
             entries.append(kept)
             row: list[StageStats] = []
             if acted:
                 asked = part.wanted(slots, facts)
                 if isinstance(part, EncoderReducer):  # its budget is one of views
-                    asked = min(len(slots), sum(part.view_budgets(views, per, facts)))
+                    budgets = part.view_budgets(views, len(patches) * facts.merge // views, facts)
+                    asked = min(len(slots), sum(budgets) // facts.merge)
                     note = part.note(asked, len(slots))
                 note = "; ".join(x for x in (note, SHORT if part.budget.exceeds(len(slots)) else "") if x)
                 asked = None if part.decides_itself else asked
@@ -473,7 +491,7 @@ class TowerSide:
         return out
 
 
-def current_encoder() -> EncoderRun | None:
+def current_encoder() -> EncoderRun | PackedRun | None:
     """State of the tower pass under way, if any."""
     run = _RUN.get()
     return None if run is None else run.encoder

@@ -93,6 +93,9 @@ class Family:
     between_layers : tuple of str
         Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
         ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
+    merger : Module or None
+        Last module of a tower that packs all images in one sequence, where reducers may act in front of it: it merges each
+        ``facts.merge`` patches in a row into one token.
     mlp_branch : callable
         A tower layer to the modules between which its second residual branch runs (see :func:`mlp_branch`).
     """
@@ -112,6 +115,7 @@ class Family:
     video_token_ids: tuple[int, ...] = ()
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None
     between_layers: tuple[str, str] | None = None
+    merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
     notes: list[str] = field(default_factory=list)
 
@@ -220,6 +224,7 @@ def assemble(
     describe: Callable[[Mapping[str, Any]], VisionCall],
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None,
     between_layers: tuple[str, str] | None = None,
+    merger: nn.Module | None = None,
     **facts: Any,
 ) -> Family:
     """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
@@ -241,6 +246,7 @@ def assemble(
         video_token_ids=placeholder(config, "video"),
         describe_video=describe_video,
         between_layers=between_layers,
+        merger=merger,
     )
 
 

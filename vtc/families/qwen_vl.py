@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from vtc.core import Layout
 from vtc.families.base import PACKED, Family, VisionCall, assemble, frames, multimodal_parts, refused
 
+WINDOWS = "its tower attends within windows, whose borders would move"
+DEEP = "its tower hands features of several layers on, of all patches"
 TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
@@ -56,6 +58,7 @@ def build(model: nn.Module) -> Family:
         return (y // side * cols + x // side).flatten().argsort(stable=True).argsort()
 
     deep = len(getattr(tower, "deepstack_visual_indexes", ()))
+    plain = whole is None and not deep  # Qwen2-VL: patches can be dropped between the layers
     return assemble(
         model,
         tower=tower,
@@ -71,7 +74,9 @@ def build(model: nn.Module) -> Family:
         grid=(1, 1),
         has_cls=False,
         provides=frozenset({"attention"}),
-        stages=refused(PACKED, PACKED, PACKED),
+        stages=refused(PACKED, "" if plain else WINDOWS if whole is not None else DEEP, PACKED),
+        merger=tower.merger if plain else None,
+        merge=merge * merge,
         missing=dict.fromkeys(("projection", "pixels"), PACKED),
         windowed=() if whole is None else tuple(i for i in range(len(tower.blocks)) if i not in whole),
         mrope=True,

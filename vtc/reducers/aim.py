@@ -61,12 +61,15 @@ def merge_once(now: Merged, r: int, *, official: bool = False) -> Merged:
     into = rank.gather(1, target.gather(1, gone) * 2 + 1)
     rank = rank.scatter(1, gone * 2, into)
 
+    first = (t - r) * torch.arange(n, device=best.device)[:, None]
+    into, source = (into + first).flatten(), (gone * 2)[..., None]
+    count = torch.ones(n * (t - r), device=best.device).index_add(0, into, torch.ones(len(into), device=best.device))
+
     def mean(x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        shape = (n, t - r, x.shape[2])
-        total = wide.new_zeros(shape).scatter_add(1, rank[..., None].expand_as(wide), wide)
-        count = wide.new_zeros(n, t - r).scatter_add(1, rank, wide.new_ones(n, t))
-        return (total / count[..., None]).to(x.dtype)
+        total = wide.gather(1, stay[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)
+        total = total.index_add(0, into, wide.gather(1, source.expand(-1, -1, x.shape[2])).flatten(0, 1))
+        return (total / count[:, None]).view(n, t - r, -1).to(x.dtype)
 
     return Merged(mean(now.metric), mean(now.tokens), now.slot.gather(1, stay), rank.gather(1, now.owner))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import greedy_dpp
+from vtc.kernels import along, greedy_dpp
 from vtc.registry import register
 from vtc.views import each_view
 
@@ -86,7 +86,7 @@ class CDPruner(Reducer):
             note = TEXT_NOTE
             # text by text: padding to a common length would change the rounding with the batch
             words = [_unit(t[m]).sum(0) / max(1, int(m.sum())) for t, m in zip(signals.text, signals.text_mask, strict=True)]
-            raw = torch.stack([_unit(f) @ w for f, w in zip(signals.features, words, strict=True)])
+            raw = torch.stack([along(f, w) for f, w in zip(signals.features, words, strict=True)])
             raw = -raw if self.negate else raw
         else:
             note, raw = PLAIN_NOTE, torch.zeros(signals.shape, device=signals.features.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import topk_sorted
 from vtc.registry import register
 from vtc.schedule import place_cuts
 from vtc.signals import StateTap
@@ -40,6 +42,48 @@ class Overlap:
         return torch.stack([fire[:, want].sum(1, dtype=torch.float32) for fire, want in zip(fires, wanted, strict=True)])
 
 
+@dataclass(frozen=True)
+class CoreNeurons:
+    """Measure: the neurons that fire strongly at most tokens of the prompt, ``(B, M)`` ascending.
+
+    At a token those neurons count whose activation is at least the ``active`` quantile of its positive activations; the neurons
+    that count at most tokens are the core, the lowest index first among equals.
+
+    Parameters
+    ----------
+    share : float
+        Share of the layer's neurons that make the core.
+    active : float
+        Quantile in [0, 1].
+    block : int
+        Tokens sorted at a time.
+    """
+
+    share: float
+    active: float
+    block: int = 64
+
+    def __call__(self, tap: StateTap) -> Tensor:
+        """Count row by row over the real tokens, text and image alike."""
+        size = tap.hidden.shape[2]
+        counts = torch.stack([self.count(x[real]) for x, real in zip(tap.hidden, tap.valid, strict=True)])
+        return topk_sorted(counts, max(1, round(self.share * size)))
+
+    def count(self, x: Tensor) -> Tensor:
+        """Return in how many of the tokens ``(Q, I)`` each neuron counts, ``(I,)`` float32."""
+        total = torch.zeros(x.shape[1], device=x.device)
+        for part in x.float().split(self.block):
+            order = part.clamp(min=0).sort(1).values  # zeros first
+            fires = (part > 0).sum(1, keepdim=True)
+            place = part.shape[1] - fires + self.active * (fires - 1).clamp(min=0)
+            low = place.long().clamp(max=part.shape[1] - 1)
+            high = (low + 1).clamp(max=part.shape[1] - 1)
+            below, above = order.gather(1, low), order.gather(1, high)
+            bound = below + (place - low) * (above - below)
+            total += ((part > 0) & (part >= bound)).sum(0)
+        return total
+
+
 def knee(overlap: Tensor) -> tuple[Tensor, Tensor]:
     """Return ``(B,)`` place and value of the knee of the descending overlap curve.
 
@@ -64,7 +108,11 @@ def knee(overlap: Tensor) -> tuple[Tensor, Tensor]:
     paper="arXiv:2505.19235",
     code="https://github.com/wangqinsi1/2025-ICML-CoreMatching @ 046b24e",
     licence="Apache-2.0",
-    presets={"llava15": {"keep": 1.0, "layer": 6}, "llava15-64": {"keep": 64, "layer": 6, "rule": "topk"}},
+    presets={
+        "llava15": {"keep": 1.0, "layer": 6},
+        "llava15-64": {"keep": 64, "layer": 6, "rule": "topk"},
+        **{f"neurons-{p}": {"keep": 1.0, "layer": 6, "neurons": p / 100} for p in (20, 40, 60, 80)},
+    },
 )
 @dataclass(frozen=True, kw_only=True)
 class CoreMatching(Reducer):
@@ -77,11 +125,17 @@ class CoreMatching(Reducer):
 
     Deviates: the released code shortens nothing: in every layer from 5 to 18 it chooses anew and overwrites the others' keys
     and values with zeros, which still take part in the softmax. Here tokens really leave, once, before ``layer`` (the paper's
-    way; its layer is unconfirmed). Only the token side is here: decoding with core neurons alone, which is absent from the
-    released code, is not. The paper's definition by percentiles over the whole sentence is published without its numbers; the
-    release compares with a single token, five from the end in its prompt, which is ``reference``. Where the knee keeps more
-    than ``keep`` tokens, those with the largest overlap stay, the lowest index first among equals; where all overlaps are
-    equal, so that none is above the knee, it says nothing and ``keep`` decides alone.
+    way; its layer is unconfirmed). The paper's definition by percentiles over the whole sentence is published without its
+    numbers; the release compares with a single token, five from the end in its prompt, which is ``reference``. Where the knee
+    keeps more than ``keep`` tokens, those with the largest overlap stay, the lowest index first among equals; where all
+    overlaps are equal, so that none is above the knee, it says nothing and ``keep`` decides alone.
+
+    **Core neurons** (``neurons``, off by default). In every layer those neurons are taken that count at most tokens of the
+    prompt, where a neuron counts at a token if its activation is among the upper ones that fire there (``active``); decode
+    steps of this conversation run the MLPs on them alone, the prompt itself and forwards of several tokens on all. With several
+    rows in a batch each has its own core, and the others' neurons are computed and set to zero: the same tokens as alone,
+    without the speed. The released code has no such decoding; the paper's two percentiles are published without their numbers,
+    so ``active`` and any ``neurons`` are unconfirmed. COST
 
     Parameters
     ----------
@@ -94,6 +148,10 @@ class CoreMatching(Reducer):
     reference : int, default -5
         Token compared with, counted from the end of the prompt: where the prompt ends in ``"{question} ASSISTANT:"``, -5 is the
         first piece of the last word with LLaMA's tokenizer. Prompts shorter than that use their first token.
+    neurons : float or None, default None
+        Share of every MLP's neurons that decode steps run on; ``None``: all.
+    active : float, default 0.2
+        With ``neurons``: quantile of a token's positive activations from which on a neuron counts at this token.
     """
 
     stage: ClassVar[Stage] = Stage.DECODER
@@ -103,6 +161,8 @@ class CoreMatching(Reducer):
     layer: int | float = 6 / 32  # type: ignore[assignment]
     rule: Literal["knee", "topk"] = "knee"
     reference: int = -5
+    neurons: float | None = None
+    active: float = 0.2
 
     def __post_init__(self) -> None:
         """Refuse options that cannot mean anything."""
@@ -114,6 +174,11 @@ class CoreMatching(Reducer):
                 f"'corematching': reference={self.reference!r} is out of range, give a negative int (-1 is the last token)"
             )
 
+        for option, value in (("neurons", 1.0 if self.neurons is None else self.neurons), ("active", self.active)):
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value <= 1 or (option == "neurons" and value == 0):
+                raise UnknownArgumentError(f"'corematching': {option}={value!r} is out of range, give a share such as 0.4")
+
     @property
     def decides_itself(self) -> bool:  # type: ignore[override]
         """The knee may keep fewer than asked for."""
@@ -123,6 +188,13 @@ class CoreMatching(Reducer):
     def needs(self) -> tuple[Need, ...]:
         """Overlap in the layer before."""
         return (Need("overlap", "text", int(self.layer) - 1, Overlap(self.reference), of="neurons"),)
+
+    def decode_neurons(self, facts: Facts) -> tuple[Need, ...]:
+        """Core neurons of every layer."""
+        if self.neurons is None:
+            return ()
+        measure = CoreNeurons(self.neurons, self.active)
+        return tuple(Need("core_neurons", "text", i, measure, of="neurons", axis="row") for i in range(facts.layers))
 
     def bind(self, facts: Facts) -> CoreMatching:
         """Place the cut.
@@ -136,7 +208,7 @@ class CoreMatching(Reducer):
         """
         super().bind(facts)
         (layer,) = place_cuts((self.layer,), facts, "corematching", "layer")
-        return type(self)(**{**{k: getattr(self, k) for k in _OPTIONS}, "layer": layer})
+        return dataclasses.replace(self, layer=layer)
 
     def select(self, signals: Signals) -> Selection:
         """Apply the knee, then the budget."""
@@ -154,6 +226,3 @@ class CoreMatching(Reducer):
             index = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]
             valid = torch.arange(index.shape[1], device=count.device) < count[:, None]
         return Selection(index, valid=None if bool(valid.all()) else valid)
-
-
-_OPTIONS = ("keep", "avg_tokens", "positions", "newlines", "per", "rule", "reference")

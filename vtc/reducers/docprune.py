@@ -206,9 +206,12 @@ class DocPrune(Reducer):
     method of little use. Newline tokens stay, on top of the budget. How many tokens stay depends on the page; ``keep`` is the
     most. If more blocks qualify, those with the highest logits of their own stay; if none does, the token with the highest.
 
-    The authors publish no weights. Train a :class:`PatchClassifier` (see :func:`fit`) and pass it as ``classifier``; without one
-    the contrast of a block stands in (:func:`contrast`), which knows text from blank paper but not from photographs. The
-    statistics say so.
+    The authors publish no weights. vtc brings a classifier of its own (:class:`TextClassifier`, 30 thousand weights, trained on
+    generated pages; the statistics say so): on held-out generated pages its precision is 91.7 % [90.7-92.7] and its recall 92.3 %
+    [91.2-93.3], where the authors' architecture trained likewise has 75.2 % and 76.9 %, and the contrast of a block
+    (:func:`contrast`, ``classifier="contrast"``), which takes lines and photographs for text, 36.3 % and 97.2 %. The card in
+    ``vtc/assets/docprune`` has data, limits and the command. Any module may take its place; :func:`fit` trains the authors'
+    (:class:`PatchClassifier`).
 
     Deviates: the release prunes before the vision tower of Qwen2.5-VL and thus saves work there; here the tower sees the whole
     page, and the language model alone gets fewer tokens. 1-D positions are kept as they are (not tested by the authors). The
@@ -220,8 +223,8 @@ class DocPrune(Reducer):
     ----------
     keep : int or float
         Most visual tokens per image entering the language model, newline tokens not counted; 1.0: as many as the classifier wants.
-    classifier : Module or None, default None
-        Gives logits ``(M,)`` of blocks ``(M, 3, 28, 28)`` of the normalised picture; ``None``: the contrast of the block.
+    classifier : Module or {"trained", "contrast"}, default "trained"
+        Gives logits ``(M,)`` of blocks ``(M, 3, 28, 28)`` of the normalised picture: vtc's own, the block's contrast, or yours.
     threshold : float, default 0.0
         Logit above which a block counts as text; minus infinity: no limit but ``keep``, which is then met exactly.
     dilate : bool, default True

@@ -75,8 +75,8 @@ class FlexPool(Reducer):
         high, across = int(row.max()) + 1, int(col.max()) + 1
         rows, cols = target_grid(signals.budget, high, across)
         number, full = row * across + col, high * across
-        at = number.to(device)
-        grid = wide.new_zeros(full, wide.shape[1]).index_copy(0, at, wide)
+        at, plain = number.to(device), torch.equal(number, torch.arange(full))
+        grid = wide if plain else wide.new_zeros(full, wide.shape[1]).index_copy(0, at, wide)
         pooled = adaptive_mean(grid, high, across, (rows, cols))
         token = torch.full((full,), -1).index_copy(0, number, torch.arange(len(number)))
         y = (2 * torch.arange(rows) + 1) * high // (2 * rows)
@@ -120,8 +120,16 @@ def target_grid(budget: int, rows: int, cols: int) -> tuple[int, int]:
 
 def adaptive_mean(features: Tensor, rows: int, cols: int, target: tuple[int, int]) -> Tensor:
     """Average pooling of a full grid ``(N, D)`` in raster order, ``(n, D)``."""
-    grid = features.reshape(rows, cols, -1).permute(2, 0, 1)[None]
-    return torch.nn.functional.adaptive_avg_pool2d(grid, target)[0].flatten(1).T
+    grid = features.reshape(rows, cols, -1)
+    down = torch.stack([grid[lo:hi].sum(0) for lo, hi in _spans(rows, target[0])])  # rows first: every token is read about once
+    both = torch.stack([down[:, lo:hi].sum(1) for lo, hi in _spans(cols, target[1])], 1)
+    size = [[(b - a) * (d - c) for c, d in _spans(cols, target[1])] for a, b in _spans(rows, target[0])]
+    return (both / both.new_tensor(size)[..., None]).flatten(0, 1)
+
+
+def _spans(size: int, cells: int) -> list[tuple[int, int]]:
+    """First and last-but-one place of every cell along one axis."""
+    return [(i * size // cells, -(-(i + 1) * size // cells)) for i in range(cells)]
 
 
 def nearest_seats(row: Tensor, col: Tensor, grid: tuple[int, int], target: tuple[int, int]) -> Tensor:

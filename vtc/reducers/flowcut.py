@@ -158,11 +158,17 @@ def image_budget(budget: Budget, n: int, facts: Facts, layer: int) -> int:
     """Return the tokens an image with ``n`` visual tokens ends with in the last decoder layer.
 
     On AnyRes models an average over the layers counts the ``layer`` first decoder layers with the half budget per view that
-    leaves the encoder, for the largest number of views; images with fewer views or with padding stay below it.
+    leaves the encoder, for the largest number of views; images with fewer views or with padding stay below it. Behind a merger
+    these layers hold twice the budget.
     """
-    if budget.keep is not None or not facts.anyres:
+    if budget.keep is not None or not (facts.anyres or facts.merge > 1):
         return budget.tokens(n)
     exact = budget.amount * n if isinstance(budget.amount, float) else budget.amount
+    if facts.merge > 1:
+        tokens = exact * facts.layers / (facts.layers + layer)
+        if 2 * tokens > n:
+            tokens = (exact * facts.layers - layer * n) / (facts.layers - layer)
+        return max(1, min(n, round(tokens)))
     patches = facts.grid[0] * facts.grid[1]
     tokens = exact * facts.layers / (facts.layers - layer + layer * facts.max_views / 2)
     if tokens / 2 > patches:  # the encoder drops nothing at this budget
@@ -200,6 +206,19 @@ class FlowCutEncoder(EncoderReducer):
             return self.budget.tokens(patches)
         tokens = image_budget(self.budget, facts.max_views * patches, facts, self.layer_llm)
         return max(1, min(patches, encoder_target(tokens, anyres=True)))
+
+    def view_budgets(self, views: int, patches: int, facts: Facts) -> list[int]:
+        """Behind a merger whole tokens are left, those of a clip shared evenly by its frames."""
+        if facts.merge == 1:
+            return super().view_budgets(views, patches, facts)
+        tokens = image_budget(self.budget, views * patches // facts.merge, facts, self.layer_llm)
+        each = max(1, encoder_target(tokens, merge=facts.merge) // facts.merge // views) * facts.merge
+        return [min(patches, each)] * views
+
+    @property
+    def fills_first_slots(self) -> bool:
+        """What the release does with the merged tokens."""
+        return self.official
 
     def encoder_needs(self, layer: int) -> tuple[Need, ...]:
         """Attention and value affinity of the class token (or attention of the mean query), and the values."""
@@ -295,30 +314,36 @@ class FlowCut(Schedule):
     raster order; on AnyRes models newline tokens and padding go, thumbnail first, then the crops in raster order of the
     stitched picture.
 
-    **Language model** (AnyRes models only). Before decoder layer ``layer`` an image with more than ``keep`` tokens is cut to
+    **Qwen2-VL.** Attention of the mean query times value magnitude ranks the patches; ``8 * keep`` of them are left behind the last
+    block, and the merger joins four survivors in a row into one of ``2 * keep`` tokens, whether they were neighbours or not. A
+    token stands where the first of its patches was. The frames of a clip share the budget.
+
+    **Language model** (AnyRes models and Qwen2-VL). Before decoder layer ``layer`` an image with more than ``keep`` tokens is cut to
     ``keep``, by the same score with the last text token as the reference. Positions are renumbered from there on.
 
-    Towers without a class token use the rule of the released Qwen2-VL code: attention of the mean query times value magnitude.
+    Other towers without a class token use the rule of the released Qwen2-VL code.
 
     Deviates: the number of patches dropped is the largest one among the views of one *image*; the release takes it over the
     whole batch, so that an image's tokens depend on its neighbours (the same at batch size one; ``official=True`` restores it).
     A patch with attention exactly zero counts as ``0 log 0 = 0`` in the entropy, where the release stops with an error. The cut
-    in the language model is made per sample in padded batches and grouped-query models too, where the release fails. With a
+    in the language model is made per sample in padded batches and grouped-query models too, where the release fails. With another
     tower without class token the last cut lies one layer before the features, as with CLIP; the released Qwen2-VL code cuts
     after the last block. An image of one view on an AnyRes model loses its single newline token, and a budget so large that the
-    encoder drops nothing leaves newline tokens in place until the cut in the language model. The paper's setting for
-    Video-LLaVA (256 tokens of 8 frames) has no released code and no preset.
+    encoder drops nothing leaves newline tokens in place until the cut in the language model. On Qwen2-VL the release works on
+    one image only, and gives the merged tokens the first positions of the image, whatever patches they are made of
+    (``official=True``). The paper's setting for Video-LLaVA (256 tokens of 8 frames) has no released code and no preset.
 
     Parameters
     ----------
     keep : int or float
         Visual tokens per image in the end: those that enter the language model (one view per image), or decoder layer ``layer``
-        (AnyRes; up to ``views * (keep // 2)`` enter the layers before). A share on an AnyRes model is, in the encoder, one of an
+        (AnyRes: up to ``views * (keep // 2)`` enter the layers before; Qwen2-VL: twice as many). A share on an AnyRes model is, in the encoder, one of an
         image with all the views there can be.
     layer : int or None
-        AnyRes models: first decoder layer after the cut. ``None``: 2. Models with one view have no such cut and refuse the option.
+        AnyRes models and Qwen2-VL: first decoder layer after the cut. ``None``: 2. Other models have no such cut and refuse the
+        option.
     official : bool, default False
-        Share the number of dropped patches over the whole batch, as the release does.
+        Share the number of dropped patches over the whole batch and put Qwen2-VL's tokens in the first slots, as released.
     """
 
     stages: ClassVar[tuple[Stage, ...]] = (Stage.ENCODER, Stage.DECODER)
@@ -345,18 +370,18 @@ class FlowCut(Schedule):
                 "'flowcut' prunes in front of the tower layer whose output is used, which is the first one here: use a reducer "
                 "at the boundary"
             )
-        if self.layer is not None and not facts.anyres:
+        twice = facts.anyres or facts.merge > 1
+        if self.layer is not None and not twice:
             raise UnknownArgumentError(
-                f"'flowcut': layer={self.layer} places the cut inside the language model, which only AnyRes models have: drop it"
+                f"'flowcut': layer={self.layer} places the cut inside the language model, which AnyRes models and Qwen2-VL have: drop it"
             )
         shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per")}
         at = 2 if self.layer is None else self.layer
+        last = facts.feature_layer - (facts.merge == 1)  # Qwen2-VL's merger follows the last block
         parts: tuple[Reducer, ...] = (
-            FlowCutEncoder(
-                **shared, last_layer=facts.feature_layer - 1, has_cls=facts.has_cls, layer_llm=at, official=self.official
-            ),
+            FlowCutEncoder(**shared, last_layer=last, has_cls=facts.has_cls, layer_llm=at, official=self.official),
         )
-        if facts.anyres:
+        if twice:
             parts += (FlowCutDecoder(**shared, at=at),)
         bound = copy.copy(self)
         object.__setattr__(bound, "_parts", parts)

@@ -47,14 +47,15 @@ class GridPool(Reducer):
         count = [len(anchors) for anchors, _, _ in plans]
         most = max(count)
         index, owner = torch.zeros(len(plans), most, dtype=torch.long), torch.zeros(len(plans), n, dtype=torch.long)
-        weight = torch.zeros(len(plans), most, n, dtype=torch.float64)
-        for i, (anchors, own, area) in enumerate(plans):
-            index[i, : count[i]], owner[i], weight[i, : count[i]] = anchors, own, area
+        for i, (anchors, own, _) in enumerate(plans):
+            index[i, : count[i]], owner[i] = anchors, own
         valid = None
         if min(count) < most:
             valid = (torch.arange(most) < torch.tensor(count)[:, None]).to(device)
         wide = signals.features if signals.features.dtype == torch.float64 else signals.features.float()
-        pooled = weight.to(device, wide.dtype).expand(batch, -1, -1) @ wide
+        weights = [weight.to(device, wide.dtype) for _, _, weight in plans]
+        pooled = [torch.sparse.mm(weights[min(b, len(weights) - 1)], x) for b, x in enumerate(wide)]
+        pooled = torch.stack([torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]) for x in pooled])
         return Selection(
             index.to(device).expand(batch, -1).contiguous(),
             pooled.to(signals.features.dtype),
@@ -79,8 +80,8 @@ def _plan(layout: Layout, slots: tuple[int, ...], budget: int) -> tuple[Tensor, 
     Returns
     -------
     anchors, owner, weight : Tensor
-        ``(K,)`` ascending token each cell sits in, ``(N,)`` cell that holds each token's centre (-1: none), ``(K, N)`` float64
-        share of each token in each cell.
+        ``(K,)`` ascending token each cell sits in, ``(N,)`` cell that holds each token's centre (-1: none), sparse ``(K, N)``
+        float64 share of each token in each cell.
     """
     entries = torch.tensor(slots)
     n = len(entries)
@@ -97,8 +98,7 @@ def _plan(layout: Layout, slots: tuple[int, ...], budget: int) -> tuple[Tensor, 
         r, c = coarse_grid(share, high, wide)
         # doubled coordinates, so that centres stay whole numbers: token i is centred at (2 i + 1) / 2
         home = (2 * i + 1) * r // (2 * high) * c + (2 * j + 1) * c // (2 * wide)
-        area = _overlap(high, r)[:, None, i] * _overlap(wide, c)[None, :, j]
-        area = area.reshape(r * c, len(tokens))
+        down_area, across_area = _overlap(high, r)[:, i], _overlap(wide, c)[:, j]
         for cell in range(r * c):
             mine = tokens[home == cell]
             if not len(mine):  # an earlier stage dropped all its tokens
@@ -107,14 +107,18 @@ def _plan(layout: Layout, slots: tuple[int, ...], budget: int) -> tuple[Tensor, 
             across = ((2 * (col[mine] - col[tokens].min()) + 1) * c - (2 * (cell % c) + 1) * wide).double() / c
             anchors.append(mine[(down.square() + across.square()).argmin()])
             owned.append(mine)
-            share_of = torch.zeros(n, dtype=torch.float64)
-            share_of[tokens] = area[cell] / area[cell].sum()
-            weights.append(share_of)
+            area = down_area[cell // c] * across_area[cell % c]
+            inside = area.nonzero()[:, 0]
+            weights.append((tokens[inside], area[inside] / area.sum()))
     order = torch.stack(anchors).argsort()
     owner = torch.full((n,), -1)
     for cell, at in enumerate(order.tolist()):
         owner[owned[at]] = cell
-    return torch.stack(anchors)[order], owner, torch.stack(weights)[order]
+    rows = torch.cat([torch.full_like(weights[at][0], cell) for cell, at in enumerate(order.tolist())])
+    columns, shares = (torch.cat([weights[at][i] for at in order.tolist()]) for i in (0, 1))
+    at = torch.stack([rows, columns])
+    weight = torch.sparse_coo_tensor(at, shares, (len(anchors), n), check_invariants=True).coalesce()
+    return torch.stack(anchors)[order], owner, weight
 
 
 def _overlap(size: int, cells: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import connectivity, greedy_dpp, merge_scatter, pairwise_top1, shrinking_picks
+from vtc.kernels import along, connectivity, greedy_dpp, merge_scatter, pairwise_top1, shrinking_picks
 from vtc.registry import register
 from vtc.views import each_view
 
@@ -131,7 +131,7 @@ class Script(Reducer):
             note = TEXT_NOTE
             # text by text: padding to a common length would change the rounding with the batch
             words = [_unit(t[m]).sum(0) / max(1, int(m.sum())) for t, m in zip(signals.text, signals.text_mask, strict=True)]
-            raw = torch.stack([_unit(f) @ w for f, w in zip(signals.features, words, strict=True)])
+            raw = torch.stack([along(f, w) for f, w in zip(signals.features, words, strict=True)])
         else:
             note, raw = PLAIN_NOTE, torch.zeros(signals.shape, device=signals.features.device)
         if self.official:

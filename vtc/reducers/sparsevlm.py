@@ -6,12 +6,13 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import attention_rows, topk_sorted
+from vtc.kernels import attention_rows, dot, topk_sorted
 from vtc.registry import register
 from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
@@ -25,6 +26,8 @@ RATIOS = {"1": (309 / 576, 204 / 576, 113 / 576), "2": (300 / 576, 200 / 576, 11
 """Shares of all tokens (merged ones included) the release's lists for 192 leave of 576."""
 NOISE = 1e-6
 """Height of the noise the release adds to the densities of a clustering."""
+MATRIX = 16384
+"""Most tokens whose distances are all kept (1 GiB); with more of them they are made anew in each of three passes."""
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -150,12 +153,24 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     x = _wide(tokens)
     n, scale = len(x), x.shape[1] ** 0.5
 
-    whole = torch.cdist(x, x) / scale if n <= 4096 else None  # beyond, three passes cost less than the memory
+    square = torch.cat([dot(part, part).diagonal() for part in x.split(64)])  # made like the products: copies are 0 apart
 
-    def distances(lo: int) -> Tensor:
-        return torch.cdist(x[lo : lo + block], x) / scale if whole is None else whole[lo : lo + block]
+    def measured(lo: int) -> Tensor:
+        if n <= 25:  # few: no products, as torch.cdist decides
+            return torch.cdist(x, x) / scale
+        apart = torch.sub(square[lo : lo + block, None] + square, dot(x[lo : lo + block], x), alpha=2)
+        return apart.clamp_(min=0).sqrt_().div_(scale)
 
-    near = [distances(lo).topk(min(clusters, n), largest=False).values for lo in range(0, n, block)]
+    distances = measured
+    if n <= MATRIX:
+        whole = x.new_empty(n, n)
+        for lo in range(0, n, block):
+            whole[lo : lo + block] = measured(lo)
+
+        def distances(lo: int) -> Tensor:
+            return whole[lo : lo + block]
+
+    near = [_smallest(distances(lo), min(clusters, n)) for lo in range(0, n, block)]
     density = torch.exp(-(torch.cat(near) ** 2).mean(1))
     if noise is not None:
         density = density + noise.to(density.dtype) * NOISE
@@ -170,6 +185,13 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])  # ties: the earlier centre
     owner[centres] = torch.arange(clusters, device=owner.device)
     return centres, owner
+
+
+def _smallest(values: Tensor, k: int) -> Tensor:
+    """Return the ``k`` smallest of every row, ascending."""
+    if values.device.type != "cpu":
+        return values.topk(k, largest=False).values
+    return torch.from_numpy(np.sort(np.partition(values.numpy(), k - 1, axis=1)[:, :k], axis=1))
 
 
 def merge(tokens: Tensor, owner: Tensor, clusters: int) -> Tensor:

@@ -1,0 +1,444 @@
+"""Every family of the table against the references of test_oracle, and everything else a family must do.
+
+Thinned: left-padded batches of two rows with one and two images unless a test says otherwise, two kinds of reducers (all that act
+in the tower where the family has such stages), eager attention once. The families of test_oracle run the full product there.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from family_cases import CASES, DECODER_LAYERS, IMAGE_TOKEN, VIDEO_TOKEN
+from models import build, image_features, image_spans, make_inputs, shared, visual_of
+from pickers import BoundaryPicker, DecoderPicker, marks_of
+from reference import hidden_generate, hidden_reference, oracle_model, plan_of
+from test_oracle import KINDS, TOLERANCE, equal_to_reference, patched_generate, reducer_of, snapshot, unpatched
+from torch import Tensor, nn
+
+import vtc
+from vtc import compat
+from vtc.core import Kind
+from vtc.engine.patch import handle_of
+from vtc.families import adapters, family_of
+from vtc.inspect import reason_against
+from vtc.signals import keys
+
+DONE = ("llava", "llava_next", "llava_siglip")
+"""They run all of test_oracle, test_generate and test_contract."""
+NEW = [name for name in CASES if name not in DONE]
+PICTURES = [name for name in NEW if not CASES[name].video]
+NEWER = compat.transformers_version() >= (5, 0, 0)
+
+families = pytest.mark.parametrize("name", NEW)
+
+
+def model_of(name: str, impl: str = "sdpa") -> nn.Module:
+    return shared(name, impl, torch.float32 if CASES[name].float32 else torch.float64)
+
+
+def facts_of(name: str):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return family_of(model_of(name)).facts
+
+
+def tolerance(name: str) -> float:
+    return 2e-4 if CASES[name].float32 else TOLERANCE
+
+
+def kinds(name: str) -> list[str]:
+    """What a family is run with."""
+    facts = facts_of(name)
+    wanted = ["boundary-merge", "boundary+decoder", "encoder-ragged", "vision-merge", "image"]
+    if CASES[name].video or not CASES[name].exact:
+        wanted = wanted[:2]  # these calls refuse the stages of the tower
+    if facts.merge > 1:  # inside a tower that merges squares: test_packed
+        wanted = [k for k in wanted if k != "encoder-ragged"]
+    return [k for k in wanted if all(not facts.stages[p.stage] for p in KINDS[k])]
+
+
+def plans():
+    for name in NEW:
+        policies = ["original"] if facts_of(name).mrope else ["compact", "original"]
+        for kind in kinds(name):
+            runs = zip((2, 1) if kind == "boundary+decoder" else (2,), policies, strict=False)
+            yield from ((name, batch, kind, positions, "sdpa") for batch, positions in runs)
+        yield name, 2, "boundary+decoder", "original", "eager"
+
+
+@pytest.mark.parametrize(("name", "batch", "kind", "positions", "impl"), plans())
+def test_equals_reference(name, batch, kind, positions, impl, record_property):
+    equal_to_reference(name, batch, kind, positions, impl, record=record_property)
+
+
+# ------------------------------------------------------------------------------------------------------------- geometry
+def described(name: str, model: nn.Module, inputs: dict[str, Tensor]):
+    family = family_of(model)
+    describe = family.describe_video if CASES[name].video else family.describe
+    return describe({k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")})
+
+
+def last_linear(module: nn.Module) -> nn.Linear:
+    return [m for m in module.modules() if isinstance(m, nn.Linear)][-1]
+
+
+def seen_keys(model: nn.Module, name: str, inputs: dict[str, Tensor], layer: int) -> Tensor:
+    """The tower's keys as a reducer is given them, for the slots of all images in order."""
+    caught = []
+
+    class Spy(BoundaryPicker):
+        @property
+        def needs(self):
+            return (keys(layer),)
+
+        def select(self, signals):
+            caught.append((signals.entries, signals.keys))
+            return super().select(signals)
+
+    with vtc.patch(model, Spy(keep=1, newlines="compete")) as handle, torch.no_grad():
+        handle.tower.on_record = lambda record, then=handle.tower.on_record: (caught.append(record), then(record))
+        model(**inputs)
+    record = next(c for c in caught if not isinstance(c, tuple))
+    return torch.cat(next(iter(record.signals.values())))
+
+
+@families
+def test_slots_hold_their_patches(name):
+    """Without mixing between patches, a changed pixel changes the feature and the signals of one and the same slot."""
+    facts = facts_of(name)
+    model = build(name, dtype=next(model_of(name).parameters()).dtype)
+    family = family_of(model)
+    for attention in family.encoder_attention:
+        with torch.no_grad():
+            for weight in last_linear(attention).parameters():
+                weight.zero_()
+    inputs = make_inputs(name, model, images=[2, 1])
+    call = described(name, model, inputs)
+    features = torch.cat(image_features(model, inputs))
+    assert [len(s) for s in call.slots] == [len(f) for f in image_features(model, inputs)]
+    assert sum(len(p) for p in call.patches) * (1 if call.cells is None else call.cells.shape[1]) >= sum(map(len, call.slots))
+    layer = max(i for i in range(facts.encoder_layers) if i not in facts.windowed)
+    before = seen_keys(model, name, inputs, layer)
+    assert before.shape[0] == len(features)
+    key = next(k for k in inputs if k.startswith("pixel_values"))
+    generator = torch.Generator().manual_seed(1)
+    hits = 0
+    for _ in range(12):
+        pixels = inputs[key].clone()
+        place = int(torch.randint(pixels.numel(), (1,), generator=generator))
+        if pixels.view(-1)[place] == 0:
+            continue  # padding
+        pixels.view(-1)[place] += 3
+        moved = (torch.cat(image_features(model, inputs | {key: pixels})) - features).abs().amax(1) > 1e-9
+        felt = (seen_keys(model, name, inputs | {key: pixels}, layer) - before).abs().amax(1) > 1e-9
+        hits += int(moved.any())
+        assert moved.sum() <= 1 or not CASES[name].exact
+        assert torch.equal(moved, felt) if CASES[name].exact else not (felt & ~moved).any()
+    assert hits > 3
+
+
+@families
+def test_layouts_are_in_raster_order(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model, images=[2, 1])
+    for slots, features in zip(described(name, model, inputs).slots, image_features(model, inputs), strict=True):
+        assert slots.video == CASES[name].video and torch.equal(slots.slot, torch.arange(len(features)))
+        patch = slots.kind == Kind.PATCH
+        assert sum(r * c for r, c in slots.grids) >= int(patch.sum())
+        new = (slots.view[1:] != slots.view[:-1]) | (slots.y[1:] > slots.y[:-1])
+        if not CASES[name].anyres:
+            assert ((slots.col.diff() == 1) | new)[patch[1:] & patch[:-1]].all()
+            assert len(slots.grids) == slots.view.max() + 1
+    four = make_inputs(name, model, images=[4])
+    slots = described(name, model, four).slots
+    assert any(slots[3] is other for other in slots[:3])  # geometries repeat: they share the object
+
+
+# ------------------------------------------------------------------------------------------------------- keep all, unpatch
+@families
+def test_keeping_everything_and_unpatching_change_nothing(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model, 2)
+    dtype = next(model.parameters()).dtype
+    tokens, logits = unpatched(name, 2, "sdpa", dtype)
+    with vtc.patch(model, [BoundaryPicker(keep=1.0), DecoderPicker(keep=1.0, layer=3)]) as handle:
+        got_tokens, got, _ = patched_generate(model, inputs)
+    assert torch.equal(got_tokens, tokens) and torch.equal(got, logits)
+    assert all(image.kept == image.slots for image in handle.stats.images)
+    before, deltas = snapshot(model), vars(model.model).get("rope_deltas")
+    for kind in kinds(name):
+        vtc.patch(model, reducer_of(kind, None))
+        assert snapshot(model) != before
+        patched_generate(model, inputs, 2)
+        vtc.unpatch(model)
+        if deltas is not None:  # the model's own memory of its last prompt
+            model.model.rope_deltas = deltas
+        assert snapshot(model) == before
+    got_tokens, got, out = patched_generate(model, inputs)
+    assert torch.equal(got_tokens, tokens) and torch.equal(got, logits)
+    assert all(type(layer).__module__.startswith("transformers") for layer in out.past_key_values.layers)
+
+
+# --------------------------------------------------------------------------------------------------------------- reducers
+@families
+def test_every_reducer_runs_or_is_refused(name):
+    """Each registered reducer keeps fewer tokens, the same number in a batch as alone, or says why it cannot."""
+    model, facts = model_of(name), facts_of(name)
+    inputs = make_inputs(name, model, 2)
+    slots = [len(c) for _, c in image_spans(inputs, model)]
+    ran, fewer = 0, 0
+    with torch.no_grad():
+        base = model(**inputs).logits
+    for reducer in vtc.list_reducers():
+        if reason_against(reducer, facts):
+            with pytest.raises(vtc.VtcError):
+                vtc.patch(model, reducer, keep=0.5)
+            continue
+        with vtc.patch(model, reducer, keep=0.5) as handle, torch.no_grad():
+            if handle.tower.part is not None and (CASES[name].video or not CASES[name].exact):
+                with pytest.raises(vtc.UnsupportedFeatureError, match="boundary or decoder"):
+                    model(**inputs)
+                continue
+            logits = model(**inputs).logits
+            images = handle.stats.last.images
+        assert logits[inputs["attention_mask"].bool()].isfinite().all(), reducer
+        assert [image.slots for image in images] == slots, reducer
+        assert all(image.fired for image in images), reducer
+        assert (logits - base)[:, -1].abs().max() > 1e-5, reducer
+        assert all(image.kept <= image.slots for image in images), reducer
+        fewer += sum(image.kept for image in images) < sum(slots)
+        ran += 1
+    assert ran - 1 <= fewer >= 15  # one brings its tokens back behind the tower
+    assert handle_of(model) is None
+
+
+# ------------------------------------------------------------------------------------------------------------------ decode
+PARTS = [BoundaryPicker(keep=0.7, ragged=True, positions="original"), DecoderPicker(keep=0.3, layer=3, positions="original")]
+
+
+@functools.cache
+def case(name: str, images: tuple[int, ...]):
+    model = model_of(name)
+    if getattr(model.config.get_text_config(), "sliding_window", None):  # the full-length reference cache must not evict
+        model = build(name, text=dict(sliding_window=200))
+    inputs = make_inputs(name, model, images=list(images))
+    return model, inputs, plan_of(model, inputs, PARTS, marks_of(model, inputs))
+
+
+@families
+def test_rows_with_several_images_and_none(name):
+    """Logits of every kept position, with a KV cache and without."""
+    model, inputs, plan = case(name, (3, 1, 0))
+    _, logits, prompt = hidden_reference(model, inputs, plan, 1)
+    with vtc.patch(model, PARTS), torch.no_grad():
+        _, got, _ = patched_generate(model, inputs, 1)
+        whole = model(**inputs, use_cache=False).logits
+    assert whole.shape == prompt.shape
+    assert (got - logits).abs().max() < tolerance(name)
+    if CASES[name].positions is not None:  # (without positions, models count padding)
+        keep = inputs["attention_mask"].bool() & ~plan.hide[DECODER_LAYERS - 1]
+        if facts_of(name).mrope:
+            assert (whole - prompt)[keep].abs().max() < tolerance(name)
+
+
+@families
+def test_beams_and_sampling(name):
+    # before 5.0 generate mixes up the images of rows with several, patched or not
+    images = (1, 2) if NEWER else (1,)
+    model, inputs, plan = case(name, images)
+    beams = dict(max_new_tokens=5, num_beams=3, do_sample=False)
+    want = hidden_generate(model, inputs, plan, 3, **beams)
+    plain = hidden_generate(model, inputs, type(plan)(), 3, **beams)
+    draws = dict(max_new_tokens=5, num_return_sequences=2, do_sample=True)
+    torch.manual_seed(3)
+    drawn = hidden_generate(model, inputs, plan, 2, **draws)
+    with vtc.patch(model, PARTS), torch.no_grad():
+        got = model.generate(**inputs, return_dict_in_generate=True, output_scores=True, **beams)
+        torch.manual_seed(3)
+        sampled = model.generate(**inputs, **draws)
+    assert torch.equal(got.sequences, want.sequences)
+    assert (got.sequences_scores - want.sequences_scores).abs().max() < tolerance(name)
+    assert (got.sequences_scores - plain.sequences_scores).abs().max() > 2 * tolerance(name)
+    assert torch.equal(sampled, drawn.sequences)
+
+
+@families
+def test_second_turn(name):
+    """A text-only turn continues the returned cache."""
+    model, inputs, plan = case(name, (1,))
+    more = torch.tensor([[11, 12, 13, 14]])
+    with vtc.patch(model, PARTS):
+        _, _, one = patched_generate(model, inputs, 4)
+        ids = torch.cat([one.sequences, more], 1)
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "past_key_values": copy.deepcopy(one.past_key_values)}
+        tokens, logits, out = patched_generate(model, turn, 4)
+    pixels = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+    whole = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    whole |= CASES[name].extra(ids, inputs["input_ids"].shape[1])
+    steps = 4 if CASES[name].steps > 1 else 0  # (see the table)
+    want_tokens, want, _ = hidden_reference(model, whole, plan, max(steps, 1), first=inputs["input_ids"].shape[1])
+    assert torch.equal(tokens[:, :steps], want_tokens[:, :steps])
+    assert not steps or (logits - want).abs().max() < tolerance(name)
+    assert out.past_key_values.get_seq_length() == ids.shape[1] + 3
+    assert out.past_key_values.layers[DECODER_LAYERS - 1].keys.shape[-2] < ids.shape[1]
+
+
+# ---------------------------------------------------------------------------------------------------------------- training
+@families
+def test_training_step(name):
+    """Loss and gradients equal those of the model with hidden columns; with gradient checkpointing, too."""
+    dtype = torch.float32 if CASES[name].float32 else torch.float64
+    model = build(name, dtype=dtype)
+    inputs = make_inputs(name, model, images=[1, 1])
+    plan = plan_of(model, inputs, PARTS, marks_of(model, inputs))
+    visual = visual_of(inputs)
+    after = torch.cat([torch.zeros_like(visual[:, :1]), visual[:, :-1]], 1)  # predicted by the last *kept* token
+    first = inputs["attention_mask"].cumsum(1) == 1  # "predicted" by a pad
+    labels = inputs["input_ids"].masked_fill(visual | after | first | (inputs["attention_mask"] == 0), -100)
+    positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    if CASES[name].positions is not None:
+        positions = CASES[name].positions(model, inputs, positions)
+
+    def step(m: nn.Module, checkpoint: bool = False):
+        m.train()
+        m.zero_grad()
+        if checkpoint:
+            m.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        loss = m(**inputs, labels=labels, position_ids=positions, use_cache=False).loss
+        loss.backward()
+        if checkpoint:
+            m.gradient_checkpointing_disable()
+        return loss.item(), {n: p.grad.clone() for n, p in m.named_parameters() if p.grad is not None}
+
+    with oracle_model(model, plan) as twin:
+        want, gradients = step(twin)
+    plain, _ = step(model)
+    assert abs(plain - want) > 1e-4
+    with vtc.patch(model, PARTS):
+        for checkpoint in (False, True):
+            loss, got = step(model, checkpoint)
+            assert abs(loss - want) < tolerance(name)
+            assert set(got) >= {n for n in gradients if "vis" not in n}
+            worst = max((got[n] - gradients[n]).abs().max() / gradients[n].abs().max().clamp(min=1) for n in got)
+            assert worst < 10 * tolerance(name), checkpoint
+
+
+# ------------------------------------------------------------------------------------------------- dispatch and compilation
+@families
+def test_accelerate_dispatch(name):
+    """Hooks that move weights and inputs from module to module, put on before the patch."""
+    from accelerate import cpu_offload, dispatch_model
+
+    model = build(name, dtype=next(model_of(name).parameters()).dtype)
+    inputs = make_inputs(name, model, 2)
+    with vtc.patch(model, PARTS), torch.no_grad():
+        want = model(**inputs).logits
+    if name == "idefics3":  # it asks weights for their values, which offloading hides, patched or not
+        dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
+    else:
+        cpu_offload(model, execution_device="cpu")
+    with vtc.patch(model, PARTS), torch.no_grad():
+        assert torch.equal(model(**inputs).logits, want)
+
+
+@pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl"])
+def test_compiled_decode_step_breaks_no_graph(name):
+    """One for each kind of language model: a compiled step on a reduced cache is right, in as many graphs as unpatched."""
+    kinds_of_layers = dict(layer_types=["sliding_attention", "sliding_attention", "full_attention"]) if name == "gemma3" else {}
+    model = build(name, text=dict(num_hidden_layers=3, **kinds_of_layers))
+    parts_on = [BoundaryPicker(keep=0.7), DecoderPicker(keep=0.3, layer=2)]
+    inputs = make_inputs(name, model)
+    extra = {k: v for k, v in CASES[name].extra(torch.full((1, 1), 7), 0).items() if k == "token_type_ids"}
+
+    def step(m: nn.Module, cache):
+        return m(input_ids=torch.full((1, 1), 7), past_key_values=cache, use_cache=True, **extra).logits
+
+    counts, outputs = [], []
+    for parts in (None, parts_on):
+        torch._dynamo.reset()
+        handle = None if parts is None else vtc.patch(model, parts)
+        with torch.no_grad():
+            cache = model(**inputs, use_cache=True).past_key_values
+            want = step(model, copy.deepcopy(cache))
+            torch._dynamo.utils.counters.clear()
+            got = step(torch.compile(model, backend="eager"), copy.deepcopy(cache))
+        counts.append(sum(torch._dynamo.utils.counters["graph_break"].values()))
+        outputs.append(got)
+        assert (got - want).abs().max() < TOLERANCE
+        if handle is not None:
+            handle.remove()
+    torch._dynamo.reset()
+    assert counts[1] <= counts[0] and (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+def test_video_and_images_in_one_prompt():
+    """Placeholders of both kinds, interleaved: each gets the features and the budget of its own."""
+    for name in ("llava_next_video", "llava_onevision", "qwen2_vl", "qwen3_vl"):
+        model = model_of(name)
+        pictures, clips = (
+            make_inputs(name, model, images=[1]),
+            make_inputs(f"{name}:clips", shared(f"{name}:clips"), images=[1]),
+        )
+        ids = torch.cat([clips["input_ids"], pictures["input_ids"]], 1)
+        inputs = {**clips, **pictures, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs |= CASES[name].extra(ids, ids.shape[1])
+        with torch.no_grad():
+            base = model(**inputs).logits
+            with vtc.patch(model, "uniform", keep=0.5) as handle:
+                got = model(**inputs).logits
+        counts = {t: int((ids == t).sum()) for t in (IMAGE_TOKEN, VIDEO_TOKEN)}
+        assert [image.slots for image in handle.stats.last.images] == list(counts.values())
+        assert all(abs(image.kept - image.slots / 2) <= 1 for image in handle.stats.last.images)
+        layouts = [k.layout for k in handle.stats.kept]
+        assert [layout.video for layout in layouts] == [False, True] and got.shape == base.shape
+
+
+@pytest.mark.parametrize("name", ["llava_next_video:clips", "qwen2_vl:clips", "qwen3_vl:clips"])
+def test_budget_per_frame(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model, images=[1])
+    with vtc.patch(model, "uniform", keep=1, per="frame") as handle, torch.no_grad():
+        model(**inputs)
+    kept = handle.stats.kept[0]
+    frames = kept.layout.view[kept.entries]
+    assert kept.layout.video and torch.equal(frames.unique(), torch.arange(kept.layout.views))
+    assert (frames.bincount() == 1).all()
+
+
+def test_windowed_layers_give_no_signals():
+    model = model_of("qwen2_5_vl")  # layers 1 and 3 see everything
+    with pytest.raises(vtc.UnsupportedSignalError, match=r"tower layer -2, where attention sees only a window.*layers 1, 3"):
+        vtc.patch(model, "fastervlm", keep=4)
+
+
+def test_compact_positions_are_refused_under_mrope():
+    with pytest.raises(vtc.UnknownArgumentError, match="M-RoPE"):
+        vtc.patch(model_of("qwen2_vl"), "divprune", keep=4, positions="compact")
+    with vtc.patch(model_of("qwen2_vl"), "divprune", keep=4) as handle:
+        assert handle.reducer.positions == "original"
+
+
+def test_deepstack_layers_are_not_shortened():
+    with pytest.raises(vtc.UnknownArgumentError, match="layer 1 is out of range, use 2"):
+        vtc.patch(model_of("qwen3_vl"), "fastv", keep=4, layer=1)
+
+
+# --------------------------------------------------------------------------------------------------------------- one entry
+def test_a_family_is_one_file_and_one_entry():
+    """Nothing but its adapter and the test table names a family."""
+    root = Path(vtc.__file__).parent
+    assert set(adapters()) == {c.family for c in CASES.values()} - {"unknown"} and len(adapters()) >= 14
+    for kind in set(adapters()) - {"llava", "llava_next"}:
+        files = [*root.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
+        naming = {f.name for f in files if f'"{kind}"' in f.read_text()} - {Path(__file__).name}
+        ours = {f.name for f in (root / "families").glob("*.py")}
+        assert naming - ours == {"family_cases.py"} and len(naming & ours) == 1, (kind, naming)
+    for file in (root / "families").glob("*.py"):
+        if "TYPES = " in file.read_text():
+            assert len(file.read_text().splitlines()) <= 130, file.name

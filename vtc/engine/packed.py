@@ -1,0 +1,213 @@
+"""Fewer patches between the layers of a tower that packs images of any size in one sequence (ENCODER; Qwen2-VL).
+
+Every block of the sequence (an image, or a frame of a clip) attends to itself only. Its layers are told where blocks end and how
+patches are rotated; both are shortened with the states. The last module of the tower merges squares of patches: it is given
+the survivors in their order, four by four, and what it returns is put back to full length, so that the model sees what it expects.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc import compat
+from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, Need
+from vtc.engine.encoder import check_finite
+from vtc.errors import UnsupportedFeatureError
+from vtc.signals import AttentionTap
+from vtc.stats import Clock
+
+
+@dataclass(eq=False)
+class PackedRun:
+    """State of one pass through the tower.
+
+    Attributes
+    ----------
+    views : list of int
+        Blocks of each image or clip.
+    pieces : list of int
+        Patches of each block that are there.
+    clock : Clock
+        Time spent on signals and selection.
+    taps : dict
+        Signals of the layer that has just run: of every block ``(1, n, ...)``.
+    carry : list of dict
+        What the reducer carries from layer to layer, of every block.
+    rows : Tensor or None
+        Row of the full sequence that each patch left has; ``None``: all are there.
+    targets : list of int or None
+        Patches each block is to end with.
+    left : Tensor or None
+        The full sequence when some patches left for a while.
+    tokens : list of Tensor or None
+        Per image, which of its merged tokens are there, ascending; known at the end.
+    fired : bool
+        Whether the reducer has acted.
+    """
+
+    views: list[int]
+    pieces: list[int]
+    clock: Clock
+    taps: dict[str, list[Tensor]] = field(default_factory=dict)
+    carry: list[dict[str, Tensor]] = field(default_factory=list)
+    rows: Tensor | None = None
+    targets: list[int] | None = None
+    left: Tensor | None = None
+    tokens: list[Tensor] | None = None
+    fired: bool = False
+
+    def __post_init__(self) -> None:
+        """Remember how long the blocks were."""
+        self.full = list(self.pieces)
+        self.carry = [{} for _ in self.pieces]
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Put values of the patches left ``(1, n, ...)`` back on the full sequence, zeros elsewhere."""
+        if self.rows is None:
+            return values
+        return values.new_zeros(1, sum(self.full), *values.shape[2:]).index_copy(1, self.rows, values)
+
+    def observe(self, needs: tuple[Need, ...], taps: list[AttentionTap]) -> None:
+        """Compute signals of one layer; blocks come one by one, or together."""
+        for need in needs:
+            self.taps.setdefault(need.name, []).extend(need.measure(tap) for tap in taps)
+
+
+class PackedStage:
+    """Hooks between the layers of one tower, and around the module that merges.
+
+    Parameters
+    ----------
+    part : EncoderReducer
+        The reducer.
+    layers : sequence of Module
+        The tower's layers.
+    merger : Module
+        The module behind them.
+    facts : Facts
+        Of the model.
+    current : callable
+        Returns the pass under way, or None.
+    """
+
+    def __init__(
+        self,
+        part: EncoderReducer,
+        layers: Sequence[nn.Module],
+        merger: nn.Module,
+        facts: Facts,
+        current: Callable[[], PackedRun | None],
+    ) -> None:
+        self.part, self.layers, self.merger, self.facts, self.current = part, layers, merger, facts, current
+
+    def install(self) -> list[Callable[[], None]]:
+        """Put the hooks on; return what takes them off."""
+        if isinstance(self.part, EncoderMerger):
+            raise UnsupportedFeatureError(
+                f"'{self.part.name}' merges patches inside the tower, where a merged patch of '{self.facts.family}' would have no "
+                "place to be rotated by: use a reducer behind the tower"
+            )
+        undo = []
+        for i, layer in enumerate(self.layers):
+            if i:
+                before = functools.partial(self.before_layer, i)
+                undo.append(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+        undo.append(self.merger.register_forward_pre_hook(self.before_merger).remove)
+        undo.append(self.merger.register_forward_hook(self.after_merger).remove)
+        return undo
+
+    def wanted(self) -> dict[int, tuple[Need, ...]]:
+        """Signals to tap, by tower layer; the last one counts, too."""
+        provides = self.facts.provides
+        return {i: tuple(n.resolve(provides) for n in self.part.encoder_needs(i)) for i in range(len(self.layers))}
+
+    def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Between layer ``i - 1`` and layer ``i``: drop patches or bring them back; shorten what the layer is told."""
+        run = self.current()
+        if run is None:
+            return None
+        if module.training and getattr(module, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks():
+            raise UnsupportedFeatureError(
+                f"gradient checkpointing of a vision tower in which '{self.part.name}' shortens the sequence needs transformers >= "
+                "5.2, where hooks are not run again: upgrade, or disable gradient checkpointing"
+            )
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = self.drop(run, hidden, i - 1)
+        if i == self.part.returns and run.left is not None:
+            hidden = run.left.index_copy(0, run.rows, hidden)
+            run.pieces, run.rows, run.left = list(run.full), None, None
+        if run.rows is not None:
+            ends = torch.tensor([0, *run.pieces]).cumsum(0)
+            kwargs = {**kwargs, "cu_seqlens": ends.to(kwargs["cu_seqlens"])}
+            kwargs["position_embeddings"] = tuple(t[run.rows] for t in kwargs["position_embeddings"])
+            if kwargs.get("max_seqlen") is not None:
+                kwargs["max_seqlen"] = max(run.pieces)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    def drop(self, run: PackedRun, hidden: Tensor, layer: int) -> Tensor:
+        """Let the reducer drop patches after ``layer``, block by block."""
+        if not run.taps:
+            return hidden
+        with torch.no_grad(), run.clock.span(hidden.device):
+            if run.targets is None:
+                starts = [sum(run.views[:i]) for i in range(len(run.views))]
+                each = zip(run.views, starts, strict=True)
+                run.targets = [t for count, at in each for t in self.part.view_budgets(count, run.full[at], self.facts)]
+            kept, start = [], 0
+            for piece, n in enumerate(run.pieces):
+                taps = {name: values[piece] for name, values in run.taps.items()}
+                valid = torch.ones(1, n, dtype=torch.bool, device=hidden.device)
+                image, target = (torch.tensor([v], device=hidden.device) for v in (0, run.targets[piece]))
+                carry, alive = self.part.step(EncoderState(layer, taps, valid, image, run.carry[piece], target))
+                index = torch.arange(n, device=hidden.device)
+                if alive is not None:
+                    check_finite(self.part.name, {**taps, **carry}, valid, layer)
+                    index = alive[0].nonzero()[:, 0]
+                    carry = {name: t[:, index] for name, t in carry.items()}
+                run.carry[piece] = carry
+                kept.append(index + start)
+                start += n
+            run.taps, run.fired = {}, True
+            index = torch.cat(kept)
+        if len(index) == start:
+            return hidden
+        if self.part.returns is not None:
+            run.left = hidden
+        run.pieces = [len(k) for k in kept]
+        run.rows = index if run.rows is None else run.rows[index]
+        return hidden[index]
+
+    def before_merger(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
+        """Drop behind the last layer; the merger must be given whole squares."""
+        run = self.current()
+        if run is None:
+            return None
+        hidden = self.drop(run, args[0], len(self.layers) - 1)
+        if any(n % self.facts.merge for n in run.pieces):
+            raise UnsupportedFeatureError(
+                f"'{self.part.name}' left {run.pieces} patches, and the tower of '{self.facts.family}' merges {self.facts.merge} "
+                "into one token: use a budget that is a multiple of it"
+            )
+        return (hidden, *args[1:])
+
+    def after_merger(self, _module: nn.Module, _args: Any, out: Tensor) -> Any:
+        """Put the tokens back to full length, each where its first patch was; note which are there."""
+        run = self.current()
+        if run is None or run.rows is None:
+            return None
+        merge = self.facts.merge
+        if self.part.fills_first_slots:
+            starts = torch.tensor([0, *run.full]).cumsum(0)[:-1].tolist()
+            place = torch.cat([torch.arange(n // merge) + at // merge for n, at in zip(run.pieces, starts, strict=True)])
+            place = place.to(out.device)
+        else:
+            place = run.rows[::merge] // merge
+        ends = torch.tensor([0, *run.full]).cumsum(0)[torch.tensor([0, *run.views]).cumsum(0)] // merge
+        run.tokens = [place[(place >= a) & (place < b)] - a for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        return out.new_zeros(sum(run.full) // merge, out.shape[-1]).index_copy(0, place, out)
