@@ -545,7 +545,7 @@ def test_refusals():
         vtc.patch(model, "flowcut.llava15-64")
     with pytest.raises(BudgetError):
         vtc.patch(model, "flowcut")
-    with pytest.raises(UnknownArgumentError, match="only AnyRes"):
+    with pytest.raises(UnknownArgumentError, match="AnyRes models and Qwen2-VL have"):
         vtc.patch(model, "flowcut", keep=9, layer=2)
     for layer in (0, 5):
         with pytest.raises(UnknownArgumentError, match="out of range"):

@@ -137,6 +137,12 @@ def test_clips_share_the_budget_among_their_frames() -> None:
     assert image.stages[0].after == min(image.slots, frames * max(1, 8 // frames))
     assert image.kept == 4
     assert len(kept.entries) == 4
+    with vtc.patch(model, "flowcut", keep=1, per="frame") as handle, torch.no_grad():
+        model(**inputs)
+        (image,) = handle.stats.last.images
+        (kept,) = handle.stats.kept
+    assert image.stages[0].after == 2 * frames
+    assert image.kept == frames
 
 
 def test_other_towers_refuse_with_a_reason() -> None:

@@ -40,6 +40,16 @@ def features_of(out: Any) -> Any:
     return features[0] if deep else features  # 4.57 puts DeepStack features beside those of the last layer
 
 
+def one_rotation(table: Any, attention: Any) -> Any:
+    """Return cosines and sines with one row per token; under M-RoPE, 4.57 hands three to the layers, which take a part of each."""
+    if table[0].dim() == 3:
+        return table
+    import torch
+
+    sections = list(attention.rope_scaling["mrope_section"]) * 2
+    return tuple(torch.cat([part[i % 3] for i, part in enumerate(t.split(sections, -1))], -1) for t in table)
+
+
 def video_newline_in_features(base: Any) -> bool:
     """Whether LLaVA-OneVision's ``get_video_features`` appends the newline token; older releases do so in ``forward``."""
     return "image_newline" in inspect.unwrap(type(base).get_video_features).__code__.co_names

@@ -721,6 +721,12 @@ class EncoderReducer(Reducer):
         """Return how many of the ``patches`` of each of an image's ``views`` survive the tower."""
         return [self.view_budget(patches, facts)] * views
 
+    def patch_budgets(self, views: int, patches: int, facts: Facts, *, video: bool) -> list[int]:
+        """:meth:`view_budgets`; the budget is one of every frame of a clip where the reducer says so."""
+        if video and self.per == "frame":
+            return self.view_budgets(1, patches, facts) * views
+        return self.view_budgets(views, patches, facts)
+
     def note(self, asked: int, slots: int) -> str:
         """What the statistics should say of an image with ``slots`` visual tokens when ``asked`` patches stay in the tower."""
         return ""

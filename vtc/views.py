@@ -85,6 +85,10 @@ def _one_image(
 ) -> Selection:
     """Return the selection (batch 1) of one image."""
     views, n = signals.layout.views, signals.shape[1]
+    if views == 1 and signals.budget < n and bool(((view == 0) & real).all()):  # one picture: nothing to share or put together
+        part = choose(narrow(signals, image, view, signals.budget, 0, rows))
+        if bool((part.index[0].diff() > 0).all()):
+            return part
     members = [((view == v) & real).nonzero()[:, 0] for v in [*range(views), -1]]
     size = [len(m) for m in members]
     if floor and signals.budget >= views:
@@ -100,7 +104,7 @@ def _one_image(
         whole = share == len(tokens) and not always
         part = Selection.all(len(tokens), 1, view.device) if whole else choose(mine)
         index.append(tokens[part.index])
-        features.append(_own(part, mine.features))
+        features.append((part, mine.features))
         own = _owners(part, len(tokens))
         owner[:, tokens] = torch.where(own >= 0, own + start, own)
         start += part.index.shape[1]
@@ -112,7 +116,7 @@ def _one_image(
     notes = "; ".join(dict.fromkeys(x for x in note if x))
     if not merged:
         return Selection(chosen, note=notes)
-    tokens = torch.cat(features, 1)[:, order[0]]
+    tokens = torch.cat([_own(part, own) for part, own in features], 1)[:, order[0]]
     return Selection(chosen, tokens, torch.where(owner >= 0, place[0][owner.clamp(min=0)], owner), note=notes)
 
 
@@ -158,12 +162,16 @@ def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
 def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int, rows: frozenset[str] = frozenset()) -> Signals:
     """Return the signals of some ``tokens (n,)`` of one image (batch 1); taps named in ``rows`` belong to the whole image."""
     at = slice(image, image + 1)
+
+    def of(t: Tensor) -> Tensor:
+        return t[at] if len(tokens) == signals.shape[1] else t[at, tokens]  # all of them: nothing to copy
+
     return dataclasses.replace(
         signals,
-        features=signals.features[at, tokens],
-        entries=signals.entries[at, tokens],
+        features=of(signals.features),
+        entries=of(signals.entries),
         budget=budget,
-        taps={name: t[at] if name in rows else t[at, tokens] for name, t in signals.taps.items()},
+        taps={name: t[at] if name in rows else of(t) for name, t in signals.taps.items()},
         cls=signals.cls[at, view : view + 1] if signals.cls is not None else None,
         text=signals.text[at] if signals.text is not None else None,
         text_mask=signals.text_mask[at] if signals.text_mask is not None else None,

@@ -33,6 +33,8 @@ class EncoderRun:
         ``(V, patches)`` bool: patches that have a slot; ``None``: all.
     clock : Clock
         Time spent on signals and selection.
+    video : bool
+        Whether the images are clips and their views frames.
     taps : dict
         Signals of the layer that is running or has just run.
     carry : dict
@@ -56,6 +58,7 @@ class EncoderRun:
     views: list[int]
     real: Tensor | None
     clock: Clock
+    video: bool = False
     taps: dict[str, Tensor] = field(default_factory=dict)
     carry: dict[str, Tensor] = field(default_factory=dict)
     ids: Tensor | None = None
@@ -164,7 +167,7 @@ class EncoderStage:
         views, n = hidden.shape[0], hidden.shape[1] - self.head
         device = hidden.device
         if run.target is None:
-            each = [b for count in run.views for b in self.part.view_budgets(count, n, self.facts)]
+            each = [b for count in run.views for b in self.part.patch_budgets(count, n, self.facts, video=run.video)]
             run.target = torch.tensor(each, device=device)
         image = torch.repeat_interleave(torch.arange(len(run.views), device=device), torch.tensor(run.views, device=device))
         valid = run.valid if run.valid is not None else torch.ones(views, n, dtype=torch.bool, device=device)

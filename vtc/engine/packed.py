@@ -35,6 +35,8 @@ class PackedRun:
         Patches of each block that are there.
     clock : Clock
         Time spent on signals and selection.
+    video : bool
+        Whether the images are clips.
     taps : dict
         Signals of the layer that has just run: of every block ``(1, n, ...)``.
     carry : list of dict
@@ -54,6 +56,7 @@ class PackedRun:
     views: list[int]
     pieces: list[int]
     clock: Clock
+    video: bool = False
     taps: dict[str, list[Tensor]] = field(default_factory=dict)
     carry: list[dict[str, Tensor]] = field(default_factory=list)
     rows: Tensor | None = None
@@ -158,7 +161,11 @@ class PackedStage:
             if run.targets is None:
                 starts = [sum(run.views[:i]) for i in range(len(run.views))]
                 each = zip(run.views, starts, strict=True)
-                run.targets = [t for count, at in each for t in self.part.view_budgets(count, run.full[at], self.facts)]
+                run.targets = [
+                    target
+                    for count, at in each
+                    for target in self.part.patch_budgets(count, run.full[at], self.facts, video=run.video)
+                ]
             kept, start = [], 0
             for piece, n in enumerate(run.pieces):
                 taps = {name: values[piece] for name, values in run.taps.items()}

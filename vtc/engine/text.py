@@ -574,7 +574,7 @@ class TextSide:
                 cols, valid = ctx.once(("columns", layer.stored()), (layer.cols,), functools.partial(layer.columns, ctx.q))
         else:
             if i in self.needs:
-                ctx.rope = rope_of(kwargs)
+                ctx.rope = rope_of(module, kwargs)
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
         mask = kwargs.get("attention_mask")
         if mask is not None or valid is not None:
@@ -602,7 +602,7 @@ class TextSide:
             )
         self.rotate(ctx, i, kwargs, hidden, seg, before)
         if i in self.needs:
-            ctx.rope = rope_of(kwargs)
+            ctx.rope = rope_of(module, kwargs)
         kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
         if ctx.visual is None and not isinstance(layer, StaticLayer):  # (static layers run compiled: nothing to save there)
             names = ["attention_mask", "position_ids", *(k for k in asked if k.startswith("position_embeddings"))]
@@ -788,7 +788,7 @@ class TextSide:
             at = torch.arange(valid.shape[1], device=valid.device)
             # padding rows see themselves: no empty softmax row
             mask = ((at <= at[:, None]) & (valid[:, None, :] | (at == at[:, None])))[:, None]
-        return AttentionTap(query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(own))
+        return AttentionTap(query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(layer, own))
 
     def watch_modules(self, i: int, places: set[str]) -> list[Callable[[], None]]:
         """Hook the modules of layer ``i`` that the signals of ``places`` come from; return what takes the hooks off."""
@@ -856,9 +856,14 @@ def shorten_between(seg: Segment, kwargs: dict[str, Any], rows: str, values: str
     return {rows: short, values: [v[kept.to(v.device)] for v in kwargs[values]]}
 
 
-def rope_of(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """Return the cosines and sines among a decoder layer's arguments."""
-    return next((v for k, v in kwargs.items() if k.startswith("position_embeddings") and v is not None), None)
+def rope_of(layer: nn.Module, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """Return the cosines and sines ``(B or 1, q, d)`` that a decoder layer's queries and keys are rotated by."""
+    tables = {k: v for k, v in kwargs.items() if k.startswith("position_embeddings") and v is not None}
+    if len(tables) > 1:  # 4.57's Gemma 3 hands both kinds to every layer
+        local = getattr(layer.self_attn, "is_sliding", False)
+        tables = {k: v for k, v in tables.items() if k.endswith("_local") == local}
+    table = next(iter(tables.values()), None)
+    return None if table is None else compat.one_rotation(table, layer.self_attn)
 
 
 @functools.cache

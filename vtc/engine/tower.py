@@ -173,10 +173,10 @@ class TowerSide:
         if described.refuses and self.part is not None:
             raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {described.refuses}")
         if described.pieces is not None:
-            run = TowerRun(described, PackedRun(described.views, described.pieces, Clock()))
+            run = TowerRun(described, PackedRun(described.views, described.pieces, Clock(), video))
         else:
             real = real_patches(described, self.family.facts.grid) if isinstance(self.part, EncoderReducer) else None
-            run = TowerRun(described, EncoderRun(described.views, real, Clock()))
+            run = TowerRun(described, EncoderRun(described.views, real, Clock(), video))
         if self.seen:
             with torch.no_grad(), run.clock.span(run.call.pixels.device):
                 pixels = PixelTap(run.call.pixels, run.call.patches[0].grids[0])
@@ -462,7 +462,8 @@ class TowerSide:
             if acted:
                 asked = part.wanted(slots, facts)
                 if isinstance(part, EncoderReducer):  # its budget is one of views
-                    budgets = part.view_budgets(views, len(patches) * facts.merge // views, facts)
+                    per_view = len(patches) * facts.merge // views
+                    budgets = part.patch_budgets(views, per_view, facts, video=encoder.video)
                     asked = min(len(slots), sum(budgets) // facts.merge)
                     note = part.note(asked, len(slots))
                 note = "; ".join(x for x in (note, SHORT if part.budget.exceeds(len(slots)) else "") if x)

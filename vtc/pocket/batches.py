@@ -51,7 +51,11 @@ TEXT_BUDGET = 192
 
 _PREFIX_WORDS = (BOS, "user", ":")
 _CONTEXT = len(_PREFIX_WORDS) + N_PATCHES  # position of the first packed token
-_FOCUSES: dict[str, tuple[Focus | None, ...]] = {"G": (None, "places", "reading"), "H": (None, None, "reading")}
+_FOCUSES: dict[str, tuple[Focus | None, ...]] = {
+    "G": (None, "places", "reading"),
+    "H": (None, None, "reading"),
+    "I": (None, None, "reading", "words"),
+}
 _MIN_DISTANCE = 7  # pixels; less is no relation
 _MIN_OBJECT_PIXELS = 8  # of a patch's 64; below, the patch counts neither as object nor as background
 # Each stage starts far down the train stream, on scenes that the ones before it never reach.
@@ -64,6 +68,7 @@ _STAGE_OFFSETS = {
     "F": 870_000_000,
     "G": 600_000_000,
     "H": 650_000_000,
+    "I": 670_000_000,
     "N": 900_000_000,
 }
 
@@ -280,8 +285,9 @@ def training_batch(stage: str, step: int, n_scenes: int, n_easy: int, seed: int,
     ----------
     stage
         ``"A"``: mostly dense scenes and parts of wide ones, and nothing is asked. ``"B"`` to ``"F"``: ordinary scenes
-        with questions. ``"G"`` and ``"H"``: also scenes with many digits and questions about what to read only, a third,
-        and in ``"G"`` a third of scenes with spatial questions only. ``"N"``: wide scenes with questions, cut into crops.
+        with questions. ``"G"`` to ``"I"``: also scenes with one focus (see `render_scene`), in ``"G"`` a third about
+        places and a third about reading, in ``"H"`` a third about reading, in ``"I"`` a quarter each about reading and
+        with many words. ``"N"``: wide scenes with questions, cut into crops.
     step
         From 0.
     n_scenes, n_easy

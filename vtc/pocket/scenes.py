@@ -43,7 +43,7 @@ from vtc.pocket.errors import MissingPocketDataError, PocketError
 from vtc.pocket.questions import Question
 
 Split = Literal["train", "val", "test"]
-Focus = Literal["reading", "places"]
+Focus = Literal["places", "reading", "words"]
 
 IMAGE_SIZE = 112
 """Side of an image in pixels."""
@@ -410,8 +410,8 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
     dense
         Draw more objects and ask nothing: for pre-training the vision tower, where every labelled patch counts.
     focus
-        For training on what is hard: ``"reading"`` draws more digits and asks only about them and the word,
-        ``"places"`` asks spatial questions only.
+        For training on what is hard: ``"places"`` asks spatial questions only; ``"reading"`` draws more digits and asks
+        only about them and the word; ``"words"`` draws more words, for the tower's targets, and asks about digits only.
 
     Returns
     -------
@@ -437,6 +437,8 @@ def render_scene(index: int, split: Split = "test", seed: int = 0, dense: bool =
         n_pairs, n_words, n_free = rng.choice(((5, 1, 1), (1, 6, 1), (3, 2, 3)))
     elif focus == "reading":
         n_pairs, n_words, n_free = 4, 1, 0
+    elif focus == "words":
+        n_pairs, n_words, n_free = 1, 5, 1
     steps: list[Callable[[], None]] = []
     if rng.random() < (0.2 if dense else 0.5):
         width = rng.randint(28, 40)
@@ -568,9 +570,10 @@ class _Questions:
         A val or test scene gets one or two per type, a training scene all that fit its objects, hard types first.
         With a focus, only types of that focus are asked.
         """
-        if focus == "reading":
+        if focus in ("reading", "words"):
             self._ask_digits()
-            self._ask_word()
+            if focus == "reading":
+                self._ask_word()
             self.rng.shuffle(self._asked)
             return self._asked
         if focus == "places":

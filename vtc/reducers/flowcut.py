@@ -318,8 +318,8 @@ class FlowCut(Schedule):
     block, and the merger joins four survivors in a row into one of ``2 * keep`` tokens, whether they were neighbours or not. A
     token stands where the first of its patches was. The frames of a clip share the budget.
 
-    **Language model** (AnyRes models and Qwen2-VL). Before decoder layer ``layer`` an image with more than ``keep`` tokens is cut to
-    ``keep``, by the same score with the last text token as the reference. Positions are renumbered from there on.
+    **Language model** (AnyRes models and Qwen2-VL). Before decoder layer ``layer`` an image with more than ``keep`` tokens is cut
+    to ``keep``, by the same score with the last text token as the reference. Positions are renumbered from there on.
 
     Other towers without a class token use the rule of the released Qwen2-VL code.
 
@@ -337,8 +337,8 @@ class FlowCut(Schedule):
     ----------
     keep : int or float
         Visual tokens per image in the end: those that enter the language model (one view per image), or decoder layer ``layer``
-        (AnyRes: up to ``views * (keep // 2)`` enter the layers before; Qwen2-VL: twice as many). A share on an AnyRes model is, in the encoder, one of an
-        image with all the views there can be.
+        (AnyRes: up to ``views * (keep // 2)`` enter the layers before; Qwen2-VL: twice as many). A share on an AnyRes model is, in
+        the encoder, one of an image with all the views there can be.
     layer : int or None
         AnyRes models and Qwen2-VL: first decoder layer after the cut. ``None``: 2. Other models have no such cut and refuse the
         option.
@@ -373,7 +373,8 @@ class FlowCut(Schedule):
         twice = facts.anyres or facts.merge > 1
         if self.layer is not None and not twice:
             raise UnknownArgumentError(
-                f"'flowcut': layer={self.layer} places the cut inside the language model, which AnyRes models and Qwen2-VL have: drop it"
+                f"'flowcut': layer={self.layer} places the cut inside the language model, which AnyRes models and Qwen2-VL have: "
+                "drop it"
             )
         shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per")}
         at = 2 if self.layer is None else self.layer
