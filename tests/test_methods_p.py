@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from cases import CASES
 from models import build, image_features, make_inputs, shared
 from torch import Tensor, nn
 
 import vtc
 from vtc.core import Facts, Kind, Layout, Signals, Stage
 from vtc.engine.encoder import EncoderRun, EncoderStage
+from vtc.engine.patch import usable
 from vtc.errors import BudgetError, UnknownArgumentError, UnsupportedFeatureError
 from vtc.families import family_of
 from vtc.inspect import NOMINAL
@@ -255,8 +257,11 @@ def stage_of(part: Any, mlp_branch: Any, layers: int = 2, has_cls: bool = True) 
 
 
 def test_a_tower_without_a_known_mlp_branch_is_refused() -> None:
-    with pytest.raises(UnsupportedFeatureError, match="'tome' merges between attention and MLP.*'tokenpooling'"):
-        stage_of(vtc.create("tome", keep=4), lambda _layer: None).install()
+    model = shared("internvl")  # scales its branches by parameters
+    with pytest.raises(
+        UnsupportedFeatureError, match="'tome' merges tokens inside the layers.*between attention and MLP.*'hierpool'"
+    ):
+        vtc.patch(model, "tome", keep=4)
 
 
 def test_flash_attention_cannot_weigh_sizes() -> None:
@@ -471,3 +476,26 @@ def test_models_features_are_there() -> None:
     with torch.no_grad():
         want, _ = merged_tower(model, inputs["pixel_values"], [16], True)
         torch.testing.assert_close(family_of(model).projector(want[0]), image_features(model, inputs)[0], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("family", ["llava_next_video:clips", "qwen2_vl:clips"])
+def test_per_frame_budgets_of_all_reducers(family: str) -> None:
+    model = shared(family)
+    inputs = make_inputs(family, model, batch=2, seed=1)
+    served = []
+    for name in usable(family_of(model).facts):
+        options = {k: v for k, v in CASES[name].harsh.items() if k not in ("avg_tokens", "place")} | {"keep": 2, "per": "frame"}
+        if vtc.info(name).stages[0] in ("image", "encoder", "vision") and family != "qwen2_vl:clips":
+            continue  # refused: this family's videos are pooled behind the tower
+        with vtc.patch(model, name, **options) as handle, torch.no_grad():
+            model(**inputs)
+        for image, kept in zip(handle.stats.last.images, handle.stats.kept, strict=True):
+            counts = kept.layout.view[kept.entries].bincount(minlength=kept.layout.views).tolist()
+            if CASES[name].count == "exact" and name != "aim":  # which prunes on, behind the budget
+                assert counts == [2] * kept.layout.views, name
+            elif CASES[name].count == "all":
+                assert image.kept == image.slots
+            else:
+                assert max(counts) <= 2, name
+        served.append(name)
+    assert len(served) >= 15

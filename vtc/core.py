@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedSignalError
+from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError
 
 Positions = Literal["original", "compact"]
 Newlines = Literal["compete", "all", "with_row", "none"]
@@ -394,6 +394,8 @@ class Facts:
         Supported stages map to ``""``; refused ones to the reason.
     merge : int
         Patches that a module at the end of the tower merges into one visual token, where reducers act in front of it.
+    no_merging : str
+        Why tokens cannot be merged inside the tower's layers; empty if they can.
     anyres : bool
         Whether one image is cut into several views.
     mrope : bool
@@ -418,6 +420,7 @@ class Facts:
     stages: Mapping[Stage, str]
     max_views: int = 1
     merge: int = 1
+    no_merging: str = ""
     anyres: bool = False
     mrope: bool = False
     first_layer: int = 1
@@ -752,6 +755,15 @@ class EncoderMerger(EncoderReducer):
     def weighs_sizes(self) -> bool:
         """Whether attention counts a token as often as it has patches (the logarithm of its size is added to its logits)."""
         return True
+
+    def bind(self, facts: Facts) -> Reducer:
+        """Refuse towers whose layers cannot merge."""
+        if facts.no_merging:
+            raise UnsupportedFeatureError(
+                f"'{self.name}' merges tokens inside the layers of the vision tower, {facts.no_merging}: use a reducer that merges "
+                "behind the tower, such as 'hierpool'"
+            )
+        return super().bind(facts)
 
     def merge(self, state: EncoderState) -> tuple[Tensor, Tensor] | None:
         """Return ``owner (V, n)`` int64, the place of the token each one is merged into, and the tokens left, ``(V,)`` int64.

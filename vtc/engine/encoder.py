@@ -111,11 +111,6 @@ class EncoderStage:
     def install(self) -> list[Callable[[], None]]:
         """Put the hooks on; return what takes them off."""
         undo: list[Callable[[], None]] = []
-        if None in self.branches:
-            raise UnsupportedFeatureError(
-                f"'{self.part.name}' merges between attention and MLP, which vtc does not know how to reach in the vision tower of "
-                f"'{self.facts.family}': use a reducer that merges behind the tower, such as 'tokenpooling'"
-            )
         for i in range(1, len(self.layers)):
             before = functools.partial(self.before_layer, i)
             undo.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True).remove)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, Need
+from vtc.core import EncoderReducer, EncoderState, Facts, Need
 from vtc.engine.encoder import check_finite
 from vtc.errors import UnsupportedFeatureError
 from vtc.signals import AttentionTap
@@ -111,11 +111,6 @@ class PackedStage:
 
     def install(self) -> list[Callable[[], None]]:
         """Put the hooks on; return what takes them off."""
-        if isinstance(self.part, EncoderMerger):
-            raise UnsupportedFeatureError(
-                f"'{self.part.name}' merges patches inside the tower, where a merged patch of '{self.facts.family}' would have no "
-                "place to be rotated by: use a reducer behind the tower"
-            )
         undo = []
         for i, layer in enumerate(self.layers):
             if i:

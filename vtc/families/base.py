@@ -15,6 +15,7 @@ from vtc.core import Facts, Kind, Layout, Stage
 from vtc.errors import UnsupportedModelError
 
 SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on all of them"
+NO_BRANCH = "which vtc does not know how to reach between attention and MLP here"
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
 
 
@@ -241,7 +242,12 @@ def assemble(
         encoder_attention=attention,
         projector=projector,
         image_token_ids=require(placeholder(config, "image") or None, "image token id", model),
-        facts=Facts(family=config.model_type, layers=len(text.layers), encoder_layers=len(layers), **facts),
+        facts=Facts(
+            family=config.model_type,
+            layers=len(text.layers),
+            encoder_layers=len(layers),
+            **{"no_merging": "" if all(map(mlp_branch, layers)) else NO_BRANCH, **facts},
+        ),
         describe=describe,
         video_token_ids=placeholder(config, "video"),
         describe_video=describe_video,

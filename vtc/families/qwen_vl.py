@@ -77,6 +77,7 @@ def build(model: nn.Module) -> Family:
         stages=refused(PACKED, "" if plain else WINDOWS if whole is not None else DEEP, PACKED),
         merger=tower.merger if plain else None,
         merge=merge * merge,
+        no_merging="where a merged patch would have no place to be rotated by here",
         missing=dict.fromkeys(("projection", "pixels"), PACKED),
         windowed=() if whole is None else tuple(i for i in range(len(tower.blocks)) if i not in whole),
         mrope=True,

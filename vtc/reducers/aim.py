@@ -68,8 +68,8 @@ def merge_once(now: Merged, r: int, *, official: bool = False) -> Merged:
     def mean(x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         total = wide.gather(1, stay[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)
-        total = total.index_add(0, into, wide.gather(1, source.expand(-1, -1, x.shape[2])).flatten(0, 1))
-        return (total / count[:, None]).view(n, t - r, -1).to(x.dtype)
+        total.index_add_(0, into, wide.gather(1, source.expand(-1, -1, x.shape[2])).flatten(0, 1))
+        return total.div_(count[:, None]).view(n, t - r, -1).to(x.dtype)
 
     return Merged(mean(now.metric), mean(now.tokens), now.slot.gather(1, stay), rank.gather(1, now.owner))
 

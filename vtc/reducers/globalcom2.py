@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.core import Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, topk_per_group
+from vtc.kernels import apportion, topk_per_group, topk_sorted
 from vtc.registry import register
 from vtc.signals import cls_logits
 
@@ -204,6 +204,8 @@ class GlobalCom2(Reducer):
             if layout.views == 1 or not layout.thumbnail:
                 return Selection.all(n, batch, device)
             return _stack([self.official_selection(signals, b) for b in range(batch)])
+        if layout.views == 1 and not layout.has_newlines:
+            return Selection(topk_sorted(signals.cls_logits.detach(), min(signals.budget, n)))
         with torch.no_grad():
             scored = [self.image(signals, b) for b in range(batch)]
             quota = torch.tensor([self.quota(s, min(signals.budget, n)) for s in scored], device=device)

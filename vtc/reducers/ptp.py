@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import topk_per_group
+from vtc.kernels import topk_per_group, topk_sorted
 from vtc.registry import register
 from vtc.signals import cls_attn, peak_text_attn
 
@@ -124,6 +124,8 @@ class PTP(Reducer):
         with torch.no_grad():
             batch, _ = signals.shape
             views = signals.layout.views
+            if views == 1 and not signals.layout.has_newlines:
+                return Selection(topk_sorted(self.score(signals), signals.budget))
             view = signals.of("view")
             group = torch.where(signals.of("kind") == Kind.PATCH, view, views)  # newlines come last
             quota = torch.zeros(batch, views + 1, dtype=torch.long)

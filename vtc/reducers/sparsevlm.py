@@ -310,7 +310,7 @@ class SparseVLMStage(Reducer):
                 owner[stay], owner[again] = place[:kept], place[kept + group]
             content = torch.cat([tokens[stay], merge(tokens[again], group, clusters)])
             index.append(slots.sort().values)
-            values.append(content[place.argsort()])
+            values.append(content if self.position_policy == "compact" else content[place.argsort()])
             owners.append(owner)
         return Selection(torch.stack(index), torch.stack(values), torch.stack(owners))
 

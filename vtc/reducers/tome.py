@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.core import Budget, EncoderMerger, EncoderState, Facts, Need, Newlines, Positions, check_bounds
+from vtc.core import Budget, EncoderMerger, EncoderState, Facts, Need, Newlines, Positions
 from vtc.errors import BudgetError, UnknownArgumentError
 from vtc.kernels import apportion, pairwise_top1
 from vtc.registry import register
@@ -169,7 +169,7 @@ class ToMe(EncoderMerger):
         BudgetError
             More tokens than there are, or fewer than merging in every layer can reach.
         """
-        check_bounds(self.budget, facts)
+        super().bind(facts)
         bound = copy.copy(self)
         layers, patches = facts.feature_layer + 1, facts.grid[0] * facts.grid[1]
         left, rates = patches, ()

@@ -230,13 +230,12 @@ def zip_view(features: Tensor, score: Tensor, metric: Tensor, dominant: int, con
     other = torch.ones(left, dtype=torch.bool, device=features.device)
     other[target] = False
     with torch.no_grad():
-        near = take(metric, rest)
-        _, joined = pairwise_top1(near[:, other], near[:, target])
-        owner.scatter_(1, rest[:, target], torch.arange(contextual, device=features.device).expand(len(features), -1))
-        owner.scatter_(1, rest[:, other], joined)
-    source = take(features, rest)
-    wide = source if source.dtype == torch.float64 else source.float()
-    made = wide[:, target] + merge_scatter(wide[:, other], joined, contextual)
+        targets, others = rest[:, target], rest[:, other]
+        _, joined = pairwise_top1(take(metric, others), take(metric, targets))
+        owner.scatter_(1, others, joined)
+    wide = features if features.dtype == torch.float64 else features.float()
+    made = take(wide, targets) + merge_scatter(wide, owner, contextual)
+    owner.scatter_(1, targets, torch.arange(contextual, device=features.device).expand(len(features), -1))
     return ZippedView(ranked, kept, take(features, kept), made.to(features.dtype), owner)
 
 
