@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= results/store/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint format install clean
+.PHONY: demo test lint format install browser clean
 
 demo: $(VENV)/.demo  ## sweep configs/demo.yaml on the embedded model, print the table, write the report
 	HF_HUB_OFFLINE=1 $(BIN)/vtc sweep configs/demo.yaml --out $(OUT)
@@ -43,6 +43,9 @@ $(VENV)/.oldest: $(VENV)/.dev tests/oldest.txt
 	rm -rf $(VENV)/oldest
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest -r tests/oldest.txt
 	touch $@
+
+browser:  ## Chromium for the report's tests in a real browser (Debian's package; needs root)
+	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends chromium; }
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -1,4 +1,4 @@
-"""The commands ``vtc sweep``, ``vtc table`` and ``vtc report`` (registered through the entry point group ``vtc.commands``)."""
+"""The commands ``vtc sweep``, ``table``, ``plot``, ``report`` and ``tune``, registered through the entry point ``vtc.commands``."""
 
 from __future__ import annotations
 
@@ -24,47 +24,57 @@ def register(app: typer.Typer) -> None:
     """Add the commands to the ``vtc`` application."""
     app.command("sweep")(sweep)
     app.command("table")(table)
+    app.command("plot")(plot)
     app.command("report")(report)
+    app.command("tune")(tune)
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML file: data, budgets, reducers (see configs/).")],
+    file: Annotated[Path, typer.Argument(help="YAML file: models, tasks, budgets, reducers (see configs/).")],
     out: Annotated[Path | None, typer.Option("--out", help=f"Results store; {RESULTS}/<name of the file> by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and run nothing.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON on standard output and nothing else; progress is JSON on standard error.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the cells and what they cost, and run nothing.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file: data.scenes.n=110")] = None,
+    shard: Annotated[str, typer.Option("--shard", help="Only part I of N of the cells: I/N, such as 1/8.")] = "",
+    executor: Annotated[str, typer.Option("--executor", help="Where cells run: local, or ray (a cluster).")] = "local",
+    workers: Annotated[
+        int | None, typer.Option("--workers", help="Cells at a time: 1 (local); one for every GPU or CPU of the cluster (ray).")
+    ] = None,
 ) -> None:
-    """Measure reducers x budgets: accuracy, tokens, FLOPs, speed. Finished cells are not run again."""
+    """Measure models x tasks x reducers x budgets: accuracy, tokens, FLOPs, speed. Finished cells are not run again."""
     from rich.console import Console
 
     from vtc.eval.config import load_sweep
     from vtc.eval.store import Store
 
     config = load_sweep(file, overrides or ())
+    part = _shard(shard)
     root = out if out is not None else RESULTS / file.stem
     used = root.exists() and (not root.is_dir() or any(root.iterdir()))
     if used:
-        Store(root)  # a folder that cannot be used is refused before the model is loaded
+        Store(root)  # a folder that cannot be used is refused before any question is made
+    from vtc.eval import executors
     from vtc.eval.run import Sweep
 
     console = Console(stderr=True)
     running = Sweep(config, str(file))
+    only = running.shard(*part)
     if dry_run:
-        store = Store(root) if used else None
-        rows = [
-            {"label": p.cell.label, "budget": p.cell.budget, "id": p.id, "state": running.state(store, p)}
-            for p in running.planned
-        ]
-        if as_json:
-            print(json.dumps({"store": str(root), "questions": len(running.questions), "cells": rows}, indent=2))
-            return
-        for row in rows:
-            print(f"{row['label']:<20} {row['budget']:>8}  {row['id']}  {row['state']}")
-        todo = sum(r["state"] != "done" for r in rows)
-        print(f"{todo} of {len(rows)} cells to run on {len(running.questions)} questions, into {root}")
+        from vtc.eval.cost import plan_text, price
+
+        running.anywhere = executor == "ray"
+        plan = price(running, Store(root) if used else None, only)
+        print(json.dumps({"store": str(root), **plan}, indent=2) if as_json else plan_text(plan, root))
         return
-    store = Store(root, create=True)
-    outcome = running.run(store, console)
+    running.check_data()
+    slots = executors.make(executor, workers)
+    try:
+        store = Store(root, create=True)
+        outcome = running.run(store, console, executor=slots, only=only, as_json=as_json)
+    finally:
+        slots.close()
     from vtc.eval.report import write_report
     from vtc.eval.tables import collect
 
@@ -75,11 +85,21 @@ def sweep(
     else:
         _print_terminal(results)
         print(f"\nReport: {path}\nThis table again: vtc table {root}")
-    console.print(f"{outcome.done} cells run, {outcome.skipped} finished before, {outcome.failed} failed", highlight=False)
+        for line in dict.fromkeys(f"{x.label} {x.budget} on {x.model} was left out: {x.reason}" for x in running.left_out):
+            console.print(line, style="dim", markup=False, highlight=False)
+        console.print(f"{outcome.done} cells run, {outcome.skipped} finished before, {outcome.failed} failed", highlight=False)
     if outcome.failed:
         for line in outcome.errors:
             console.print(line, style="red", markup=False, highlight=False)
         raise typer.Exit(1)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Read ``I/N``; the whole when empty."""
+    number, slash, of = (text or "1/1").partition("/")
+    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise UnknownArgumentError(f"--shard {text!r} is not of the form I/N with 1 <= I <= N: write for example --shard 3/8")
+    return int(number), int(of)
 
 
 def table(
@@ -87,6 +107,12 @@ def table(
     fmt: Annotated[str, typer.Option("--format", "-f", help="terminal, md, csv or latex.")] = "terminal",
     accuracy_only: Annotated[bool, typer.Option("--accuracy-only", help="Leave out costs and timings.")] = False,
     by_type: Annotated[bool, typer.Option("--by-type", help="Add accuracy by question type.")] = False,
+    paper: Annotated[
+        str | None, typer.Option("--paper", help="Published numbers beside ours: a name in configs/paper/, or a YAML file.")
+    ] = None,
+    vtc_groups: Annotated[
+        bool, typer.Option("--vtc", help="Accuracy on difficult and simple questions (VTC-Bench protocol).")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
 ) -> None:
     """Print the table of a results store."""
@@ -97,16 +123,52 @@ def table(
         raise UnknownArgumentError(
             f"there is no table format '{fmt}'{did_you_mean(fmt, FORMATS)} (formats: {', '.join(FORMATS)})"
         )
-    results = collect(Store(store if store is not None else latest_store(RESULTS)))
-    if output is None and fmt == "terminal":
-        _print_terminal(results, accuracy_only=accuracy_only, by_type=by_type)
-        return
-    text = render(results, fmt, accuracy_only=accuracy_only, by_type=by_type)
-    if output is None:
-        sys.stdout.write(text)
+    if paper is not None and vtc_groups:
+        raise UnknownArgumentError("--paper and --vtc are two tables: ask for one at a time")
+    if (paper is not None or vtc_groups) and (accuracy_only or by_type):
+        raise UnknownArgumentError("--accuracy-only and --by-type belong to the plain table: leave them out here")
+    shown = _terminal() if output is None and fmt == "terminal" else {}
+    if paper is not None:
+        from vtc.eval.paper import load_paper, render_paper
+
+        published = load_paper(paper)  # before a large store is read
+    opened = Store(store if store is not None else latest_store(RESULTS))
+    if vtc_groups:
+        from vtc.eval.vtcbench import render_vtc
+
+        text = render_vtc(opened, fmt, **shown)
+    elif paper is not None:
+        text = render_paper(published, collect(opened), fmt, name=paper, **shown)
     else:
-        _write(output, text)
-        print(output)
+        text = render(collect(opened), fmt, accuracy_only=accuracy_only, by_type=by_type, **shown)
+    _put_out(text, output)
+
+
+def plot(
+    store: StoreArgument = None,
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--kind", "-k", help="tokens, flops, time, pareto, types, layers; everything there are numbers for by default."
+        ),
+    ] = None,
+    fmt: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder; plots/ in the store by default.")] = None,
+) -> None:
+    """Draw accuracy against cost, the Pareto front, question types and tokens by layer, from a results store."""
+    from vtc.eval.plots import ENDINGS, KINDS, save
+    from vtc.eval.store import Store, latest_store
+    from vtc.eval.tables import collect
+
+    for given, known, what in ((kinds or [], KINDS, "plot"), ([fmt], ENDINGS, "picture format")):
+        for name in given:
+            if name not in known:
+                raise UnknownArgumentError(
+                    f"there is no {what} '{name}'{did_you_mean(name, known)} ({what}s: {', '.join(known)})"
+                )
+    opened = Store(store if store is not None else latest_store(RESULTS))
+    for path in save(collect(opened), out if out is not None else opened.root / "plots", kinds or (), fmt):
+        print(path)
 
 
 def report(
@@ -114,17 +176,64 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the store by default.")
     ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, help="Most questions in the sample browser.")] = 24,
+    overlays: Annotated[
+        bool, typer.Option("--overlays/--no-overlays", help="Run the embedded model to show which tokens each method kept.")
+    ] = True,
 ) -> None:
-    """Write the HTML report of a results store."""
-    from vtc.eval.report import render_report, write_report
+    """Write the HTML report of a results store: one file, everything in it."""
+    from vtc.eval.report import write_report
     from vtc.eval.store import Store, latest_store
-    from vtc.eval.tables import collect
 
     opened = Store(store if store is not None else latest_store(RESULTS))
-    if output is None:
-        print(write_report(opened))
+    print(write_report(opened, output, samples=samples, overlays=overlays))
+
+
+def tune(
+    what: Annotated[str, typer.Argument(metavar="MODEL|FILE.yaml", help="A model, or a sweep file (its model, task, rows).")],
+    target_drop: Annotated[str, typer.Option("--target-drop", help="Loss of accuracy that is too much: 1% or 0.01.")],
+    reducers: Annotated[
+        str | None, typer.Option("--reducers", help="Names with commas between; those of the file by default.")
+    ] = None,
+    budgets: Annotated[
+        str | None, typer.Option("--budgets", help="Tokens or shares with commas between: 98,49 or 50%,25%.")
+    ] = None,
+    questions: Annotated[int, typer.Option("--questions", min=1, help="Most questions asked for one budget.")] = 2400,
+    confidence: Annotated[float, typer.Option("--confidence", min=0.5, max=0.9999, help="Of every accepted budget.")] = 0.95,
+    out: Annotated[Path | None, typer.Option("--out", help=f"Store; {RESULTS}/tune-<model or file> by default.")] = None,
+    fmt: Annotated[str, typer.Option("--format", "-f", help="terminal, md, csv or latex.")] = "terminal",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
+) -> None:
+    """Find the smallest budget of every reducer whose loss of accuracy stays below a target, asking no more than it takes."""
+    from rich.console import Console
+
+    from vtc.eval.store import Store
+    from vtc.eval.tables import FORMATS
+    from vtc.eval.tune import Tuner, read_settings, render_tune
+
+    if fmt not in FORMATS:
+        raise UnknownArgumentError(
+            f"there is no table format '{fmt}'{did_you_mean(fmt, FORMATS)} (formats: {', '.join(FORMATS)})"
+        )
+    settings = read_settings(what, target_drop, reducers, budgets, questions, confidence)
+    root = out if out is not None else RESULTS / f"tune-{Path(what).stem}"
+    console = Console(stderr=True)
+    tuner = Tuner(
+        settings, Store(root, create=True), lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+    )
+    record = tuner.record(tuner.run())
+    if as_json:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
-        _write(output, render_report(collect(opened)))
+        sys.stdout.write(render_tune(record, fmt, **(_terminal() if fmt == "terminal" else {})))
+        console.print(f"Answers and result: {root}", highlight=False)
+
+
+def _put_out(text: str, output: Path | None) -> None:
+    if output is None:
+        sys.stdout.write(text)
+    else:
+        _write(output, text)
         print(output)
 
 
@@ -136,12 +245,16 @@ def _write(path: Path, text: str) -> None:
         raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --output") from None
 
 
-def _print_terminal(results: Any, **options: bool) -> None:
+def _terminal() -> dict[str, Any]:
+    """How to render for standard output."""
+    there = sys.stdout.isatty()
+    return {"width": shutil.get_terminal_size().columns if there else None, "color": there}
+
+
+def _print_terminal(results: Any) -> None:
     from vtc.eval.tables import render
 
-    terminal = sys.stdout.isatty()
-    width = shutil.get_terminal_size().columns if terminal else None
-    sys.stdout.write(render(results, "terminal", width=width, color=terminal, **options))
+    sys.stdout.write(render(results, "terminal", **_terminal()))
 
 
 def _json(results: Any, root: Path, path: Path, outcome: Any) -> dict[str, Any]:

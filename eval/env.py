@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import inspect
 import os
@@ -19,6 +20,10 @@ from vtc.core import Reducer
 
 _ENGINE_MODULES = ("vtc.core", "vtc.signals", "vtc.compat", "vtc.stats")
 _ENGINE_PACKAGES = ("vtc.engine", "vtc.families", "vtc.kernels")
+_APART = ("builtins", "vtc.registry", "vtc.errors")
+"""Modules a reducer's file mentions and no result depends on."""
+_APART = ("builtins", "vtc.registry", "vtc.errors")
+"""Modules a reducer's file mentions and no result depends on."""
 
 
 def describe(seed: int) -> dict[str, Any]:
@@ -80,11 +85,34 @@ def versions() -> dict[str, str]:
     return found
 
 
-def digest(paths: Iterable[Path]) -> str:
-    """Hash of file contents, independent of where they lie."""
+_EDGE = 2**20
+
+
+_EDGE = 2**20
+
+
+def digest(paths: Iterable[Path], whole: int | None = None) -> str:
+    """Hash of file contents, independent of where they lie.
+
+    Parameters
+    ----------
+    paths : iterable of Path
+        Files; their names count, their order does not.
+    whole : int or None
+        Of files larger than that many bytes, only size, first and last mebibyte count.
+    """
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
+        total.update(path.name.encode() + b"\0")
+        size = path.stat().st_size
+        if whole is None or size <= whole:
+            total.update(path.read_bytes())
+        else:
+            with path.open("rb") as file:
+                total.update(str(size).encode() + file.read(_EDGE))
+                file.seek(-_EDGE, os.SEEK_END)
+                total.update(file.read())
+        total.update(b"\0")
     return total.hexdigest()[:16]
 
 
@@ -99,10 +127,30 @@ def engine_version() -> str:
 
 
 def reducer_version(reducer: Reducer | None) -> str:
-    """Hash of the source of a (bound) reducer's parts and of their bases outside the core."""
+    """Hash of the source a reducer is made of: its module and the modules of the same package that one uses, engine apart."""
     if reducer is None:
         return "none"
-    classes = {type(reducer), *(type(p) for p in reducer.parts())}
-    modules = {base.__module__ for c in classes for base in c.__mro__} - {"builtins", "vtc.core"}
-    files = [Path(f) for m in modules if (f := getattr(sys.modules.get(m), "__file__", None))]
-    return digest(files) if files else "unknown"
+    classes = {type(reducer), *(type(m) for m in getattr(reducer, "members", ()))}
+    return _source_version(frozenset(base.__module__ for c in classes for base in c.__mro__))
+
+
+@functools.lru_cache(maxsize=1024)
+def _source_version(modules: frozenset[str]) -> str:
+    found: set[str] = set()
+    waiting = [m for m in modules if not _of_engine(m)]
+    while waiting:
+        name = waiting.pop()
+        module = sys.modules.get(name)
+        if name in found or getattr(module, "__file__", None) is None:
+            continue
+        found.add(name)
+        package = name.partition(".")[0]
+        used = {getattr(v, "__module__", None) or getattr(v, "__name__", None) for v in vars(module).values()}
+        waiting += [m for m in used if isinstance(m, str) and m.partition(".")[0] == package and not _of_engine(m)]
+    return digest(Path(sys.modules[m].__file__) for m in found) if found else "unknown"  # type: ignore[arg-type]
+
+
+def _of_engine(module: str) -> bool:
+    """Whether :func:`engine_version` covers a module (or nobody's code depends on it)."""
+    packages = (*_ENGINE_PACKAGES, *_APART)
+    return module in _ENGINE_MODULES or any(module == p or module.startswith(p + ".") for p in packages)

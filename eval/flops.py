@@ -9,9 +9,9 @@ The formula is fed with the tokens each layer really had: for the decoder from `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -82,7 +82,25 @@ class Tokens:
     decoder: list[int] = field(default_factory=list)
 
 
-def closed_form(model: nn.Module, tokens: Tokens) -> Flops:
+def language_flops(config: Any, decoder: Sequence[int]) -> Flops:
+    """FLOPs of the decoder layers, run on so many tokens each, and of the head for one position; see :func:`closed_form`.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of the vision-language model.
+    decoder : sequence of int
+        Tokens of each decoder layer, text included.
+    """
+    text = config.text_config
+    d, f = text.hidden_size, text.intermediate_size
+    heads, groups = text.num_attention_heads, text.num_key_value_heads
+    h = getattr(text, "head_dim", None) or d // heads
+    layers = sum(2 * n * d * h * (2 * heads + 2 * groups) + 4 * n * n * heads * h + 2 * n * d * f * 3 for n in decoder)
+    return Flops(0, 0, layers, 2 * d * text.vocab_size)
+
+
+def closed_form(model: Any, tokens: Tokens) -> Flops:
     """FLOPs of one forward of a LLaVA-like model (CLIP or SigLIP tower, two-layer projector, Llama-like decoder).
 
     With ``n`` tokens in a layer, width ``d``, ``H`` query heads and ``G`` key-value heads of width ``h``, and MLP width ``f``::
@@ -95,8 +113,8 @@ def closed_form(model: nn.Module, tokens: Tokens) -> Flops:
 
     Parameters
     ----------
-    model : Module
-        Gives the widths, through its config.
+    model : Module or PretrainedConfig
+        Gives the widths.
     tokens : Tokens
         What each layer ran on.
 
@@ -105,20 +123,23 @@ def closed_form(model: nn.Module, tokens: Tokens) -> Flops:
     VtcError
         For a vision tower the formula does not describe.
     """
-    text, vision = model.config.text_config, model.config.vision_config
-    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+    config = getattr(model, "config", model)
+    language, vision = language_flops(config, tokens.decoder), config.vision_config
+    if not describes(config):
         raise VtcError(f"the FLOPs formula does not describe a '{vision.model_type}' tower: it knows CLIP and SigLIP")
-    d, f = text.hidden_size, text.intermediate_size
-    heads, groups = text.num_attention_heads, text.num_key_value_heads
-    h = getattr(text, "head_dim", None) or d // heads
-    decoder = sum(2 * n * d * h * (2 * heads + 2 * groups) + 4 * n * n * heads * h + 2 * n * d * f * 3 for n in tokens.decoder)
+    d = config.text_config.hidden_size
     dv, fv = vision.hidden_size, vision.intermediate_size
     tower = 2 * tokens.patches * dv * (vision.num_channels * vision.patch_size**2)
     tower += sum(2 * n * dv * dv * 4 + 4 * n * n * dv + 2 * n * dv * fv * 2 for n in tokens.tower)
-    layers = model.config.vision_feature_layer
+    layers = config.vision_feature_layer
     inputs = dv * (1 if isinstance(layers, int) else len(layers))
     projector = 2 * tokens.projector * (inputs * d + d * d)
-    return Flops(tower, projector, decoder, 2 * d * text.vocab_size)
+    return replace(language, tower=tower, projector=projector)
+
+
+def describes(config: Any) -> bool:
+    """Whether the formula knows the model's vision tower (its language model it always knows)."""
+    return config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
 
 
 def _cpu_attention() -> dict[Any, Callable[..., int]]:
@@ -140,7 +161,7 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
 
     def length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
         hidden = args[0] if args else kwargs["hidden_states"]
-        return int(hidden.shape[0] * hidden.shape[1])
+        return int(hidden.shape[:-1].numel())
 
     def layer(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         seen.tower.append(length(args, kwargs))
@@ -151,7 +172,7 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
     def embedding(_: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
         seen.patches += int(out.shape[0] * out.shape[-2:].numel())
 
-    patch = next(m for m in family.tower.modules() if isinstance(m, nn.Conv2d))
+    patch = next(m for m in family.tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     hooks = [m.register_forward_pre_hook(layer, with_kwargs=True) for m in family.encoder_layers]
     hooks += [family.projector.register_forward_pre_hook(projector), patch.register_forward_hook(embedding)]
     try:
@@ -218,7 +239,12 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
         images = handle.stats.last.images
         text = total - sum(i.slots for i in images)
         seen.decoder = [text + sum(n) for n in zip(*(i.tokens_per_layer for i in images), strict=True)]
-    return Count(parts.result(), closed_form(model, seen), seen, out.past_key_values)
+    counted = parts.result()
+    if describes(model.config):
+        formula = closed_form(model.config, seen)
+    else:  # the language model is checked; tower and projector are the counter's
+        formula = replace(language_flops(model.config, seen.decoder), tower=counted.tower, projector=counted.projector)
+    return Count(counted, formula, seen, out.past_key_values)
 
 
 class _Parts:

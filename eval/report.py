@@ -1,33 +1,82 @@
-"""A self-contained HTML report of a store: summary, table, accuracy-versus-tokens plot, accuracy by type, conditions."""
+"""A self-contained HTML report of a store: summary, sortable tables, plots, sample browser, conditions.
+
+The page needs no other file and no network. Its policy lets nothing run but the one script written here, known by its hash, so that
+a question or a file name that smuggles in markup stays text even if an escape were missing.
+"""
 
 from __future__ import annotations
 
-import io
+import base64
+import hashlib
+import importlib.resources
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
+from vtc.errors import StoreError
+from vtc.eval import vtcbench
+from vtc.eval.browser import SAMPLES, Browser, browse
 from vtc.eval.config import BASELINES, UNREDUCED
+from vtc.eval.formats import Grid, Line, clean
+from vtc.eval.plots import NoMatplotlibError, available, draw, inline_svg
 from vtc.eval.store import Store
-from vtc.eval.tables import Results, Row, clean, collect, columns, conditions
+from vtc.eval.tables import Results, Row, collect, columns, conditions, grid, guesses, type_columns
 
-# blue, orange, green ... chosen to stay apart for colour-blind readers; baselines are grey
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fa0", "#8c6d31", "#c0392b", "#2f4b7c")
-_GREYS = ("#8a8a8a", "#b0b0b0", "#5a5a5a")
-_MARKERS = "osD^vPX*<>"
+_PLOTS = {
+    "tokens": (
+        "Accuracy against visual tokens",
+        "One line per method, baselines grey and dashed; bars are bootstrap intervals, the band is that of the unreduced model.",
+    ),
+    "flops": ("Accuracy against FLOPs", "FLOPs of one prefill with vision tower and reducer; bars are bootstrap intervals."),
+    "time": ("Accuracy against time", "Median time of one prefill on the machine named below, with its spread."),
+    "pareto": (
+        "Pareto front",
+        "Rows that no other row beats in both accuracy and cost, by FLOPs and, where it was measured, by prefill time.",
+    ),
+    "types": ("Question types", "Points gained or lost against the unreduced model, by question type and budget."),
+    "layers": ("Tokens by layer", "Visual tokens that every decoder layer runs on; methods that cut alike share a line."),
+}
 
 
-def write_report(store: Store, output: Path | None = None) -> Path:
-    """Write the report of a store and return its path (``report.html`` in the store by default)."""
+def write_report(store: Store, output: Path | None = None, *, samples: int = SAMPLES, overlays: bool = True) -> Path:
+    """Write the report of a store.
+
+    Parameters
+    ----------
+    store : Store
+        Results.
+    output : Path or None
+        HTML file; ``report.html`` in the store by default.
+    samples : int
+        Most samples in the browser; none leaves the browser out.
+    overlays : bool
+        Whether to run the embedded model on those samples to show which tokens each method kept.
+
+    Returns
+    -------
+    Path
+        Where the report is.
+
+    Raises
+    ------
+    StoreError
+        The store cannot be read, or the file cannot be written.
+    """
     path = output or store.root / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(render_report(collect(store)), encoding="utf-8")
+    text = render_report(
+        collect(store), browser=browse(store, samples, overlays=overlays) if samples else None, vtc=vtcbench.split(store)
+    )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --output") from None
     return path
 
 
-def render_report(results: Results) -> str:
+def render_report(results: Results, *, browser: Browser | None = None, vtc: vtcbench.Split | None = None) -> str:
     """Return the report as one HTML page that needs no other file."""
     environment = Environment(
         loader=PackageLoader("vtc.eval", "templates"),
@@ -36,61 +85,111 @@ def render_report(results: Results) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    cols = columns(results)
-    types = columns(results, accuracy_only=True, by_type=True)[6:]
-    drawn = plot(results)
+    script = (importlib.resources.files("vtc.eval") / "templates" / "report.js").read_text(encoding="utf-8")
+    several = len(results.models) > 1
+    tables, type_tables = [], []
+    for model in results.models:
+        mine = results.of(model)
+        cols = columns(mine)
+        name = f"model {model}" if several else "accuracy and cost"
+        tables.append((clean(f"Table: {name}"), grid(mine.rows, cols)))
+        named = [c for c in cols if c.title in ("reducer", "keep", "code")]
+        if len(mine.types) > 1:
+            by_type = grid(mine.rows, [*named, *type_columns(mine)])
+            type_tables.append((clean(f"Question types{f': model {model}' if several else ''}"), by_type, len(named)))
+    guess = guesses(results)
     return environment.get_template("report.html.j2").render(
-        sweep=results.sweep,
+        sweep={key: clean(str(results.sweep.get(key) or "")) for key in ("source", "written")},
+        script=Markup(script),  # noqa: S704  our own file
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        warnings=[clean(line) for line in results.warnings],
         summary=summary(results),
-        headings=[(c.title, c.left) for c in cols],
-        groups=_grouped(results, cols),
-        plot=Markup(drawn) if drawn is not None else None,  # noqa: S704  made by matplotlib from escaped labels
-        type_headings=[c.title for c in types],
-        type_groups=_grouped(results, [cols[0], cols[1], *types]),
-        shades=_shades(results),
-        guess=[_guess(results, t) for t in results.types],
+        tables=tables,
+        type_tables=type_tables,
+        guess=[f"{100 * guess[t]:.0f}" if t in guess else "–" for t in results.types] if guess else None,
+        plots=_plots(results),
+        extra=[(clean(g.heading), g) for g in vtcbench.grids(vtc)] if vtc is not None else [],
+        extra_notes=[clean(line) for line in vtcbench.notes(vtc)] if vtc is not None else [],
+        browser=browser,
+        kinds=list(dict.fromkeys(clean(s.kind) for s in browser.samples)) if browser is not None else [],
+        several_models=several,
+        several_tasks=len(results.tasks) > 1,
         conditions=[clean(line) for line in conditions(results)],
+        groups=_groups,
+        ranked=_ranked,
+        shade=_shade,
+        clean=clean,
     )
 
 
-def _grouped(results: Results, cols: list[Any]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
-    groups: list[tuple[str, list[tuple[str, list[str]]]]] = []
-    for row in results.rows:
-        title = "unreduced" if row.reducer == UNREDUCED else f"{row.budget} tokens" if row.budget.isdecimal() else row.budget
-        if not groups or groups[-1][0] != title:
-            groups.append((title, []))
-        kind = "full" if row.reducer == UNREDUCED else "base" if row.reducer in BASELINES else "method"
-        groups[-1][1].append((kind, [clean(c.show(row)) for c in cols]))
-    return groups
+def _groups(table: Grid) -> list[tuple[str, list[Line]]]:
+    """Groups with a heading: the budget, which the second column holds."""
+    out = []
+    for lines in table.groups:
+        title = clean(lines[0].entries[1])
+        if lines[0].kind == "full" or len(table.groups) == 1:
+            title = ""
+        elif table.titles[1] == "keep":
+            title = f"{title} tokens" if title.isdecimal() else title
+        out.append((title, lines))
+    return out
 
 
-def _shades(results: Results) -> dict[str, int]:
-    """Text of a per-type entry -> strength of its background, 0..9."""
-    return {str(n): min(9, n // 10) for n in range(101)}
+def _ranked(entry: str, rank: int) -> Markup:
+    """Mark the number of an entry, not the interval behind it."""
+    head, space, tail = clean(entry).partition(" ")
+    before, after = (("", ""), (Markup("<b>"), Markup("</b>")), (Markup("<u>"), Markup("</u>")))[rank]
+    return Markup("{}{}{}{}{}").format(before, escape(head), after, space, tail)
 
 
-def _guess(results: Results, kind: str) -> str:
-    value = results.sweep.get("constant_guess", {}).get(kind)
-    return "–" if value is None else f"{100 * value:.0f}"
+def _shade(entry: str) -> int:
+    """Strength of a percentage's background, 0..9."""
+    return min(9, int(entry) // 10) if entry.isdecimal() else 0
+
+
+def _plots(results: Results) -> list[tuple[str, str, Markup]] | None:
+    out = []
+    several = len(results.models) > 1
+    try:
+        for number, model in enumerate(results.models):
+            mine = results.of(model)
+            for kind in available(mine):
+                title, text = _PLOTS[kind]
+                svg = inline_svg(draw(mine, kind), f"p{number}-{kind}")
+                heading = clean(f"{title}, model {model}") if several else title
+                out.append((heading, text, Markup(svg)))  # noqa: S704  matplotlib escapes its texts
+    except NoMatplotlibError:
+        return None
+    return out
 
 
 def summary(results: Results) -> list[str]:
     """Return a few sentences: what the numbers say, drawn from the rows."""
+    several = len(results.models) > 1
+    out = []
+    for model in results.models:
+        lines = _summary(results.of(model))
+        out += [f"{clean(model)}: {line[0].lower()}{line[1:]}" for line in lines] if several else lines
+    return out
+
+
+def _summary(results: Results) -> list[str]:
     full = results.unreduced
     done = [r for r in results.rows if r.accuracy is not None and r.reducer != UNREDUCED]
     out = []
     if full is not None and full.accuracy is not None:
         a = full.accuracy
+        tasks = f" ({len(results.tasks)} tasks, averaged)" if len(results.tasks) > 1 else ""
         out.append(
-            f"Unreduced, the model answers {100 * a.value:.1f} % of the questions [{100 * a.low:.0f}–{100 * a.high:.0f}] from "
-            f"{full.slots:.0f} visual tokens per image."
+            f"Unreduced, the model answers {100 * a.value:.1f} % of the questions{tasks} [{100 * a.low:.0f}–{100 * a.high:.0f}] "
+            f"from {full.slots:.0f} visual tokens per image."
         )
     for budget in dict.fromkeys(r.budget for r in done):
         group = [r for r in done if r.budget == budget]
         floor = [r for r in group if r.reducer in BASELINES]
         # a method that cuts late runs most layers on more tokens than the baselines: it answers another question
         least = max((r.avg or 0.0 for r in floor), default=0.0)
-        alike = [r for r in group if not least or (r.avg or 0.0) <= 1.25 * least]
+        alike = [r for r in group if not least or (r.avg or 0.0) <= 1.25 * least] or group
         best = max(alike, key=_accuracy)
         line = f"Budget {budget}: {best.label} is ahead with {100 * _accuracy(best):.1f} %"
         if best.paired is not None and best.paired.ratio is not None:
@@ -102,65 +201,14 @@ def summary(results: Results) -> list[str]:
             line += f"; the best baseline, {top.label}, reaches {100 * _accuracy(top):.1f} %"
         late = [f"{r.label} ({100 * _accuracy(r):.1f} % from {r.avg:.0f} tokens per layer)" for r in group if r not in alike]
         if late:
-            line += f"; apart, because more tokens per layer are at work: {', '.join(late)}"
+            line += f"; apart, because more tokens per layer are at work: {_list(late)}"
         out.append(clean(line) + ".")
     return out
 
 
+def _list(items: Sequence[str], most: int = 6) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
 def _accuracy(row: Row) -> float:
     return -1.0 if row.accuracy is None else row.accuracy.value
-
-
-def plot(results: Results) -> str | None:
-    """Return an inline SVG of accuracy over tokens (layer average), or None without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return None
-    from matplotlib.figure import Figure
-
-    labels = list(dict.fromkeys(r.label for r in results.rows if r.reducer != UNREDUCED and r.accuracy is not None))
-    methods = [name for name in labels if all(r.reducer not in BASELINES for r in results.rows if r.label == name)]
-    with matplotlib.rc_context({"svg.hashsalt": "vtc", "svg.fonttype": "path", "font.size": 10, "text.parse_math": False}):
-        figure = Figure(figsize=(9, 4.6), layout="constrained")
-        axes = figure.subplots()
-        full = results.unreduced
-        if full is not None and full.accuracy is not None:
-            a = full.accuracy
-            axes.axhspan(100 * a.low, 100 * a.high, color="#000000", alpha=0.06, lw=0)
-            axes.axhline(100 * a.value, color="#333333", lw=1.2, ls=(0, (4, 3)), label=f"unreduced ({full.slots:.0f} tokens)")
-        for name in labels:
-            rows = sorted((r for r in results.rows if r.label == name and r.accuracy is not None), key=lambda r: r.avg or 0)
-            baseline = name not in methods
-            order = [x for x in labels if (x not in methods) == baseline].index(name)
-            palette = _GREYS if baseline else _COLORS
-            axes.plot(
-                [r.avg for r in rows],
-                [100 * r.accuracy.value for r in rows],  # type: ignore[union-attr]
-                color=palette[order % len(palette)],
-                marker=_MARKERS[labels.index(name) % len(_MARKERS)],
-                ms=5,
-                lw=1.4 if baseline else 1.8,
-                ls="--" if baseline else "-",
-                label=clean(name),
-                zorder=2 if baseline else 3,
-            )
-        axes.set_xscale("log")
-        asked = sorted({int(r.budget) for r in results.rows if r.budget.isdecimal()}, reverse=True)
-        ticks: list[int] = []
-        for tick in (
-            ([round(full.slots)] if full is not None else []) + asked + sorted({round(r.avg) for r in results.rows if r.avg})
-        ):
-            if all(max(t, tick) > 1.2 * min(t, tick) for t in ticks):
-                ticks.append(tick)
-        axes.set_xticks(ticks, [str(t) for t in ticks])
-        axes.minorticks_off()
-        axes.set_xlabel("visual tokens, averaged over the decoder layers (log scale)")
-        axes.set_ylabel("accuracy, %")
-        axes.grid(True, color="#dddddd", lw=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", metadata={"Date": None})
-    svg = out.getvalue()
-    return svg[svg.index("<svg") :]

@@ -1,64 +1,74 @@
-"""Running a sweep: one model in memory, an accuracy pass over all cells, then a speed pass.
+"""Running a sweep: which cells there are, which are still to do, and who does them.
 
-The passes are separate because they want different things: accuracy wants large batches and all cores, timing wants one fixed
-prompt, repeats, and an unreduced run right next to every reduced one.
+Cells are planned from configurations alone, without weights. The accuracy pass over all cells comes first, then the speed pass:
+accuracy wants large batches and every core, timing wants one fixed prompt, repeats, and an unreduced run right next to every
+reduced one. The runner claims a cell in the store, gives it to an executor, and writes what comes back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import importlib.metadata
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import vtc
-from vtc.core import Reducer
+from vtc.core import Facts
+from vtc.engine.patch import bind
 from vtc.errors import ConfigError, StoreError, VtcError
-from vtc.eval import env, flops, speed
-from vtc.eval.config import Cell, SweepConfig, cells
+from vtc.eval import env, executors
+from vtc.eval.config import BASELINES, Cell, ModelConfig, SweepConfig, TaskConfig, cells
+from vtc.eval.models import identity, outline
+from vtc.eval.questions import check_data, digest, image_of, question_count, task_questions
 from vtc.eval.store import SCHEMA, CellResult, Store, cell_id
-from vtc.families import family_of
-from vtc.pocket import (
-    POCKET_MODELS,
-    Question,
-    answer_questions,
-    easy_vqa_questions,
-    encode_questions,
-    load_pocket,
-    majority_baseline,
-    pocket_path,
-    scene_questions,
-)
+from vtc.eval.worker import Job, Outcome, host
+from vtc.pocket import Question, majority_baseline
+
+_NOT_MINE = 0.5
+"""Seconds between looks at cells that another runner works on."""
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A cell with its address and the settings that address hashes."""
+    """A cell on a model and a task, with its address and the settings that address hashes."""
 
     cell: Cell
+    model: ModelConfig
+    task: TaskConfig
+    seed: int
     id: str
-    config: dict[str, Any]
+    config: dict[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class LeftOut:
+    """A row of ``reducers: all`` that a model refuses."""
+
+    model: str
+    label: str
+    budget: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Summary:
     """What a sweep did.
 
     Attributes
     ----------
     done, skipped, failed : int
-        Cells finished now, found finished, and failed (in either pass).
+        Cells finished now, found finished (or finished by another runner meanwhile), and failed (in either pass).
     errors : tuple of str
         One line per failed cell.
     """
@@ -70,7 +80,7 @@ class Outcome:
 
 
 class Sweep:
-    """One sweep, ready to run: model loaded, questions prepared, every cell checked against the model.
+    """One sweep, planned: every cell checked against what is known of its model, every question made.
 
     Parameters
     ----------
@@ -79,52 +89,96 @@ class Sweep:
     source : str
         Name of the file, for the record.
 
+    Attributes
+    ----------
+    planned : list of Planned
+        Every cell, in table order: by model, task and seed.
+    left_out : list of LeftOut
+        Rows of ``reducers: all`` that a model refuses.
+    anywhere : bool
+        Timings of any machine will do, not of this one only: those of a cluster come from its nodes.
+
     Raises
     ------
     ConfigError
-        If the model, the questions or a reducer of the file cannot be had, before anything is written.
+        If the questions or a reducer of the file cannot be had, before anything is written.
     """
 
     def __init__(self, config: SweepConfig, source: str = "the sweep") -> None:
-        self.config, self.source = config, source
-        if config.model not in POCKET_MODELS:
-            raise ConfigError(
-                f"{source}: model: no embedded model is named '{config.model}' (use one of {', '.join(POCKET_MODELS)})"
-            )
-        self.questions = _questions(config, source)
-        self.model, self.processor = load_pocket(config.model, device="cuda" if torch.cuda.is_available() else None)
-        self.fixed = encode_questions(self.processor, self.questions[:1], 1)[0].inputs
+        self.config, self.source, self.anywhere = config, source, False
+        self.questions: dict[str, list[Question]] = {}
+        for task in config.all_tasks:
+            if task.kind != "lmms":
+                try:
+                    self.questions[task.title] = task_questions(task)
+                except VtcError as error:
+                    raise ConfigError(f"{source}: {error}") from None
+        self.left_out: list[LeftOut] = []
         self.planned = self._plan()
 
     def _plan(self) -> list[Planned]:
-        config = self.config
-        task = {
-            "questions": _digest(self.questions),
-            "n": len(self.questions),
-            "batch_size": config.batch_size,
-            "max_new_tokens": config.max_new_tokens,
-            "seed": config.seed,
-        }
-        folder = pocket_path(config.model)
-        model = {"name": config.model, "files": env.digest([folder / "config.json", folder / "model.safetensors"])}
-        planned = []
-        for cell in cells(config):
-            reducer = None
-            if cell.reducer is not None:
-                code = env.reducer_version(self._bound(cell))
-                reducer = {"name": cell.name, "options": dataclasses.asdict(cell.reducer), "code": code}
-            data = {"schema": SCHEMA, "model": model, "task": task, "reducer": reducer, "engine": env.engine_version()}
-            planned.append(Planned(cell, cell_id(data), data))
+        config, planned = self.config, []
+        rows = cells(config)
+        seeded = {seed: [c.seeded(seed) for c in rows] for seed in config.all_seeds}
+        engine = env.engine_version()
+        tasks = {t.title: self._task(t) for t in config.all_tasks}
+        for model in config.all_models:
+            facts, identified = outline(model).facts, identity(model)
+            refused = {n for n, c in enumerate(rows) if not self._fits(model, c, facts)}
+            for task in config.all_tasks:
+                for seed in config.all_seeds:
+                    asked = {**tasks[task.title], "seed": seed}
+                    for n, cell in enumerate(seeded[seed]):
+                        if n in refused:
+                            continue
+                        data = {
+                            "schema": SCHEMA,
+                            "model": identified,
+                            "task": asked,
+                            "reducer": _described(cell),
+                            "engine": engine,
+                        }
+                        planned.append(Planned(cell, model, task, seed, cell_id(data), data))
         return planned
 
-    def _bound(self, cell: Cell) -> Reducer:
-        """The reducer resolved for the model; an impossible one is refused here, before any cell runs."""
+    def _task(self, task: TaskConfig) -> dict[str, Any]:
+        """What of a task makes results comparable, as plain data."""
+        config = self.config
+        common = {"batch_size": config.batch_size, "max_new_tokens": task.max_new_tokens or config.max_new_tokens}
+        if task.kind == "lmms":
+            version = importlib.metadata.version("lmms-eval")
+            common["max_new_tokens"] = task.max_new_tokens
+            return {"lmms": task.lmms, "limit": task.n, "metric": task.metric, "version": version, **common}
+        questions = self.questions[task.title]
+        return {"questions": digest(questions), "n": len(questions), **common}
+
+    def _fits(self, model: ModelConfig, cell: Cell, facts: Facts | None) -> bool:
+        """Whether a model can serve a row; one that the file names is refused here, before any cell runs."""
+        if cell.reducer is None or facts is None:
+            return True
         try:
-            with vtc.patch(self.model, cell.reducer) as handle:
-                return handle.reducer
+            bind(cell.reducer, facts)
         except VtcError as error:
+            reason = str(error).partition("; these reducers work here")[0]
+            if cell.optional or (cell.name in BASELINES and cell.flops is not None):
+                self.left_out.append(LeftOut(model.title, cell.label, cell.budget, reason))
+                return False
             key = cell.budget_key if isinstance(error, vtc.BudgetError) else cell.key
-            raise ConfigError(f"{self.source}: {key}: {error}") from None
+            where = f" on '{model.title}'" if self.config.models else ""
+            raise ConfigError(f"{key}{where}: {error}") from None
+        return True
+
+    def check_data(self) -> None:
+        """Make sure that the data sets of lmms-eval's tasks are there, before anything runs.
+
+        Raises
+        ------
+        VtcError
+            With what to prepare.
+        """
+        for task in self.config.all_tasks:
+            if task.kind == "lmms":
+                check_data(task)
 
     # ------------------------------------------------------------------------------------------------------- states
     def state(self, store: Store | None, item: Planned) -> str:
@@ -132,7 +186,7 @@ class Sweep:
         if store is None:
             return "to do"
         try:
-            found = store.get(item.id)
+            found = store.get(item.id, samples=False)
         except StoreError:
             return "damaged"
         if found is None:
@@ -145,14 +199,45 @@ class Sweep:
         if self.config.speed is False:
             return True
         wanted = self.config.speed.model_dump()
-        return found.speed is not None and found.speed["settings"] == wanted and found.speed["host"] == _host()
+        timed = found.speed
+        return timed is not None and timed["settings"] == wanted and (self.anywhere or timed["host"] == host())
+
+    def shard(self, number: int, of: int) -> list[Planned]:
+        """Return every ``of``-th cell from the ``number``-th (1-based) on: the shards together are the sweep, none twice."""
+        return self.planned[number - 1 :: of]
 
     # ---------------------------------------------------------------------------------------------------------- run
-    def run(self, store: Store, console: Console | None = None) -> Outcome:
-        """Run what is not in the store yet; a failing cell is recorded and the others go on."""
+    def run(
+        self,
+        store: Store,
+        console: Console | None = None,
+        *,
+        executor: executors.Executor | None = None,
+        only: Sequence[Planned] | None = None,
+        as_json: bool = False,
+    ) -> Summary:
+        """Run what is not in the store yet; a failing cell is recorded and the others go on.
+
+        Parameters
+        ----------
+        store : Store
+            Where results go; other runners may use it at the same time.
+        console : Console or None
+            For progress; standard error when None.
+        executor : Executor or None
+            Where the jobs run; in this process when None.
+        only : sequence of Planned or None
+            A shard of :attr:`planned`; all of it when None.
+        as_json : bool
+            Print one JSON object per finished cell instead of a line to read.
+        """
         console = console or Console(stderr=True)
-        errors: dict[str, str] = {}
-        touched: set[str] = set()
+        own = executor is None
+        executor = executor or executors.InProcess()
+        self.anywhere = executor.remote
+        items = list(self.planned if only is None else only)
+        store.sweep_up()
+        store.write_sweep(self.record())
         bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -163,254 +248,295 @@ class Sweep:
             console=console,
             disable=not console.is_terminal,
         )
-        with store.locked(), bar, _threads(self.config.threads):
-            todo = [item for item in self.planned if self._needs_accuracy(store, item, console)]
-            store.write_sweep(self.record())
-            self._accuracy_pass(store, todo, bar, console, errors, touched)
-            if self.config.speed is not False:
-                with _threads(self.config.speed.threads):
-                    self._speed_pass(store, bar, console, errors, touched)
-        done = len(touched - set(errors))
-        return Outcome(done, len(self.planned) - len(touched | set(errors)), len(errors), tuple(errors.values()))
+        runner = _Runner(self, store, executor, bar, console, as_json)
+        try:
+            with bar:
+                runner.accuracy(items)
+                if self.config.speed is not False:
+                    runner.speed(items)
+        finally:
+            runner.release()
+            if own:
+                executor.close()
+        errors, touched = runner.errors, runner.touched
+        return Summary(len(touched - set(errors)), len(items) - len(touched | set(errors)), len(errors), tuple(errors.values()))
+
+    def job(self, item: Planned, kind: str, keep: int | float | None = None) -> Job:
+        """Return what a worker is told."""
+        config, timed = self.config, kind == "speed"
+        return Job(
+            item.id,
+            kind,  # type: ignore[arg-type]
+            item.model,
+            item.task,
+            item.cell,
+            item.seed,
+            config.batch_size,
+            config.max_new_tokens,
+            config.speed.threads if timed and config.speed else config.threads,
+            config.speed if timed and config.speed else None,
+            keep,
+        )
 
     def record(self) -> dict[str, Any]:
         """What ``sweep.json`` says: settings, provenance, and the cells in table order."""
-        facts = family_of(self.model).facts
-        data = self.config.data
+        models = [_outlined(m) for m in self.config.all_models]
+        tasks = [self._asked(t) for t in self.config.all_tasks]
+        guesses = {t["name"]: t.pop("constant_guess") for t in tasks}
+        several = len(guesses) > 1
         return {
             "schema": SCHEMA,
             "source": Path(self.source).name,
             "written": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump() | {"seeds": self.config.all_seeds},
             "env": env.describe(self.config.seed),
-            "model": {
-                "name": self.config.model,
-                "parameters": sum(p.numel() for p in self.model.parameters()),
-                "decoder_layers": facts.layers,
-                "visual_tokens": facts.tokens,
-                "dtype": str(self.model.dtype).removeprefix("torch."),
-                "attention": self.model.config.text_config._attn_implementation,
-                "device": self.model.device.type,
-            },
-            "questions": {
-                "scenes": 0 if data.scenes is None else sum(q.id.startswith("scene/") for q in self.questions),
-                "easy_vqa": sum(q.id.startswith("easy/") for q in self.questions),
-                "images": len({image_of(q.id) for q in self.questions}),
-            },
-            "constant_guess": majority_baseline(self.questions, self.questions),
+            "model": models[0],
+            "models": models,
+            "questions": {key: sum(t[key] for t in tasks) for key in ("scenes", "easy_vqa", "images")},
+            "tasks": tasks,
+            "constant_guess": {f"{t}: {k}" if several else k: v for t, g in guesses.items() for k, v in g.items()},
+            "left_out": [dataclasses.asdict(x) for x in self.left_out],
             "cells": [
-                {"id": p.id, "label": p.cell.label, "reducer": p.cell.name, "budget": p.cell.budget} for p in self.planned
+                {
+                    "id": p.id,
+                    "label": p.cell.label,
+                    "reducer": p.cell.name,
+                    "budget": p.cell.budget,
+                    "model": p.model.title,
+                    "task": p.task.title,
+                    "seed": p.seed,
+                }
+                for p in self.planned
             ],
         }
 
-    def _needs_accuracy(self, store: Store, item: Planned, console: Console) -> bool:
-        state = self.state(store, item)
-        if state == "damaged":
-            moved = store.quarantine(item.id)
-            _say(console, item, f"was damaged: moved to {moved}, running it again", "yellow")
-        return state in ("damaged", "failed before", "to do")
+    def size(self, task: TaskConfig) -> int | None:
+        """Number of questions of a task, where that is known."""
+        return question_count(task) if task.kind == "lmms" else len(self.questions[task.title])
 
-    def _accuracy_pass(
-        self, store: Store, todo: Sequence[Planned], bar: Progress, console: Console, errors: dict[str, str], touched: set[str]
-    ) -> None:
-        if not todo:
-            return
-        where = env.describe(self.config.seed)
-        batches = encode_questions(self.processor, self.questions, self.config.batch_size)
-        task = bar.add_task("accuracy", total=len(todo) * len(self.questions))
-        for number, item in enumerate(todo):
-            bar.update(
-                task,
-                description=f"accuracy: {escape(item.cell.label)} {item.cell.budget}",
-                completed=number * len(self.questions),
-            )
-            try:
-                metrics, samples = self._answer(item.cell, batches, lambda: bar.advance(task, self.config.batch_size))
-            except Exception as error:  # noqa: BLE001  recorded; the other cells go on, and the exit code tells
-                vtc.unpatch(self.model)
-                errors[item.id] = f"{item.cell.label} {item.cell.budget}: {type(error).__name__}: {error}"
-                store.put_failure(item.id, item.config, where, f"{type(error).__name__}: {error}")
-                _say(console, item, f"failed: {type(error).__name__}: {error}", "red")
-                continue
-            store.put(item.id, item.config, where, metrics, samples)
-            touched.add(item.id)
-            tokens = metrics["tokens"]
-            _say(console, item, f"accuracy {100 * metrics['accuracy']:.1f} %, {tokens['kept']:.0f} visual tokens", "green")
-        bar.update(task, completed=len(todo) * len(self.questions), description="accuracy")
-
-    def _answer(self, cell: Cell, batches: Sequence[Any], advance: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """Answer all questions under one reducer; count tokens, FLOPs and cache bytes."""
-        handle = vtc.patch(self.model, cell.reducer) if cell.reducer is not None else None
-        tokens: dict[int, tuple[int, int, float]] = {}
-        try:
-            remaining = iter(batches)
-
-            def after_batch(_done: int, _total: int) -> None:
-                batch = next(remaining)
-                for row, position in enumerate(batch.positions):
-                    tokens[position] = self._tokens(handle, batch.inputs["input_ids"], row)
-                advance()
-
-            answers = answer_questions(
-                self.model,
-                self.processor,
-                list(batches),
-                max_new_tokens=self.config.max_new_tokens,
-                seed=self.config.seed,
-                progress=after_batch,
-            )
-            inputs = _to(self.fixed, self.model)
-            counted = flops.count(self.model, inputs, handle)
-        finally:
-            if handle is not None:
-                handle.remove()
-        samples = [
-            {
-                "id": a.id,
-                "image": image_of(a.id),
-                "type": a.type,
-                "gold": a.gold,
-                "answer": a.text,
-                "correct": a.correct,
-                "slots": tokens[i][0],
-                "kept": tokens[i][1],
-                "avg_tokens": tokens[i][2],
-            }
-            for i, a in enumerate(answers)
-        ]
-        metrics = {
-            **_score(samples),
-            "tokens": {key: sum(s[name] for s in samples) / len(samples) for key, name in _TOKENS.items()},
-            "flops": {
-                "counted": counted.counted.to_dict(),
-                "formula": counted.formula.to_dict(),
-                "mismatch": counted.mismatch,
-                "tokens": dataclasses.asdict(counted.tokens),
-            },
-            "kv_bytes": speed.kv_cache_bytes(counted.cache),
+    def _asked(self, task: TaskConfig) -> dict[str, Any]:
+        questions = self.questions.get(task.title, [])
+        sources = [q.id.partition("/")[0] for q in questions]
+        return {
+            "name": task.title,
+            "source": task.name,
+            "kind": task.kind,
+            "questions": self.size(task),
+            "images": len({image_of(q.id) for q in questions}),
+            "scenes": sources.count("scene") if task.kind == "questions" else 0,
+            "easy_vqa": sources.count("easy") if task.kind == "questions" else 0,
+            "constant_guess": majority_baseline(questions, questions),
         }
-        return metrics, samples
-
-    def _tokens(self, handle: Any, ids: Tensor, row: int) -> tuple[int, int, float]:
-        """Slots, tokens entering the last layer, and layer average of one question."""
-        if handle is None:
-            slots = int((ids[row] == self.model.config.image_token_id).sum())
-            return slots, slots, float(slots)
-        images = [i for i in handle.stats.last.images if i.row == row]
-        return sum(i.slots for i in images), sum(i.kept for i in images), sum(i.avg_tokens for i in images)
-
-    def _speed_pass(self, store: Store, bar: Progress, console: Console, errors: dict[str, str], touched: set[str]) -> None:
-        settings = self.config.speed
-        assert settings is not False
-        todo = []
-        for item in self.planned:
-            if item.id in errors:
-                continue
-            found = store.get(item.id)
-            if found is not None and not self._has_speed(found):
-                todo.append(item)
-        if not todo:
-            return
-        inputs = {k: v.repeat(settings.batch_size, *[1] * (v.dim() - 1)) for k, v in self.fixed.items()}
-        runs = settings.repeats + settings.warmup
-        task = bar.add_task("speed", total=len(todo) * runs)
-        for number, item in enumerate(todo):
-            bar.update(task, description=f"speed: {escape(item.cell.label)} {item.cell.budget}", completed=number * runs)
-            try:
-                measured = speed.measure(
-                    self.model,
-                    inputs,
-                    item.cell.reducer,
-                    repeats=settings.repeats,
-                    warmup=settings.warmup,
-                    decode_steps=settings.decode_steps,
-                    progress=lambda: bar.advance(task),
-                )
-            except Exception as error:  # noqa: BLE001  as above
-                vtc.unpatch(self.model)
-                message = f"{type(error).__name__}: {error}"
-                errors[item.id] = f"{item.cell.label} {item.cell.budget}: speed pass: {message}"
-                store.put_speed(item.id, {}, f"speed pass: {message}")
-                _say(console, item, f"speed pass failed: {message}", "red")
-                continue
-            where = env.describe(self.config.seed)
-            store.put_speed(item.id, {"settings": settings.model_dump(), "host": _host(), "env": where, **measured})
-            touched.add(item.id)
-            prefill, times = measured["reduced"]["prefill_ms"]["value"], measured["speedup"]["prefill"]["value"]
-            _say(console, item, f"prefill {prefill:.1f} ms, {times:.2f} times as fast as unreduced", "green")
-        bar.update(task, completed=len(todo) * runs, description="speed")
 
 
-_TOKENS = {"slots": "slots", "kept": "kept", "avg": "avg_tokens"}
-
-
-def image_of(question: str) -> str:
-    """Image part of a question's id (all but the last component)."""
-    return question.rpartition("/")[0] or question
-
-
-def _say(console: Console, item: Planned, text: str, style: str) -> None:
-    name = escape(f"{item.cell.label:<18} {item.cell.budget:>6}")
-    console.print(f"[bold]{name}[/]  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
-
-
-def _score(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    by_type: dict[str, list[bool]] = {}
-    for sample in samples:
-        by_type.setdefault(sample["type"], []).append(sample["correct"])
-    correct = sum(bool(s["correct"]) for s in samples)
+def _outlined(model: ModelConfig) -> dict[str, Any]:
+    """What a table says of a model; the same whether or not it has been loaded."""
+    known = outline(model)
     return {
-        "n": len(samples),
-        "correct": correct,
-        "accuracy": correct / len(samples),
-        "by_type": {
-            kind: {"n": len(marks), "correct": sum(marks), "accuracy": sum(marks) / len(marks)}
-            for kind, marks in by_type.items()
-        },
+        "name": model.title,
+        "source": model.name,
+        "parameters": known.parameters,
+        "decoder_layers": known.facts.layers if known.facts else None,
+        "visual_tokens": known.facts.tokens if known.facts else None,
     }
 
 
-def _questions(config: SweepConfig, source: str) -> list[Question]:
-    found: list[Question] = []
-    try:
-        if (scenes := config.data.scenes) is not None:
-            found += scene_questions(scenes.split, scenes.n, scenes.types, scenes.seed)
-    except ValueError as error:
-        raise ConfigError(f"{source}: data.scenes: {error}") from None
-    try:
-        if (easy := config.data.easy_vqa) is not None:
-            found += easy_vqa_questions(easy.split, easy.n)
-    except ValueError as error:
-        raise ConfigError(f"{source}: data.easy_vqa: {error}") from None
-    return found
+def _described(cell: Cell) -> dict[str, Any] | None:
+    """Name, options and code of a reducer, as plain data that a JSON file gives back unchanged."""
+    if cell.reducer is None:
+        return None
+    options = dataclasses.asdict(cell.reducer)
+    if members := getattr(cell.reducer, "members", ()):
+        options["members"] = [{"name": m.name, **dataclasses.asdict(m)} for m in members]
+    if cell.flops is not None:
+        options["flops"] = cell.flops
+    return {"name": cell.name, "options": json.loads(json.dumps(options)), "code": env.reducer_version(cell.reducer)}
 
 
-def _digest(questions: Sequence[Question]) -> str:
-    """Hash of what is asked, pictures included: another generator makes other cells."""
-    total = hashlib.sha256()
-    for q in questions:
-        total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
-    return total.hexdigest()[:16]
+class _Runner:
+    """Takes cells through an executor into a store."""
+
+    def __init__(
+        self, sweep: Sweep, store: Store, executor: executors.Executor, bar: Progress, console: Console, as_json: bool
+    ) -> None:
+        self.sweep, self.store, self.executor = sweep, store, executor
+        self.bar, self.console, self.as_json = bar, console, as_json
+        self.errors: dict[str, str] = {}
+        self.touched: set[str] = set()
+        self.held: dict[str, list[FileLock]] = {}
+
+    def release(self, cell: str | None = None) -> None:
+        """Give back the claim on one cell, or all claims."""
+        for name in [cell] if cell is not None else list(self.held):
+            for lock in self.held.pop(name, []):
+                lock.release()
+
+    # --------------------------------------------------------------------------------------------------------- passes
+    def accuracy(self, items: Sequence[Planned]) -> None:
+        """Bring every cell's answers into the store."""
+        before = {p.id: self.sweep.state(self.store, p) for p in items}
+        todo = [p for p in items if before[p.id] not in ("done", "speed missing")]
+        self._flag(todo)
+
+        def start(item: Planned) -> Job | None:
+            state = self.sweep.state(self.store, item)
+            if state in ("done", "speed missing"):  # another runner did it
+                return None
+            if state == "failed before" and before[item.id] != "failed before":
+                found = self.store.get(item.id, samples=False)
+                self.errors[item.id] = f"{self._name(item)}: {found.error if found else 'failed'} (in another runner)"
+                return None
+            if state == "damaged":
+                moved = self.store.quarantine(item.id)
+                self._say(item, f"was damaged: moved to {moved}, running it again", "yellow", "quarantined")
+            return self.sweep.job(item, "accuracy")
+
+        def finish(item: Planned, outcome: Outcome) -> None:
+            if outcome.error:
+                self.errors[item.id] = f"{self._name(item)}: {outcome.error}"
+                self.store.put_failure(item.id, item.config, outcome.env or env.describe(item.seed), outcome.error)
+                self._say(item, f"failed: {outcome.error}", "red", "failed")
+                return
+            metrics, samples = outcome.data["metrics"], outcome.data["samples"]
+            self.store.put(item.id, item.config, outcome.env, metrics, samples)
+            self.touched.add(item.id)
+            self._say(
+                item, _accuracy_line(metrics), "green", "accuracy", accuracy=metrics["accuracy"], seconds=metrics["seconds"]
+            )
+
+        sizes = {p.id: self.sweep.size(p.task) or 1 for p in todo}
+        self._pass("accuracy", todo, sizes, start, finish, self.executor.slots)
+
+    def speed(self, items: Sequence[Planned]) -> None:
+        """Bring every cell's timings into the store: one at a time on one machine, whoever runs."""
+        settings = self.sweep.config.speed
+        assert settings is not False
+        todo = [p for p in items if p.id not in self.errors and self.sweep.state(self.store, p) == "speed missing"]
+
+        def start(item: Planned) -> Job | None:
+            if self.sweep.state(self.store, item) != "speed missing":
+                return None
+            turn = self.store.claim(f"speed-{platform.node() or 'here'}")
+            if turn is None:
+                raise _BusyError
+            self.held[item.id].append(turn)
+            found = self.store.get(item.id, samples=False)
+            matched = found.metrics.get("flops_budget") if found else None
+            return self.sweep.job(item, "speed", matched["keep"] if matched else None)
+
+        def finish(item: Planned, outcome: Outcome) -> None:
+            if outcome.error:
+                self.errors[item.id] = f"{self._name(item)}: speed pass: {outcome.error}"
+                self.store.put_speed(item.id, {}, f"speed pass: {outcome.error}")
+                self._say(item, f"speed pass failed: {outcome.error}", "red", "failed")
+                return
+            measured = outcome.data
+            self.store.put_speed(item.id, measured)
+            self.touched.add(item.id)
+            prefill, times = measured["reduced"]["prefill_ms"]["value"], measured["speedup"]["prefill"]["value"]
+            text = f"prefill {prefill:.1f} ms, {times:.2f} times as fast as unreduced"
+            self._say(item, text, "green", "speed", prefill_ms=prefill, speedup=times)
+
+        sizes = dict.fromkeys((p.id for p in todo), settings.repeats + settings.warmup)
+        self._pass("speed", todo, sizes, start, finish, 1)
+
+    def _pass(self, name: str, todo: Sequence[Planned], sizes: dict[str, int], start: Any, finish: Any, slots: int) -> None:
+        """Claim, run and write until nothing is left; what another runner works on is looked at again later."""
+        if not todo:
+            return
+        waiting, running = list(todo), {}
+        finished = 0
+        task = self.bar.add_task(name, total=sum(sizes.values()))
+
+        def done(item: Planned) -> None:
+            nonlocal finished
+            self.release(item.id)
+            finished += sizes[item.id]
+            self.bar.update(task, completed=finished)
+
+        while waiting or running:
+            claimed = 0
+            for item in list(waiting):
+                if len(running) >= slots:
+                    break
+                lock = self.store.claim(item.id)
+                if lock is None:
+                    continue
+                self.held[item.id] = [lock]
+                try:
+                    job = start(item)
+                except _BusyError:
+                    self.release(item.id)
+                    break
+                waiting.remove(item)
+                claimed += 1
+                if job is None:
+                    done(item)
+                    continue
+                self.bar.update(task, description=f"{name}: {escape(self._name(item))}")
+                running[item.id] = item
+                self.executor.submit(job, _advance(self.bar, task, finished))
+            if running:
+                for job, outcome in self.executor.wait():
+                    item = running.pop(job.id)
+                    finish(item, outcome)
+                    done(item)
+            elif waiting and not claimed:
+                time.sleep(_NOT_MINE)
+        self.bar.update(task, description=name)
+
+    # -------------------------------------------------------------------------------------------------------- talking
+    def _name(self, item: Planned) -> str:
+        config = self.sweep.config
+        where = [
+            text
+            for text, several in (
+                (item.model.title, len(config.all_models) > 1),
+                (item.task.title, len(config.all_tasks) > 1),
+                (f"seed {item.seed}", len(config.all_seeds) > 1),
+            )
+            if several
+        ]
+        return f"{item.cell.label} {item.cell.budget}".strip() + (f" ({', '.join(where)})" if where else "")
+
+    def _say(self, item: Planned, text: str, style: str, event: str, **data: Any) -> None:
+        if self.as_json:
+            said = {"event": event, "cell": item.id, "name": self._name(item), **data}
+            self.console.print(
+                json.dumps(said if data else {**said, "text": text}), markup=False, highlight=False, soft_wrap=True
+            )
+            return
+        plain = self._name(item) == f"{item.cell.label} {item.cell.budget}".strip()
+        name = f"{item.cell.label:<18} {item.cell.budget:>6}" if plain else f"{self._name(item):<40}"
+        self.console.print(f"[bold]{escape(name)}[/]  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+    def _flag(self, todo: Sequence[Planned]) -> None:
+        """Say when the store holds the same cells measured with other code: they stay where they are, and are not used."""
+        stored = self.store.addresses()
+        other = sum(any(i != p.id for i in stored.get(p.id.partition("-")[0], ())) for p in todo)
+        if other and not self.as_json:
+            self.console.print(
+                f"{other} of the {len(todo)} cells to run are in the store already, measured with other code: those stay there, "
+                "apart, and no table mixes them with new ones",
+                style="yellow",
+                highlight=False,
+            )
 
 
-def _host() -> dict[str, Any]:
-    """The part of the environment that makes timings comparable."""
-    found = env.machine()
-    return {key: found[key] for key in ("cpu", "cores", "gpu")} | {"torch": torch.__version__}
+class _BusyError(Exception):
+    """Another runner times something on this machine."""
 
 
-def _to(inputs: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
-    return {k: v.to(model.device, model.dtype) if v.is_floating_point() else v.to(model.device) for k, v in inputs.items()}
+def _advance(bar: Progress, task: TaskID, before: int) -> executors.Progress:
+    return lambda done: bar.update(task, completed=before + done)
 
 
-@contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Set torch's CPU threads for a while, at most the cores this process may use."""
-    before = torch.get_num_threads()
-    if number is not None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or number
-        torch.set_num_threads(min(number, cores))
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _accuracy_line(metrics: dict[str, Any]) -> str:
+    main = metrics["scores"][metrics["main"]]
+    text = f"accuracy {100 * metrics['accuracy']:.1f} %"
+    if metrics["main"] != "accuracy":
+        text = f"{metrics['main']} {main['value']:.4g}"
+    text += f", {metrics['tokens']['kept']:.0f} visual tokens"
+    if matched := metrics.get("flops_budget"):
+        text += f", {100 * matched['achieved']:.1f} % of the prefill's FLOPs" + ("" if matched["matched"] else " (not matched)")
+    return text

@@ -10,19 +10,22 @@
     STORE/cells/ID/metrics.json       accuracy by type, tokens, FLOPs, KV-cache bytes
     STORE/cells/ID/speed.json         timings, once the speed pass has run
     STORE/cells/ID/status.json        written last, with a checksum of every other file
+    STORE/locks/ID.lock               held by the runner that works on the cell
     STORE/quarantine/                 damaged cells, moved out of the way
 
 Files appear by renaming complete temporary ones, so that a process killed at any moment leaves finished cells and nothing else.
+Any number of runners may share a store: each claims a cell before it works on it, and the system frees the claims of a dead one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,22 +46,48 @@ def canonical(data: Any) -> str:
 
 
 def cell_id(config: Mapping[str, Any]) -> str:
-    """Content address of a cell."""
-    return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
+    """Content address of a cell: ``SETTINGS-CODE``, hashes of what was asked for and of the code that did it.
+
+    Cells that differ in their code only share the first part, so that they are never taken for one another and easy to find.
+    """
+    settings, code = dict(config), {}
+    if "engine" in settings:
+        code["engine"] = settings.pop("engine")
+        if isinstance(settings.get("reducer"), Mapping):
+            settings["reducer"] = {k: v for k, v in settings["reducer"].items() if k != "code"}
+            code["reducer"] = config["reducer"].get("code")
+    address = hashlib.sha256(canonical(settings).encode()).hexdigest()[:16]
+    return f"{address}-{hashlib.sha256(canonical(code).encode()).hexdigest()[:8]}" if code else address
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON by renaming a complete temporary file."""
+    """Write JSON by renaming a complete temporary file.
+
+    Raises
+    ------
+    StoreError
+        If the disk is full or the file cannot be written; what was there before is still there.
+    """
     _replace(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
 def _replace(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"the disk is full ({path} could not be written): free some space and run the same command again, finished cells "
+                "are kept"
+            ) from None
+        raise StoreError(f"{path} cannot be written ({error.strerror or error}): check the folder and run again") from None
 
 
 def _checksum(path: Path) -> str:
@@ -131,28 +160,39 @@ class Store:
                 "another folder with --out, or read it with the vtc that wrote it"
             )
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the store for writing.
+    def claim(self, name: str) -> FileLock | None:
+        """Claim a cell (or another name) for this runner; release the lock to give it back.
+
+        Returns
+        -------
+        FileLock or None
+            ``None`` where another runner holds it.
 
         Raises
         ------
         StoreError
-            If another process holds it.
+            If the folder cannot be written.
         """
-        lock = FileLock(str(self.root / ".lock"))
+        folder = self.root / "locks"
+        lock = FileLock(str(folder / f"{name}.lock"))
         try:
+            folder.mkdir(exist_ok=True)
             lock.acquire(timeout=0)
         except Timeout:
+            return None
+        except OSError as error:
             raise StoreError(
-                f"another sweep is writing to {self.root}: wait for it, or choose another folder with --out"
+                f"cannot lock {folder / name} ({error.strerror or error}): check the folder and run again"
             ) from None
-        try:
-            for left in self.cells.glob(".new-*"):  # of a killed run
+        return lock
+
+    def sweep_up(self) -> None:
+        """Remove what killed runners left half-written."""
+        for left in (*self.cells.glob(".new-*"), *self.cells.glob(".old-*")):
+            lock = self.claim(left.name[5:])
+            if lock is not None:  # nobody is writing it
                 shutil.rmtree(left, ignore_errors=True)
-            yield
-        finally:
-            lock.release()
+                lock.release()
 
     # ------------------------------------------------------------------------------------------------------- sweep
     def write_sweep(self, data: Mapping[str, Any]) -> None:
@@ -180,26 +220,35 @@ class Store:
         metrics: Mapping[str, Any],
         samples: list[dict[str, Any]],
     ) -> None:
-        """Store the accuracy pass of a cell: built aside, then renamed into place."""
-        new = self.cells / f".new-{cell}-{os.getpid()}"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        write_json(new / "config.json", config)
-        write_json(new / "env.json", env)
-        write_json(new / "metrics.json", metrics)
-        _replace(new / "samples.jsonl", "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples))
-        self._finish(new)
-        self._move(new, cell)
+        """Store the accuracy pass of a cell the caller has claimed: built aside, then renamed into place."""
+        lines = "".join(json.dumps(s, ensure_ascii=False) + "\n" for s in samples)
+        self._put(cell, {"config.json": config, "env.json": env, "metrics.json": metrics, "samples.jsonl": lines})
 
     def put_failure(self, cell: str, config: Mapping[str, Any], env: Mapping[str, Any], error: str) -> None:
         """Record that a cell failed; the next sweep tries it again."""
-        new = self.cells / f".new-{cell}-{os.getpid()}"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        write_json(new / "config.json", config)
-        write_json(new / "env.json", env)
-        self._finish(new, error)
-        self._move(new, cell)
+        self._put(cell, {"config.json": config, "env.json": env}, error)
+
+    def _put(self, cell: str, files: Mapping[str, Any], error: str = "") -> None:
+        new = self.cells / f".new-{cell}"
+        try:
+            shutil.rmtree(new, ignore_errors=True)
+            new.mkdir(parents=True)
+            for name, content in files.items():
+                if isinstance(content, str):
+                    _replace(new / name, content)
+                else:
+                    write_json(new / name, content)
+            self._finish(new, error)
+            place, old = self.cells / cell, self.cells / f".old-{cell}"
+            if place.exists():  # aside first: a reader finds the old cell, none, or the new one
+                place.replace(old)
+            new.replace(place)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException as problem:
+            shutil.rmtree(new, ignore_errors=True)
+            if isinstance(problem, OSError):
+                raise StoreError(f"{new} cannot be written ({problem.strerror or problem}): free space and run again") from None
+            raise
 
     def put_speed(self, cell: str, speed: Mapping[str, Any], error: str = "") -> None:
         """Add the speed pass to a stored cell; with ``error``, record that it failed."""
@@ -214,14 +263,23 @@ class Store:
         files = {p.name: _checksum(p) for p in sorted(folder.iterdir()) if p.name != STATUS and not p.name.startswith(".")}
         write_json(folder / STATUS, {"schema": SCHEMA, "state": "failed" if error else "done", "error": error, "files": files})
 
-    def _move(self, new: Path, cell: str) -> None:
-        old = self.cells / cell
-        if old.exists():
-            shutil.rmtree(old)
-        new.replace(old)
+    def addresses(self) -> dict[str, list[str]]:
+        """Return the ids of all stored cells by their settings: more than one were measured with different code."""
+        found: dict[str, list[str]] = {}
+        for name in sorted(os.listdir(self.cells)):
+            if not name.startswith("."):
+                found.setdefault(name.partition("-")[0], []).append(name)
+        return found
 
-    def get(self, cell: str) -> CellResult | None:
+    def get(self, cell: str, *, samples: bool = True) -> CellResult | None:
         """Return a stored cell, or None where there is none or it is incomplete.
+
+        Parameters
+        ----------
+        cell : str
+            Its address.
+        samples : bool
+            Parse the samples (they are checked in any case).
 
         Raises
         ------
@@ -243,7 +301,8 @@ class Store:
                     if name == "speed.json":
                         continue
                     raise ValueError(f"{name} was changed")
-                content[name] = (folder / name).read_text(encoding="utf-8")
+                if name != "samples.jsonl" or samples:
+                    content[name] = (folder / name).read_text(encoding="utf-8")
             config = json.loads(content["config.json"])
             if cell_id(config) != cell:
                 raise ValueError("config.json belongs to another cell")
@@ -254,10 +313,12 @@ class Store:
                 json.loads(content["env.json"]),
                 json.loads(content["metrics.json"]),
                 json.loads(content["speed.json"]) if "speed.json" in content else None,
-                [json.loads(line) for line in content["samples.jsonl"].splitlines()],
+                [json.loads(line) for line in content["samples.jsonl"].split("\n") if line] if samples else [],
                 status["error"],
             )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if not (folder / STATUS).exists() and not folder.exists():
+                return None  # another runner is putting it anew
             raise StoreError(
                 f"the cell {cell} of {self.root} is damaged ({error}): run the sweep again, it moves the cell aside and redoes it"
             ) from None

@@ -1,198 +1,53 @@
-"""Tables derived from a store: terminal, Markdown, CSV, LaTeX.
+"""Tables derived from a store.
 
 Nothing in them is typed in or estimated; what was not measured is "–".
 """
 
 from __future__ import annotations
 
-import csv
-import io
-import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from vtc.errors import StoreError
-from vtc.eval.config import UNREDUCED
+from vtc.eval.config import BASELINES, UNREDUCED
 from vtc.eval.flops import TOLERANCE
-from vtc.eval.stats import Bootstrap, Interval, Paired
-from vtc.eval.store import CellResult, Store
+from vtc.eval.formats import FORMATS, MISSING, Grid, Line, clean, csv_text, format_grids, rank_note
+from vtc.eval.results import RANDOM, Asked, Results, Row, collect
+from vtc.eval.stats import Interval, Paired
 
-Format = Literal["terminal", "md", "csv", "latex"]
-FORMATS: tuple[str, ...] = ("terminal", "md", "csv", "latex")
-MISSING = "–"
+__all__ = ["FORMATS", "MISSING", "Results", "Row", "clean", "collect", "columns", "conditions", "grids", "render"]
+
 MARK = "!"
 """Put after FLOPs on which torch's counter and the formula disagree."""
 
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table; ``None`` where nothing was measured.
-
-    Attributes
-    ----------
-    label, reducer, budget : str
-        Name in tables, registered name, budget requested.
-    accuracy : Interval or None
-        Share of correct answers.
-    paired : Paired or None
-        Against the unreduced run.
-    slots, kept, avg : float
-        Visual tokens per image: before, entering the last layer, averaged over the decoder layers.
-    flops, flops_share : float or None
-        Of one prompt's prefill with vision tower and reducer; its share of the unreduced run's.
-    mismatch : float
-        Relative difference between counter and formula.
-    kv_bytes : int or None
-        KV cache of one prompt.
-    speed : dict or None
-        Contents of ``speed.json``.
-    by_type : dict
-        Accuracy by question type.
-    error : str
-        Why the cell failed, or ``""``.
-    """
-
-    label: str
-    reducer: str
-    budget: str
-    accuracy: Interval | None = None
-    paired: Paired | None = None
-    slots: float = 0.0
-    kept: float | None = None
-    avg: float | None = None
-    flops: float | None = None
-    flops_share: float | None = None
-    mismatch: float = 0.0
-    kv_bytes: int | None = None
-    speed: dict[str, Any] | None = None
-    by_type: dict[str, float] = field(default_factory=dict)
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Results:
-    """What a table shows.
-
-    Attributes
-    ----------
-    rows : list of Row
-        Unreduced first, then by budget.
-    sweep : dict
-        Contents of ``sweep.json``.
-    types : list of str
-        Question types in order of first appearance.
-    missing : list of str
-        Cells of the sweep that have not been run.
-    envs, speed_envs : list of dict
-        The distinct environments the accuracy and the speed numbers come from.
-    """
-
-    rows: list[Row]
-    sweep: dict[str, Any]
-    types: list[str]
-    missing: list[str]
-    envs: list[dict[str, Any]]
-    speed_envs: list[dict[str, Any]]
-
-    @property
-    def unreduced(self) -> Row | None:
-        """The unreduced row, where it has been run."""
-        return next((r for r in self.rows if r.reducer == UNREDUCED), None)
-
-
-def collect(store: Store) -> Results:
-    """Read the latest sweep of a store and compare every cell with the unreduced one.
-
-    Raises
-    ------
-    StoreError
-        If there is no sweep, nothing has been run, or a cell is damaged.
-    """
-    sweep = store.read_sweep()
-    try:
-        listed = [(c["id"], c["label"], c["reducer"], c["budget"]) for c in sweep["cells"]]
-        settings, seed = sweep["config"]["bootstrap"], sweep["config"]["seed"]
-    except (KeyError, TypeError):
-        raise StoreError(
-            f"{store.root / 'sweep.json'} is damaged: run the sweep again, finished cells are not repeated"
-        ) from None
-    found = {cell: store.get(cell) for cell, *_ in listed}
-    missing = [f"{label} {budget}".strip() for cell, label, _, budget in listed if found[cell] is None]
-    if len(missing) == len(listed):
-        raise StoreError(f"none of the cells of {store.root} has been run: run the sweep again")
-    base = next((found[cell] for cell, _, reducer, _ in listed if reducer == UNREDUCED), None)
-    base = base if base is not None and base.metrics else None
-    first = base or next((f for f in found.values() if f is not None and f.metrics), None)
-    boot = None
-    if first is not None:
-        boot = Bootstrap([s["image"] for s in first.samples], settings["resamples"], settings["confidence"], seed)
-    rows = []
-    for cell, label, reducer, budget in listed:
-        result = found[cell]
-        if result is None:
-            continue
-        rows.append(_row(label, reducer, budget, result, base, boot))
-    types = list(dict.fromkeys(t for r in rows for t in r.by_type))
-    done = [f for f in found.values() if f is not None]
-    envs = _distinct([f.env for f in done if f.metrics])
-    return Results(rows, sweep, types, missing, envs, _distinct([f.speed["env"] for f in done if f.speed]))
-
-
-def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [item for i, item in enumerate(items) if item not in items[:i]]
-
-
-def _row(label: str, reducer: str, budget: str, result: CellResult, base: CellResult | None, boot: Bootstrap | None) -> Row:
-    if not result.metrics or boot is None:
-        return Row(label, reducer, budget, error=result.error)
-    m = result.metrics
-    correct = [s["correct"] for s in result.samples]
-    paired = None
-    if base is not None and [s["id"] for s in base.samples] == [s["id"] for s in result.samples]:
-        paired = boot.paired(correct, [s["correct"] for s in base.samples])
-    total = m["flops"]["counted"]["total"]
-    share = total / base.metrics["flops"]["counted"]["total"] if base is not None else None
-    return Row(
-        label,
-        reducer,
-        budget,
-        boot.accuracy(correct),
-        paired,
-        m["tokens"]["slots"],
-        m["tokens"]["kept"],
-        m["tokens"]["avg"],
-        total,
-        share,
-        m["flops"]["mismatch"],
-        m["kv_bytes"],
-        result.speed,
-        {kind: v["accuracy"] for kind, v in m["by_type"].items()},
-        result.error,
-    )
+SURE = "*"
+"""Put after a difference that stands after correction for all comparisons of its column."""
 
 
 # ----------------------------------------------------------------------------------------------------------- columns
 @dataclass(frozen=True)
 class Column:
-    """One column: heading, how a row's entry reads, and the raw numbers behind it for CSV."""
+    """One column: heading, how a row's entry reads, the raw numbers behind it for CSV, what the best of a group is judged by."""
 
     title: str
     show: Callable[[Row], str]
     raw: tuple[tuple[str, Callable[[Row], Any]], ...]
     left: bool = False
+    rank: Callable[[Row], float | None] | None = None
 
 
 def _dash(value: Any, text: Callable[[Any], str]) -> str:
     return MISSING if value is None else text(value)
 
 
-def _percent(interval: Interval | None, digits: int = 1) -> str:
-    return _dash(interval, lambda i: f"{100 * i.value:.{digits}f} [{100 * i.low:.0f}–{100 * i.high:.0f}]")
+def _percent(interval: Interval | None) -> str:
+    return _dash(interval, lambda i: f"{100 * i.value:.1f} [{100 * i.low:.0f}–{100 * i.high:.0f}]")
+
+
+def _points(value: float) -> str:
+    """A signed difference in percentage points; what rounds to zero has no sign."""
+    text = f"{100 * value:+.1f}".replace("-", "−")
+    return text[1:] if text[1:] == "0.0" else text
 
 
 def _number(value: float) -> str:
@@ -244,40 +99,93 @@ def _ratio(row: Row) -> Interval | None:
     return row.paired.ratio if row.paired is not None else None
 
 
-def _difference(row: Row) -> Interval | None:
-    return row.paired.difference if row.paired is not None else None
+def _value(interval: Interval | None) -> float | None:
+    return None if interval is None else interval.value
 
 
 def _accuracy(row: Row) -> str:
     return "failed" if row.accuracy is None and row.error else _percent(row.accuracy)
 
 
+def _difference_column(title: str, name: str, pick: Callable[[Row], Paired | None], p: Callable[[Row], float | None]) -> Any:
+    def build(alpha: float) -> Column:
+        def show(row: Row) -> str:
+            paired = pick(row)
+            if paired is None or row.reducer == UNREDUCED:
+                return MISSING
+            d, sure = paired.difference, SURE if (p(row) or 0.0) < alpha and p(row) is not None else ""
+            return f"{_points(d.value)}{sure} [{_points(d.low)}, {_points(d.high)}]"
+
+        raw = _raw_interval(name, lambda r: None if pick(r) is None else pick(r).difference)  # type: ignore[union-attr]
+        return Column(title, show, (*raw, (f"{name}_p_holm", p)))
+
+    return build
+
+
+_TO_NONE = _difference_column("to none", "difference", lambda r: r.paired, lambda r: r.p_none)
+_TO_RANDOM = _difference_column("to random", "difference_random", lambda r: r.over_random, lambda r: r.p_random)
+
+
 def columns(results: Results, *, accuracy_only: bool = False, by_type: bool = False, terminal: bool = False) -> list[Column]:
     """Return the columns of a table."""
+    alpha = 1 - results.sweep["config"]["bootstrap"]["confidence"]
     out = [
         Column("reducer", lambda r: r.label, (("reducer", lambda r: r.label),), left=True),
         Column("keep", lambda r: r.budget or "all", (("budget", lambda r: r.budget or "all"),)),
-        Column("accuracy %", _accuracy, _raw_interval("accuracy", lambda r: r.accuracy)),
+    ]
+    if results.mixed:
+        out.append(Column("code", lambda r: r.code, (("code", lambda r: r.code),)))
+    several = len(results.tasks) > 1
+    if several:
+        out += [_task_column(task) for task in results.tasks]
+    out += [
+        Column(
+            "mean %" if several else "accuracy %",
+            _accuracy,
+            _raw_interval("accuracy", lambda r: r.accuracy),
+            rank=lambda r: _value(r.accuracy),
+        ),
         Column(
             "of full %",
-            lambda r: _percent(_ratio(r)) if r.reducer != UNREDUCED else "100.0" if r.paired else MISSING,
-            _raw_interval("share_of_full", _ratio) + _raw_interval("difference", _difference),
+            lambda r: MISSING if _ratio(r) is None else f"{100 * _ratio(r).value:.1f}",  # type: ignore[union-attr]
+            _raw_interval("share_of_full", _ratio),
+            rank=lambda r: _value(_ratio(r)),
         ),
+        _TO_NONE(alpha),
+        _TO_RANDOM(alpha),
         Column("tokens", lambda r: _dash(r.kept, _number), (("tokens_kept", lambda r: r.kept),)),
         Column("avg", lambda r: _dash(r.avg, _number), (("tokens_avg_layers", lambda r: r.avg),)),
     ]
     if not accuracy_only:
         out += _cost_columns(results, terminal)
     if by_type:
-        out += [
-            Column(
-                t,
-                lambda r, t=t: _dash(r.by_type.get(t), lambda v: f"{100 * v:.0f}"),
-                ((f"accuracy:{t}", lambda r, t=t: r.by_type.get(t)),),
-            )
-            for t in results.types
-        ]
+        out += type_columns(results)
     return out
+
+
+def _task_column(task: str) -> Column:
+    def get(row: Row) -> Interval | None:
+        return row.tasks[task].accuracy if task in row.tasks else None
+
+    return Column(
+        clean(task),
+        lambda r: _dash(get(r), lambda i: f"{100 * i.value:.1f}"),
+        _raw_interval(f"accuracy:{task}", get),
+        rank=lambda r: _value(get(r)),
+    )
+
+
+def type_columns(results: Results) -> list[Column]:
+    """Return one column per question type."""
+    return [
+        Column(
+            t,
+            lambda r, t=t: _dash(r.by_type.get(t), lambda v: f"{100 * v:.0f}"),
+            ((f"accuracy:{t}", lambda r, t=t: r.by_type.get(t)),),
+            rank=lambda r, t=t: r.by_type.get(t),
+        )
+        for t in results.types
+    ]
 
 
 def _cost_columns(results: Results, terminal: bool) -> list[Column]:
@@ -321,23 +229,70 @@ def _cost_columns(results: Results, terminal: bool) -> list[Column]:
     ]
 
 
+# -------------------------------------------------------------------------------------------------------------- grids
+def grids(results: Results, *, accuracy_only: bool = False, by_type: bool = False, terminal: bool = False) -> list[Grid]:
+    """Return the tables of a sweep as text: one per model, and one more with the question types."""
+    out = []
+    several = len(results.models) > 1
+    for model in results.models:
+        mine = results.of(model)
+        main = columns(mine, accuracy_only=accuracy_only, terminal=terminal)
+        out.append(grid(mine.rows, main, f"Model {model}" if several else ""))
+        if by_type:
+            named = [c for c in main if c.title in ("reducer", "keep", "code")]
+            out.append(grid(mine.rows, [*named, *type_columns(mine)], f"Model {model}, by question type" if several else ""))
+    return out
+
+
+def grid(rows: Sequence[Row], cols: Sequence[Column], heading: str = "") -> Grid:
+    """Lay rows out, with the best two of every group and column marked."""
+    groups = []
+    for group in _groups(rows):
+        ranks = [_ranks(group, c) for c in cols]
+        groups.append(
+            [Line(tuple(c.show(row) for c in cols), tuple(r[i] for r in ranks), _kind(row)) for i, row in enumerate(group)]
+        )
+    return Grid(tuple(c.title for c in cols), tuple(c.left for c in cols), groups, heading)
+
+
+def _kind(row: Row) -> str:
+    if row.accuracy is None and row.error:
+        return "failed"
+    return "full" if row.reducer == UNREDUCED else "base" if row.reducer in BASELINES else "method"
+
+
+def _groups(rows: Sequence[Row]) -> list[list[Row]]:
+    out: list[list[Row]] = []
+    for row in rows:
+        if out and out[-1][0].budget == row.budget:
+            out[-1].append(row)
+        else:
+            out.append([row])
+    return out
+
+
+def _ranks(group: Sequence[Row], column: Column) -> list[int]:
+    """Rank by value: equal values share a rank, and a value alone is no winner."""
+    values = [column.rank(row) if column.rank is not None else None for row in group]
+    distinct = sorted({round(v, 9) for v in values if v is not None}, reverse=True)
+    if len(distinct) < 2:
+        return [0] * len(group)
+    places = {v: place for place, v in enumerate(distinct[:2], 1)}
+    return [0 if v is None else places.get(round(v, 9), 0) for v in values]
+
+
 # -------------------------------------------------------------------------------------------------------- conditions
 def conditions(results: Results, *, accuracy_only: bool = False) -> list[str]:
     """Return the lines under a table: what was run, where, and what the columns mean."""
-    sweep, config = results.sweep, results.sweep["config"]
-    model, asked, boot = sweep["model"], sweep["questions"], config["bootstrap"]
-    n = asked["scenes"] + asked["easy_vqa"]
-    sources = " and ".join(
-        text
-        for count, text in ((asked["scenes"], f"{asked['scenes']} scene"), (asked["easy_vqa"], f"{asked['easy_vqa']} easy-VQA"))
-        if count
-    )
+    boot = results.sweep["config"]["bootstrap"]
+    several = len(results.tasks) > 1
     lines = [
-        f"Model '{model['name']}': {model['parameters'] / 1e6:.1f} M parameters, {model['visual_tokens']} visual tokens per image, "
-        f"{model['decoder_layers']} decoder layers. {n} questions ({sources}) on {asked['images']} images, seed {config['seed']}.",
-        f"accuracy: [{100 * boot['confidence']:.0f} % bootstrap interval over images, {boot['resamples']} draws]. "
-        "of full: share of the unreduced accuracy, paired on the same questions. "
-        "tokens: visual tokens entering the last layer. avg: over the layers.",
+        *_asked(results),
+        f"{'mean' if several else 'accuracy'}: [{100 * boot['confidence']:.0f} % bootstrap interval over images, "
+        f"{boot['resamples']} draws]. of full: "
+        + ("the tasks' shares of the unreduced accuracy, averaged. " if several else "share of the unreduced accuracy. ")
+        + "tokens: visual tokens entering the last layer. avg: over the layers.",
+        *_difference_conditions(results),
     ]
     if not accuracy_only:
         lines += [_flops_condition(results), _speed_condition(results)]
@@ -347,6 +302,53 @@ def conditions(results: Results, *, accuracy_only: bool = False) -> list[str]:
     if not accuracy_only:
         lines += _machines(results)
     return lines
+
+
+def _asked(results: Results) -> list[str]:
+    sweep = results.sweep
+    known = {m["name"]: m for m in sweep.get("models") or [sweep["model"]]}
+    seeds = results.seeds or [sweep["config"].get("seed", 0)]
+    seeded = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
+    facts = []
+    for name in results.models:
+        m = known.get(name, {})
+        parts = []
+        if m.get("parameters"):
+            parts.append(f"{m['parameters'] / 1e6:.1f} M parameters")
+        if m.get("visual_tokens"):
+            parts.append(f"{m['visual_tokens']} visual tokens per image")
+        if m.get("decoder_layers"):
+            parts.append(f"{m['decoder_layers']} decoder layers")
+        facts.append(f"Model '{name}'{': ' if parts else ''}{', '.join(parts)}.")
+    if len(results.asked) == 1:
+        task, asked = next(iter(results.asked.items()))
+        named = "" if task == "questions" else f"Task {task}: "
+        return [f"{' '.join(facts)} {named}{_count_questions(asked)}, {seeded}."]
+    tasks = [f"{task}: {_count_questions(a)}" for task, a in results.asked.items()]
+    return [f"{' '.join(facts)} {'; '.join(tasks)}; {seeded}."] if tasks else facts
+
+
+def _count_questions(asked: Asked) -> str:
+    named = [f"{count} {source}" for source, count in asked.sources.items() if source]
+    sources = f" ({' and '.join(named)})" if named else ""
+    return f"{asked.questions} questions{sources} on {asked.images} images"
+
+
+def _difference_conditions(results: Results) -> list[str]:
+    alpha = 1 - results.sweep["config"]["bootstrap"]["confidence"]
+    families = [
+        (UNREDUCED, sum(r.p_none is not None for r in results.rows)),
+        (RANDOM, sum(r.p_random is not None for r in results.rows)),
+    ]
+    if not any(count for _, count in families):
+        return []
+    counts = " and ".join(f"{count} to {name}" for name, count in families if count)
+    return [
+        "to none, to random: difference in points to the unreduced model and to random tokens of the same budget, paired on the "
+        f"same questions [bootstrap interval of this one comparison]. {SURE} stands after Holm's correction for all {counts} "
+        f"comparisons (sign-flip test over images{', each model for itself' if len(results.models) > 1 else ''}; chance of any "
+        f"false {SURE} in a column below {100 * alpha:.0f} %)."
+    ]
 
 
 def _flops_condition(results: Results) -> str:
@@ -383,8 +385,8 @@ def _count(number: int, noun: str) -> str:
 
 def _machines(results: Results) -> list[str]:
     """One line per environment; one for both passes where they ran in the same one."""
-    accuracy = [_machine(e) for e in results.envs]
-    timed = [_machine(e) for e in results.speed_envs]
+    accuracy = list(dict.fromkeys(_machine(e) for e in results.envs))
+    timed = list(dict.fromkeys(_machine(e) for e in results.speed_envs))
     if timed in ([], accuracy):
         return [f"Run on {line}" for line in accuracy]
     return [f"Accuracy on {line}" for line in accuracy] + [f"Speed on {line}" for line in timed]
@@ -429,164 +431,37 @@ def render(
     if fmt == "csv":
         return _csv(results, columns(results, accuracy_only=accuracy_only, by_type=by_type), accuracy_only)
     notes = conditions(results, accuracy_only=accuracy_only)
-    main = columns(results, accuracy_only=accuracy_only, terminal=fmt == "terminal")
-    tables = [main]
-    if by_type:
-        tables.append([main[0], main[1], *columns(results, accuracy_only=True, by_type=True)[6:]])
-        notes = [*notes, _guess_note(results)] if results.sweep.get("constant_guess") else notes
-    if fmt == "md":
-        return "\n\n".join([*(_markdown(results.rows, t) for t in tables), *(_md(n) for n in notes)]) + "\n"
-    if fmt == "latex":
-        return _latex(results.rows, tables, notes)
-    if fmt != "terminal":
-        raise ValueError(f"format {fmt!r} is not one of {', '.join(FORMATS)}")
-    return _terminal(results.rows, tables, notes, width, color)
+    made = grids(results, accuracy_only=accuracy_only, by_type=by_type, terminal=fmt == "terminal")
+    if any(rank for g in made for group in g.groups for line in group for rank in line.ranks):
+        notes.insert(1, rank_note(fmt))
+    if by_type and (guess := guesses(results)):
+        listed = ", ".join(f"{t} {100 * v:.0f}" for t, v in guess.items())
+        notes.append(f"Always giving the most frequent answer of a type would score: {listed}.")
+    return format_grids(made, notes, fmt, warnings=results.warnings, width=width, color=color)
 
 
-def _guess_note(results: Results) -> str:
-    guess = results.sweep["constant_guess"]
-    listed = ", ".join(f"{t} {100 * guess[t]:.0f}" for t in results.types if t in guess)
-    return f"Always giving the most frequent answer of a type would score: {listed}."
-
-
-def clean(text: str) -> str:
-    """Replace control characters (terminal escapes, line breaks, direction marks) by spaces."""
-    return "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") else c for c in text)
-
-
-def _groups(rows: Sequence[Row]) -> list[list[Row]]:
-    out: list[list[Row]] = []
-    for row in rows:
-        if out and out[-1][0].budget == row.budget:
-            out[-1].append(row)
-        else:
-            out.append([row])
-    return out
-
-
-def _terminal(
-    rows: Sequence[Row], tables: Sequence[Sequence[Column]], notes: Sequence[str], width: int | None, color: bool
-) -> str:
-    made = []
-    for cols in tables:
-        table = Table(box=_box(), pad_edge=False, padding=(0, 1, 0, 0))
-        for c in cols:
-            words = [w for entry in (c.title, *(clean(c.show(row)) for row in rows)) for w in entry.split()]
-            table.add_column(Text(c.title), justify="left" if c.left else "right", min_width=max(map(len, words)))
-        for group in _groups(rows):
-            for row in group:
-                style = "bold" if row.reducer == UNREDUCED else "red" if row.error and row.accuracy is None else ""
-                table.add_row(*(Text(clean(c.show(row))) for c in cols), style=style)
-            table.add_section()
-        made.append(table)
-    out = io.StringIO()
-    probe = Console(width=10_000, file=io.StringIO())
-    needed = max(probe.measure(t).maximum for t in made)
-    least = max(sum((c.min_width or 0) + 3 for c in t.columns) for t in made)  # below that, rich cuts words
-    # a terminal too narrow for the table folds entries at their spaces; a pipe gets the whole width
-    columns_ = max(needed, 100) if width is None else max(width, least)
-    console = Console(file=out, width=columns_, force_terminal=color, no_color=not color, highlight=False, legacy_windows=False)
-    for table in made:
-        console.print(table)
-    for note in notes:
-        console.print(Text(clean(note), style="dim" if color else ""), width=min(width or columns_, max(needed, 100)))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
-
-
-def _box() -> Any:
-    from rich import box
-
-    return box.SIMPLE_HEAD
-
-
-_MD = str.maketrans({c: "\\" + c for c in "\\`*_{}[]<>#|~$!&"})
-
-
-def _md(text: str) -> str:
-    return clean(text).translate(_MD)
-
-
-def _markdown(rows: Sequence[Row], cols: Sequence[Column]) -> str:
-    lines = [
-        "| " + " | ".join(_md(c.title) for c in cols) + " |",
-        "|" + "|".join(":--" if c.left else "--:" for c in cols) + "|",
-    ]
-    lines += ["| " + " | ".join(_md(c.show(row)) for c in cols) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-_LATEX = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "{": r"\{",
-        "}": r"\}",
-        "$": r"\$",
-        "&": r"\&",
-        "#": r"\#",
-        "^": r"\textasciicircum{}",
-        "_": r"\_",
-        "~": r"\textasciitilde{}",
-        "%": r"\%",
-        "<": r"\textless{}",
-        ">": r"\textgreater{}",
-        "|": r"\textbar{}",
-        '"': r"\textquotedbl{}",
-        "[": "{[}",  # after \\ a bracket would be read as its argument
-        "]": "{]}",
-        "×": r"$\times$",
-        "–": "--",
-    }
-)
-
-
-def _tex(text: str) -> str:
-    return clean(text).translate(_LATEX)
-
-
-def _latex(rows: Sequence[Row], tables: Sequence[Sequence[Column]], notes: Sequence[str]) -> str:
-    lines = ["% needs \\usepackage{booktabs}", "\\begin{table}[t]", "\\centering\\small"]
-    for cols in tables:
-        lines += [f"\\begin{{tabular}}{{{''.join('l' if c.left else 'r' for c in cols)}}}", "\\toprule"]
-        lines.append(" & ".join(_tex(c.title) for c in cols) + " \\\\")
-        for group in _groups(rows):
-            lines.append("\\midrule")
-            lines += [" & ".join(_tex(c.show(row)) for c in cols) + " \\\\" for row in group]
-        lines += ["\\bottomrule", "\\end{tabular}", "\\par\\medskip"]
-    lines += [f"\\parbox{{\\linewidth}}{{\\footnotesize {_tex(note)}}}\\par" for note in notes]
-    return "\n".join([*lines, "\\end{table}"]) + "\n"
+def guesses(results: Results) -> dict[str, float]:
+    """Return the score of always giving the most frequent answer, by question type, as far as the sweep recorded it."""
+    found = results.sweep.get("constant_guess") or {}
+    return {t: found[t] for t in results.types if isinstance(found.get(t), (int, float))}
 
 
 def _csv(results: Results, cols: Sequence[Column], accuracy_only: bool) -> str:
     """One line per row with the raw numbers; the conditions are columns, so that every line stands for itself."""
-    sweep = results.sweep
-    asked = sweep["questions"]
-    conditions_: list[tuple[str, Any]] = [
-        ("model", sweep["model"]["name"]),
-        ("questions", asked["scenes"] + asked["easy_vqa"]),
-        ("seed", sweep["config"]["seed"]),
+    shared: list[tuple[str, Any]] = [
+        ("questions", sum(a.questions for a in results.asked.values())),
+        ("seed", "+".join(map(str, results.seeds))),
     ]
     if not accuracy_only:
-        where = (results.speed_envs or results.envs or [sweep["env"]])[0]
-        conditions_ += [
+        where = (results.speed_envs or results.envs or [results.sweep["env"]])[0]
+        shared += [
             ("commit", where["commit"]["id"]),
             ("dirty", where["commit"]["dirty"]),
             ("machine", where["machine"]["gpu"] or where["machine"]["cpu"]),
             ("torch_threads", where["machine"]["torch_threads"]),
             *((name, where["versions"][name]) for name in ("python", "torch", "transformers", "vtc")),
         ]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
     raw = [pair for c in cols for pair in c.raw]
-    writer.writerow([name for name, _ in raw] + ["error"] + [name for name, _ in conditions_])
-    for row in results.rows:
-        writer.writerow([_field(get(row)) for _, get in raw] + [_field(row.error)] + [_field(v) for _, v in conditions_])
-    return out.getvalue()
-
-
-def _field(value: Any) -> Any:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, str):
-        value = clean(value)
-        return "'" + value if value[:1] in ("=", "+", "-", "@") else value  # spreadsheets run those as formulas
-    return value
+    names = [*(name for name, _ in raw), "error", "model", *(name for name, _ in shared)]
+    values = [v for _, v in shared]
+    return csv_text(names, ([*(get(row) for _, get in raw), row.error, row.model, *values] for row in results.rows))

@@ -5,16 +5,15 @@ All arithmetic is float32 (float64 stays float64) whatever the input's dtype; ti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
+import numpy as np
 import torch
+from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
-
-def _wide(t: Tensor) -> Tensor:
-    """At least float32: selection must not depend on the model's dtype."""
-    return t if t.dtype == torch.float64 else t.float()
+from vtc.kernels.linear import Cosines, dot, lengths, own_images, unit_rows, widened
 
 
 def topk_sorted(scores: Tensor, k: int) -> Tensor:
@@ -25,15 +24,23 @@ def topk_sorted(scores: Tensor, k: int) -> Tensor:
     scores : Tensor
         ``(B, N)``.
     k : int
-        ``1 <= k <= N``.
+        ``0 <= k <= N``.
 
     Returns
     -------
     Tensor
         ``(B, k)`` int64.
     """
-    order = torch.sort(_wide(scores), dim=-1, descending=True, stable=True).indices
-    return order[..., :k].sort(dim=-1).values
+    full, n = widened(scores), scores.shape[-1]
+    best = torch.topk(full, min(k + 1, n), dim=-1)
+    index = best.indices[..., :k].sort(-1).values
+    edge = [] if k in (0, n) else best.values[..., k - 1 : k + 1].flatten().tolist()
+    if all(last > first for last, first in zip(edge[::2], edge[1::2], strict=True)):
+        return index
+    least = best.values[..., k - 1 : k]  # more tokens have it than there are places: the lowest ones of these
+    above, equal = full > least, full == least
+    above |= equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))
+    return above.nonzero()[:, -1].view(index.shape)
 
 
 def topk_per_group(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
@@ -53,7 +60,7 @@ def topk_per_group(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
     Tensor
         ``(B, N)`` bool.
     """
-    order = torch.sort(_wide(scores), dim=-1, descending=True, stable=True).indices
+    order = torch.sort(widened(scores), dim=-1, descending=True, stable=True).indices
     by_group = torch.sort(group.gather(1, order), dim=-1, stable=True)
     order = order.gather(1, by_group.indices)
     size = torch.zeros_like(quota).scatter_add(1, group, torch.ones_like(group))
@@ -64,7 +71,13 @@ def topk_per_group(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
 
 
 def attention_rows(
-    query: Tensor, key: Tensor, *, scaling: float | None = None, mask: Tensor | None = None, reduce: str = "mean"
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    reduce: str = "mean",
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Softmax rows of ``Q K^T`` for a few query rows, without the ``N x N`` matrix.
 
@@ -81,8 +94,10 @@ def attention_rows(
     reduce : {"mean", "none", "logits"}
         ``"mean"``: average over heads, ``(B, R, N)``; ``"none"``: ``(B, H, R, N)``; ``"logits"``: scaled logits before mask and
         softmax, ``(B, H, R, N)``.
+    lse : Tensor or None
+        ``(B, H, R)`` logarithm of every row's softmax denominator, where the caller has it (FlashAttention returns it).
     """
-    q, k = _wide(query), _wide(key)
+    q, k = widened(query), widened(key)
     b, h, r, d = q.shape
     kv = k.shape[1]
     logits = torch.einsum("bgrd,bgnd->bgrn", q.reshape(b, kv, (h // kv) * r, d), k).reshape(b, h, r, -1)
@@ -91,7 +106,7 @@ def attention_rows(
         return logits
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    probs = torch.softmax(logits, dim=-1)
+    probs = torch.softmax(logits, dim=-1) if lse is None else torch.exp(logits - lse[..., None])
     return probs if reduce == "none" else probs.mean(1)
 
 
@@ -123,7 +138,7 @@ def attention_colsum(
         ``(B, N)``.
     """
     b, _, r, _ = query.shape
-    total = torch.zeros(b, key.shape[2], dtype=_wide(key).dtype, device=key.device)
+    total = torch.zeros(b, key.shape[2], dtype=widened(key).dtype, device=key.device)
     for lo in range(0, r, block):
         hi = min(lo + block, r)
         part = mask
@@ -177,9 +192,9 @@ def attention_walk(
     n = key.shape[2]
     block = max(1, min(256, 2**25 // (b * h * n))) if block is None else block
     at = torch.arange(n, device=key.device)
-    mass = start.to(_wide(key).dtype)[:, None].expand(b, h, r)
+    mass = start.to(widened(key).dtype)[:, None].expand(b, h, r)
     for _ in range(steps):
-        total = torch.zeros(b, h, n, dtype=_wide(key).dtype, device=key.device)
+        total = torch.zeros(b, h, n, dtype=widened(key).dtype, device=key.device)
         for lo in range(0, r, block):
             hi = min(lo + block, r)
             part = mask[..., lo:hi, :] if mask is not None and mask.shape[-2] != 1 else mask
@@ -189,41 +204,6 @@ def attention_walk(
             total += torch.einsum("bhr,bhrn->bhn", mass[:, :, lo:hi], torch.nan_to_num(rows, nan=0.0))
         mass = total[..., n - r :]
     return total
-
-
-def farthest_point(features: Tensor, k: int, first: Tensor) -> Tensor:
-    """Greedy max-min diversification (k-center) under cosine distance, O(N D) memory.
-
-    Starts with ``first``; every step adds the token whose smallest distance ``1 - cos`` to the chosen ones is largest. Chosen
-    tokens are never picked again.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``(B, N, D)``.
-    k : int
-        Tokens to choose, ``1 <= k <= N``.
-    first : Tensor
-        ``(B,)`` int64, the seed of each image.
-
-    Returns
-    -------
-    Tensor
-        ``(B, k)`` int64 in pick order.
-    """
-    unit = _unit(features)
-    batch = torch.arange(unit.shape[0], device=unit.device)
-    picks = [first]
-    images = _images(unit)
-    near = 1 - _cosine(images, first)
-    taken = torch.zeros_like(near, dtype=torch.bool)
-    taken[batch, first] = True
-    for _ in range(k - 1):
-        pick = near.masked_fill(taken, -torch.inf).argmax(-1)
-        picks.append(pick)
-        taken[batch, pick] = True
-        near = torch.minimum(near, 1 - _cosine(images, pick))
-    return torch.stack(picks, 1)
 
 
 def cosine_distance(features: Tensor, row: Tensor) -> Tensor:
@@ -241,56 +221,10 @@ def cosine_distance(features: Tensor, row: Tensor) -> Tensor:
     Tensor
         ``(B, N)``.
     """
-    return 1 - _cosine(_images(_unit(features)), row)
+    return torch.cat([1 - Cosines(x).rows(at) for x, at in zip(own_images(widened(features)), row.split(1), strict=True)])
 
 
-def nearest_distance(features: Tensor, *, block: int = 1024) -> Tensor:
-    """Distance ``1 - cos`` of every token to its nearest *other* token, in blocks (no full matrix); infinite if it is alone.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``(B, N, D)``.
-    block : int
-        Rows per block.
-
-    Returns
-    -------
-    Tensor
-        ``(B, N)``.
-    """
-    unit = _unit(features)
-    n, images = unit.shape[1], _images(unit)
-    parts = []
-    for lo in range(0, n, block):
-        cosine = torch.stack([u[lo : lo + block] @ u.T for u in images])
-        own = torch.arange(lo, lo + cosine.shape[1], device=unit.device)
-        cosine[:, own - lo, own] = -torch.inf
-        parts.append(1 - cosine.amax(-1))
-    return torch.cat(parts, 1)
-
-
-def max_sum(features: Tensor, k: int, first: Tensor) -> Tensor:
-    """Greedy max-sum diversification: every step adds the token with the smallest *sum* of cosines to the chosen ones.
-
-    Arguments and result as in :func:`farthest_point`.
-    """
-    unit = _unit(features)
-    batch = torch.arange(unit.shape[0], device=unit.device)
-    picks = [first]
-    images = _images(unit)
-    total = _cosine(images, first)
-    taken = torch.zeros_like(total, dtype=torch.bool)
-    taken[batch, first] = True
-    for _ in range(k - 1):
-        pick = total.masked_fill(taken, torch.inf).argmin(-1)
-        picks.append(pick)
-        taken[batch, pick] = True
-        total = total + _cosine(images, pick)
-    return torch.stack(picks, 1)
-
-
-def pairwise_top1(source: Tensor, target: Tensor, *, block: int = 1024) -> tuple[Tensor, Tensor]:
+def pairwise_top1(source: Tensor, target: Tensor, *, block: int = 512) -> tuple[Tensor, Tensor]:
     """Nearest neighbour by cosine of every ``source`` row among the ``target`` rows, in blocks (no full matrix).
 
     Parameters
@@ -303,17 +237,12 @@ def pairwise_top1(source: Tensor, target: Tensor, *, block: int = 1024) -> tuple
     value, index : Tensor
         ``(B, M)``; among equal cosines the lowest index.
     """
-    a, b = _unit(source), _unit(target)
-    left, right = _images(a), _images(b)
     values, indices = [], []
-    for lo in range(0, a.shape[1], block):
-        value, index = torch.stack([m[lo : lo + block] @ t.T for m, t in zip(left, right, strict=True)]).max(-1)
-        values.append(value)
-        indices.append(index)
-    if not values:
-        empty = a.new_zeros(a.shape[0], 0)
-        return empty, empty.long()
-    return torch.cat(values, 1), torch.cat(indices, 1)
+    for a, b in zip(own_images(widened(source)), own_images(unit_rows(target)), strict=True):
+        found = [dot(rows, b).max(1) for rows in a.split(block)] if len(a) else []
+        values.append(torch.cat([v for v, _ in found]) / lengths(a) if found else a.new_zeros(0))
+        indices.append(torch.cat([i for _, i in found]) if found else torch.zeros(0, dtype=torch.long, device=a.device))
+    return torch.stack(values), torch.stack(indices)
 
 
 def merge_scatter(features: Tensor, owner: Tensor, groups: int, *, weight: Tensor | None = None, mean: bool = True) -> Tensor:
@@ -337,16 +266,18 @@ def merge_scatter(features: Tensor, owner: Tensor, groups: int, *, weight: Tenso
     Tensor
         ``(B, K, D)`` in the dtype of ``features``.
     """
-    wide = _wide(features)
-    w = torch.ones_like(owner, dtype=wide.dtype) if weight is None else weight.to(wide.dtype)
-    w = torch.where(owner >= 0, w, torch.zeros_like(w))
-    slot = owner.clamp(min=0)
-    total = wide.new_zeros(wide.shape[0], groups, wide.shape[2])
-    total = total.scatter_add(1, slot[..., None].expand_as(wide), wide * w[..., None])
+    wide = widened(features)
+    batch, width = wide.shape[0], wide.shape[2]
+    slot = (owner + groups * torch.arange(batch, device=owner.device)[:, None]).flatten()
+    rows, w = wide.reshape(-1, width), None if weight is None else widened(weight).to(wide.dtype).flatten()
+    slot = torch.where(
+        owner.flatten() >= 0, slot, batch * groups
+    )  # what is left out goes to one more group: no copy of the rest
+    total = wide.new_zeros(batch * groups + 1, width).index_add_(0, slot, rows if w is None else rows * w[:, None])[:-1]
     if mean:
-        size = wide.new_zeros(wide.shape[0], groups).scatter_add(1, slot, w)
-        total = total / size.clamp(min=torch.finfo(wide.dtype).tiny)[..., None]
-    return total.to(features.dtype)
+        size = wide.new_zeros(batch * groups + 1).index_add_(0, slot, wide.new_ones(len(slot)) if w is None else w)[:-1]
+        total = total / size.clamp(min=torch.finfo(wide.dtype).tiny)[:, None]
+    return total.view(batch, groups, width).to(features.dtype)
 
 
 def apportion(total: int, weight: Sequence[float], capacity: Sequence[int]) -> list[int]:
@@ -414,35 +345,14 @@ def coarse_grid(budget: int, rows: int, cols: int) -> tuple[int, int]:
     return best[1]
 
 
-def _cosine(images: list[Tensor], row: Tensor) -> Tensor:
-    """Cosines of the unit rows ``(N, D)`` of ``B`` images with one row ``(B,)`` of the same image, ``(B, N)``."""
-    return torch.stack([u @ u.index_select(0, r)[0] for u, r in zip(images, row.split(1), strict=True)])
-
-
-def _images(t: Tensor) -> list[Tensor]:
-    """The entries of a batch, each in memory of its own.
-
-    Products are made image by image: how they round depends on the batch size and on where in memory an operand starts, and equal
-    similarities (repeated tokens) must be broken in the same way in any batch.
-    """
-    return [t[0]] if len(t) == 1 else [i.clone() for i in t]
-
-
-def _unit(t: Tensor) -> Tensor:
-    """Rows scaled to length one; zero rows stay zero."""
-    wide = _wide(t)
-    norm = wide.norm(dim=-1, keepdim=True)
-    return wide / torch.where(norm > 0, norm, torch.ones_like(norm))
-
-
 def drop_duplicates(features: Tensor, order: Tensor, keep: int, *, step: int = 8, near: int = 32) -> Tensor:
     """Thin a list of tokens by repeatedly removing near duplicates, O(N ``near``) memory.
 
     A round compares the tokens at even places of the list with those at odd places, removes the up to ``step`` even ones with the
     highest cosine to an odd one, and continues with the remaining even ones by descending cosine, followed by the odd ones.
 
-    Each token's nearest neighbours are looked up once in a list of ``near``; rounds in which none of them stands at an odd place
-    compute that token's maximum afresh, so the result is that of comparing all pairs in every round.
+    Each token's ``near`` nearest neighbours are listed; a token none of whose listed ones stands at an odd place is compared with
+    all afresh, so the result is that of comparing all pairs in every round.
 
     Parameters
     ----------
@@ -466,92 +376,107 @@ def drop_duplicates(features: Tensor, order: Tensor, keep: int, *, step: int = 8
         return order[:, :0]
     rows = order[..., None].expand(-1, -1, features.shape[2])
     return torch.stack(
-        [o[_thinned(u, keep, step, near)] for o, u in zip(order, _images(_unit(features.gather(1, rows))), strict=True)]
+        [o[_thinned(u, keep, step, near)] for o, u in zip(order, own_images(unit_rows(features.gather(1, rows))), strict=True)]
     )
 
 
-def _thinned(unit: Tensor, keep: int, step: int, near: int, block: int = 1024) -> Tensor:
+def _thinned(unit: Tensor, keep: int, step: int, near: int, few: int = 4) -> Tensor:
     """Places ``(keep,)`` that :func:`drop_duplicates` leaves of unit rows ``(R, D)``."""
-    alive = torch.arange(len(unit), device=unit.device)
-    listed, values, neighbours = 0, unit, alive  # of how many tokens the lists were made
+    name, device = np.arange(len(unit)), unit.device  # the place of every row there is still
+    alive = np.arange(len(unit))
+    lists = _NeighbourLists(unit, near)
     while len(alive) > keep:
-        if 2 * len(alive) <= listed or not listed:
-            listed, width = len(alive), min(near, len(alive) - 1)
-            values, neighbours = unit.new_zeros(len(unit), width), alive.new_zeros(len(unit), width)
-            some = unit[alive]
-            for lo in range(0, listed, block):
-                cosine = some[lo : lo + block] @ some.T
-                own = torch.arange(len(cosine), device=unit.device)
-                cosine[own, own + lo] = -torch.inf
-                best = cosine.topk(width, dim=1)
-                values[alive[lo : lo + block]], neighbours[alive[lo : lo + block]] = best.values, alive[best.indices]
+        if 2 * len(alive) <= len(name):
+            unit, name = unit[torch.from_numpy(alive).to(device)], name[alive]
+            lists, alive = _NeighbourLists(unit, near), np.arange(len(alive))
         even, odd = alive[0::2], alive[1::2]
         if not len(odd):  # one token left and none wanted of it
-            return alive[:keep]
-        opposite = torch.zeros(len(unit), dtype=torch.bool, device=unit.device).index_fill(0, odd, True)
-        hit = opposite[neighbours[even]]
-        best, found = values[even].masked_fill(~hit, -torch.inf).amax(1), hit.any(1)
-        if not bool(found.all()):
-            lost = (~found).nonzero()[:, 0]
-            for part in lost.split(block):
-                best[part] = (unit[even[part]] @ unit[odd].T).amax(1)
-        by_value = torch.sort(best, descending=True, stable=True).indices
-        alive = torch.cat([even[by_value[min(step, len(alive) - keep) :]], odd])
-    return alive
+            break
+        opposite = np.zeros(len(name), dtype=bool)
+        opposite[odd] = True
+        best = np.empty(len(even), dtype=lists.values.dtype)
+        left = np.arange(len(even))
+        for width in (few, near):  # lists are descending: most tokens find an odd one among the first
+            token = even[left]
+            hit = opposite[lists.places[token, :width]]
+            first = hit.argmax(1)
+            found = hit[np.arange(len(left)), first]
+            best[left] = lists.values[token, first]
+            left = left[~found]
+            if not len(left):
+                break
+        if len(left):
+            lists.renew(even[left], alive)
+            best[left] = lists.largest(even[left], opposite)
+        alive = np.concatenate([even[_falling(best)[min(step, len(alive) - keep) :]], odd])
+    return torch.from_numpy(name[alive[:keep]]).to(device)
 
 
-def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = True) -> Tensor:
-    """Greedy MAP of a determinantal point process with the kernel ``r_i cos_ij r_j``, O(N D + N k) memory.
-
-    Every step adds the token that raises the determinant of the chosen ones' kernel most, by an incremental Cholesky factor.
+class _NeighbourLists:
+    """The nearest others of every unit row, nearest first.
 
     Parameters
     ----------
-    features : Tensor
-        ``(B, N, D)``.
-    relevance : Tensor
-        ``(B, N)`` weight ``r`` of every token.
-    k : int
-        Tokens to choose, ``1 <= k <= N``.
-    guard : bool, default True
-        Once no token adds anything (the kernel's numerical rank is used up) choose by relevance, and never choose a token twice.
-        ``False``: the bare recurrence on rows that are taken as normalised, whose result may hold repetitions from there on.
-
-    Returns
-    -------
-    Tensor
-        ``(B, k)`` int64 in pick order.
+    unit : Tensor
+        ``(R, D)``.
+    width : int
+        Length of the lists, less where there are fewer rows.
+    whole : int
+        Rows up to which all cosines are kept.
     """
-    unit = _unit(features) if guard else _wide(features)
-    weight = _wide(relevance).to(unit.dtype)
-    return torch.stack([_dpp(u, w, k, guard) for u, w in zip(_images(unit), _images(weight), strict=True)])
+
+    def __init__(self, unit: Tensor, width: int, *, whole: int = 4096, block: int = 512) -> None:
+        self.unit, self.width = unit, max(1, min(width, len(unit) - 1))
+        self.matrix = dot(unit, unit).fill_diagonal_(-torch.inf) if len(unit) <= whole else None
+        parts = [self.nearest(self.cosines(at)) for at in torch.arange(len(unit), device=unit.device).split(block)]
+        self.values = np.concatenate([v for v, _ in parts])
+        self.places = np.concatenate([p for _, p in parts])
+
+    def cosines(self, of: Tensor) -> Tensor:
+        """Return ``(M, R)`` cosines of the rows ``of (M,)`` with all others."""
+        if self.matrix is not None:
+            return self.matrix[of]
+        cosine = dot(self.unit[of], self.unit)
+        cosine[torch.arange(len(of), device=of.device), of] = -torch.inf
+        return cosine
+
+    def nearest(self, cosine: Tensor, chunk: int = 64) -> tuple[np.ndarray, np.ndarray]:
+        """Return the largest ``(M, R)`` cosines of every row and their places."""
+        at, count = None, self.width
+        if cosine.shape[1] > 4 * chunk * count:  # the largest lie in the chunks with the largest maxima
+            cosine = torch.nn.functional.pad(cosine, (0, -cosine.shape[1] % chunk), value=-torch.inf).unflatten(1, (-1, chunk))
+            chunks = cosine.amax(2).topk(count, dim=1).indices
+            cosine = cosine.gather(1, chunks[..., None].expand(-1, -1, chunk)).flatten(1)
+            at = (chunks[..., None] * chunk + torch.arange(chunk, device=cosine.device)).flatten(1)
+        best = cosine.topk(count, dim=1)
+        places = best.indices if at is None else at.gather(1, best.indices)
+        return best.values.cpu().numpy(), places.cpu().numpy()
+
+    def renew(self, of: np.ndarray, alive: np.ndarray, block: int = 512) -> None:
+        """Make the lists of the rows ``of`` anew, of rows that are alive."""
+        dead = np.ones(len(self.unit), dtype=bool)
+        dead[alive] = False
+        mask = torch.from_numpy(dead).to(self.unit.device)
+        for lo in range(0, len(of), block):
+            at = of[lo : lo + block]
+            cosine = self.cosines(torch.from_numpy(at).to(mask.device)).masked_fill(mask, -torch.inf)
+            self.values[at], self.places[at] = self.nearest(cosine)
+
+    def largest(self, of: np.ndarray, among: np.ndarray, block: int = 512) -> np.ndarray:
+        """Return the largest cosine of every row ``of`` with the rows marked in ``among``."""
+        mask = torch.from_numpy(~among).to(self.unit.device)
+        parts = [self.cosines(torch.from_numpy(of[lo : lo + block]).to(mask.device)) for lo in range(0, len(of), block)]
+        return np.concatenate([c.masked_fill(mask, -torch.inf).amax(1).cpu().numpy() for c in parts])
 
 
-def _dpp(unit: Tensor, weight: Tensor, k: int, guard: bool) -> Tensor:
-    """Picks ``(k,)`` of one image with unit rows ``(N, D)`` and weights ``(N,)``."""
-    n = len(unit)
-    whole = weight * unit.square().sum(1) * weight  # the kernel's diagonal; what each token adds shrinks from there
-    gain, factor, picks = whole.clone(), unit.new_zeros(k, n), []
-    taken = torch.zeros(n, dtype=torch.bool, device=unit.device)
-    least = 8 * torch.finfo(unit.dtype).eps * whole  # rounding of a gain that is really zero
-    for t in range(k):
-        pick = gain.argmax()
-        if guard:
-            alive = gain.index_select(0, pick[None]) > least.index_select(0, pick[None])
-            pick = torch.where(alive[0], pick, weight.masked_fill(taken, -torch.inf).argmax())
-        at = pick[None]
-        row = weight * weight.index_select(0, at) * (unit @ unit.index_select(0, at)[0])
-        row = row - factor[:t].T @ factor[:t].index_select(1, at)[:, 0]
-        row = row / gain.index_select(0, at).sqrt()
-        if guard:
-            row = torch.where(alive, row, torch.zeros_like(row))
-            taken.index_fill_(0, at, True)
-        factor[t] = row
-        gain = (gain - row.square()).index_fill(0, at, -torch.inf)
-        if guard:
-            gain = gain.masked_fill(taken, -torch.inf)
-        picks.append(pick)
-    return torch.stack(picks)
+def _falling(values: np.ndarray) -> np.ndarray:
+    """Order ``(n,)`` of descending values, the lowest index first among equals."""
+    if values.dtype != np.float32:
+        return np.argsort(-values, kind="stable")
+    # one whole number for value and index, whose order is that of float32 bits; these sort several times as fast
+    bits = (values + np.float32(0)).view(np.int32)  # no negative zeros
+    key = (-(bits ^ ((bits >> 31) & 0x7FFFFFFF)).astype(np.int64) << 32) + np.arange(len(values))
+    return np.sort(key) & 0xFFFFFFFF
 
 
 def absorb_neighbours(features: Tensor, keys: Tensor, weight: Tensor, rows: Tensor, count: int, *, block: int = 256) -> Tensor:
@@ -577,54 +502,19 @@ def absorb_neighbours(features: Tensor, keys: Tensor, weight: Tensor, rows: Tens
     Tensor
         ``(B, M, D)``, at least float32.
     """
-    wide, count, out = _wide(features), min(count, features.shape[1] - 1), []
-    for x, u, w, own in zip(_images(wide), _images(_unit(keys)), _wide(weight).to(wide.dtype), rows, strict=True):
+    wide, count, out = widened(features), min(count, features.shape[1] - 1), []
+    for x, u, w, own in zip(own_images(wide), own_images(unit_rows(keys)), widened(weight).to(wide.dtype), rows, strict=True):
         parts = []
         for at in own.split(block):
             total = x[at]
             if count:
-                cosine = u[at] @ u.T
+                cosine = dot(u[at], u)
                 cosine[torch.arange(len(at), device=at.device), at] = -torch.inf
-                least = cosine.topk(count, dim=1).values[:, -1:]
-                near, equal = cosine > least, cosine == least
-                near |= equal & (equal.cumsum(1) <= count - near.sum(1, keepdim=True))
-                total = total + (near * w) @ x
+                near = topk_sorted(cosine, count)
+                total = total + torch.nn.functional.embedding_bag(near, x, mode="sum", per_sample_weights=w[near])
             parts.append(total)
         out.append(torch.cat(parts) if parts else x[own])
     return torch.stack(out)
-
-
-def farthest_point_weighted(features: Tensor, weight: Tensor, k: int) -> Tensor:
-    """Greedy choice by weight times cosine distance to the nearest chosen token, O(N D) memory.
-
-    The first token is the heaviest; every further one has the largest ``w_i min_c (1 - cos(i, c))`` of those not chosen yet.
-
-    Parameters
-    ----------
-    features : Tensor
-        ``(B, N, D)``.
-    weight : Tensor
-        ``(B, N)``, not negative.
-    k : int
-        Tokens to choose, ``1 <= k <= N``.
-
-    Returns
-    -------
-    Tensor
-        ``(B, k)`` int64 in pick order.
-    """
-    images, weight = _images(_unit(features)), _wide(weight)
-    batch = torch.arange(len(images), device=weight.device)
-    picks = [weight.argmax(-1)]
-    near = 1 - _cosine(images, picks[0])
-    taken = torch.zeros_like(weight, dtype=torch.bool)
-    taken[batch, picks[0]] = True
-    for _ in range(k - 1):
-        pick = (weight * near).masked_fill(taken, -torch.inf).argmax(-1)
-        picks.append(pick)
-        taken[batch, pick] = True
-        near = torch.minimum(near, 1 - _cosine(images, pick))
-    return torch.stack(picks, 1)
 
 
 def nearest_centre(points: Tensor, centres: Tensor, *, block: int = 4096) -> Tensor:
@@ -640,7 +530,9 @@ def nearest_centre(points: Tensor, centres: Tensor, *, block: int = 4096) -> Ten
     Tensor
         ``(B, N)`` int64.
     """
-    return torch.stack([_nearest(p, c, block) for p, c in zip(_images(_wide(points)), _images(_wide(centres)), strict=True)])
+    return torch.stack(
+        [_nearest(p, c, block) for p, c in zip(own_images(widened(points)), own_images(widened(centres)), strict=True)]
+    )
 
 
 def k_means(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -663,9 +555,9 @@ def k_means(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | 
         ``(B, K, D)``, at least float32, and ``(B, N)`` the cluster of every token that these centres are the means of.
     """
     out = []
-    wide = _wide(points)
-    weights = torch.ones_like(wide[..., 0]) if weight is None else _wide(weight).to(wide.dtype)
-    for p, w, first in zip(_images(wide), weights, start, strict=True):
+    wide = widened(points)
+    weights = torch.ones_like(wide[..., 0]) if weight is None else widened(weight).to(wide.dtype)
+    for p, w, first in zip(own_images(wide), weights, start, strict=True):
         centres, owner, clusters = p[first], None, len(first)
         for _ in range(iterations):
             previous, owner = owner, _nearest(p, centres, 4096)
@@ -697,9 +589,9 @@ def k_medoids(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor 
         ``(B, K)`` int64 in the order of ``start``, and ``(B, N)`` the cluster of every token under these medoids.
     """
     out = []
-    wide = _wide(points)
-    weights = torch.ones_like(wide[..., 0]) if weight is None else _wide(weight).to(wide.dtype)
-    for p, w, first in zip(_images(wide), weights, start, strict=True):
+    wide = widened(points)
+    weights = torch.ones_like(wide[..., 0]) if weight is None else widened(weight).to(wide.dtype)
+    for p, w, first in zip(own_images(wide), weights, start, strict=True):
         medoids, places = first.clone(), torch.arange(len(first), device=p.device)
         for turn in range(iterations + 1):
             owner = _nearest(p, p[medoids], 4096)
@@ -718,13 +610,28 @@ def k_medoids(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor 
 def _nearest(points: Tensor, centres: Tensor, block: int) -> Tensor:
     """:func:`nearest_centre` of one image."""
     offset = centres.square().sum(1)
-    return torch.cat([(offset - 2 * p @ centres.T).argmin(1) for p in points.split(block)])
+    return torch.cat([torch.sub(offset, dot(p, centres), alpha=2).argmin(1) for p in points.split(block)])
 
 
 def _central(points: Tensor, weight: Tensor, block: int = 1024) -> Tensor:
     """Index of the point with the smallest weighted sum of distances to all ``points (n, D)``."""
+    n, some = len(points), torch.arange(len(points), device=points.device)
+    if n == 1:
+        return some[0]
+    if n > 64:  # only those that may be the best, given how far products of this precision can be off, are summed up exactly
+        apart = points - points.mean(0)
+        square, eps = apart.square().sum(1), torch.finfo(points.dtype).eps
+        off = 4 * points.shape[1] * eps * square.max()
+        shift = 4 * eps * points.norm(dim=1).max()
+        cost, slack = torch.empty_like(weight), torch.empty_like(weight)
+        for at in some.split(block):
+            distance = torch.sub(square[at, None] + square, dot(apart[at], apart), alpha=2).clamp_(min=0).sqrt_()
+            cost[at] = distance @ weight
+            slack[at] = (off / distance.clamp_(min=float(off.sqrt()) or 1.0) + shift) @ weight
+        some = (cost - slack <= (cost + slack).min()).nonzero()[:, 0]
     exact = "donot_use_mm_for_euclid_dist"  # a point's distance to itself, and to its copies, is exactly zero
-    return torch.cat([torch.cdist(p, points, compute_mode=exact) @ weight for p in points.split(block)]).argmin()
+    total = torch.cat([torch.cdist(points[at], points, compute_mode=exact) @ weight for at in some.split(block)])
+    return some[total.argmin()]
 
 
 def seat_clusters(features: Tensor, centres: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
@@ -761,7 +668,8 @@ def seat_clusters(features: Tensor, centres: Tensor, owner: Tensor) -> tuple[Ten
 def ward(points: Tensor, clusters: int, *, ties: bool = False) -> Tensor:
     """Ward's hierarchical clustering, cut at a number of clusters, on the CPU in float64.
 
-    A nearest-neighbour chain: O(N^2) steps with a distance matrix up to 4,096 tokens, O(N D) memory with centroids above.
+    A nearest-neighbour chain: SciPy's on the distances of all pairs up to 15,000 tokens; above, where these do not fit, on
+    centroids in O(N D) memory, which takes a pass over all tokens per step.
 
     Parameters
     ----------
@@ -807,18 +715,17 @@ def _ward(points: Tensor, clusters: int, ties: bool) -> Tensor:
     return labels
 
 
-def _merge_tree(points: Tensor, matrix: int = 4096) -> tuple[list[tuple[int, int]], list[float]]:
+def _merge_tree(points: Tensor, matrix: int = 15000) -> tuple[list[tuple[int, int]], list[float]]:
     """Children of every merge (node ``N + t`` is merge ``t``, in order of height) and the squared heights."""
     n = len(points)
+    if 1 < n <= matrix:
+        found = linkage(_condensed(points), "ward")
+        return [(int(a), int(b)) for a, b in found[:, :2]], (found[:, 2] ** 2).tolist()
     size, alive = points.new_ones(n), torch.ones(n, dtype=torch.bool)
     sizes = [1.0] * n
-    centre, square, table = points.clone(), points.square().sum(1), None
-    if n <= matrix:
-        table = (square[:, None] + square - 2 * points @ points.T).clamp(min=0).fill_diagonal_(torch.inf)
+    centre, square = points.clone(), points.square().sum(1)
 
     def row(x: int) -> Tensor:
-        if table is not None:
-            return table[x]
         apart = (square[x] + square - 2 * (centre @ centre[x])).clamp(min=0)
         apart = (apart * (2 * sizes[x] * size / (sizes[x] + size))).masked_fill(~alive, torch.inf)
         apart[x] = torch.inf
@@ -842,15 +749,8 @@ def _merge_tree(points: Tensor, matrix: int = 4096) -> tuple[list[tuple[int, int
         found.append((height, x, y))
         alive[x] = False
         mine, other = sizes[x], sizes[y]
-        if table is not None:  # the distance to a union follows from those to its parts
-            new = torch.addcmul((mine + size) * table[x], other + size, table[y])
-            new = ((new - height * size) / (mine + other + size)).masked_fill_(~alive, torch.inf)
-            new[y] = torch.inf
-            table[y], table[:, y] = new, new
-            table[x], table[:, x] = torch.inf, torch.inf
-        else:
-            centre[y] = (mine * centre[x] + other * centre[y]) / (mine + other)
-            square[y] = centre[y].square().sum()
+        centre[y] = (mine * centre[x] + other * centre[y]) / (mine + other)
+        square[y] = centre[y].square().sum()
         sizes[y] = mine + other
         size[y] = mine + other
     root, tree = list(range(2 * n - 1)), []
@@ -869,6 +769,19 @@ def _merge_tree(points: Tensor, matrix: int = 4096) -> tuple[list[tuple[int, int
     return tree, [height for height, _, _ in found]
 
 
+def _condensed(points: Tensor, block: int = 512) -> np.ndarray:
+    """Euclidean distances of all pairs of float64 ``points (N, D)`` in SciPy's order, without a square matrix."""
+    n, square = len(points), points.square().sum(1)
+    out = np.empty(n * (n - 1) // 2)
+    for lo in range(0, n, block):
+        rows = points[lo : lo + block]
+        apart = (square[lo : lo + block, None] + square[lo:] - 2 * rows @ points[lo:].T).clamp_(min=0).sqrt_().numpy()
+        for i in range(len(rows)):
+            place = (lo + i) * n - (lo + i) * (lo + i + 1) // 2
+            out[place : place + n - lo - i - 1] = apart[i, i + 1 :]
+    return out
+
+
 def similarity_rows(features: Tensor) -> Tensor:
     """Points whose mutual distances are those of the rows of ``E E^T``, in at most ``min(N, D)`` dimensions, float64.
 
@@ -877,11 +790,19 @@ def similarity_rows(features: Tensor) -> Tensor:
     features : Tensor
         ``(B, N, D)``.
     """
-    wide = features.detach().double()
-    if wide.shape[1] <= wide.shape[2]:
-        return wide @ wide.transpose(1, 2)
-    values, vectors = torch.linalg.eigh(wide.transpose(1, 2) @ wide)
-    return wide @ (vectors * values.clamp(min=0).sqrt()[:, None])
+    return torch.stack([_similarity_rows(x) for x in own_images(widened(features.detach()))])
+
+
+def _similarity_rows(x: Tensor) -> Tensor:
+    """:func:`similarity_rows` of one image; products have the precision of ``x (N, D)``."""
+    if x.shape[0] <= x.shape[1]:
+        return dot(x, x).double()
+    gram = dot(x.T, x.T).double()
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):  # of lower rank
+        values, vectors = torch.linalg.eigh(gram)
+        factor = vectors * values.clamp(min=0).sqrt()
+    return dot(x, factor.T.to(x.dtype)).double()
 
 
 def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tuple[Tensor, Tensor, Tensor]:
@@ -902,18 +823,27 @@ def connectivity(features: Tensor, threshold: float, *, block: int = 1024) -> tu
         ``(B, N)`` number of neighbours, sum of their cosines, and mean cosine with all tokens.
     """
     out = []
-    for u in _images(_unit(features)):
+    for u in own_images(unit_rows(features)):
         count, within = u.new_zeros(2, len(u)).unbind()
-        for i, rows in enumerate(u.split(block)):
-            at = slice(i * block, i * block + len(rows))
-            for columns in u.split(block):  # tiles that fit the cache
-                cosine = rows @ columns.T
-                near = cosine >= threshold
-                count[at] += near.sum(1)
-                within[at] += cosine.mul_(near).sum(1)
+        for at, other, cosine in _tiles(u, block):
+            near = (cosine >= threshold).to(u.dtype)
+            cosine *= near
+            count[at] += near.sum(1)
+            within[at] += cosine.sum(1)
+            if other != at:
+                count[other] += near.sum(0)
+                within[other] += cosine.sum(0)
         out.append(torch.stack([count, within, u @ u.mean(0)]))
     count, within, mean = torch.stack(out, 1)
     return count, within, mean
+
+
+def _tiles(unit: Tensor, block: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Tiles of the matrix of cosines between unit rows ``(N, D)`` on and above the diagonal; the others are their transposes."""
+    places = [slice(lo, lo + block) for lo in range(0, len(unit), block)]
+    for i, at in enumerate(places):
+        for other in places[i:]:
+            yield at, other, dot(unit[at], unit[other])
 
 
 def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
@@ -933,8 +863,8 @@ def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
         ``(B, k)`` int64 in pick order, no token twice.
     """
     out = []
-    unit = _unit(features)
-    for u, w in zip(_images(unit), _images(_wide(relevance).to(unit.dtype)), strict=True):
+    unit = unit_rows(features)
+    for u, w in zip(own_images(unit), own_images(widened(relevance).to(unit.dtype)), strict=True):
         gain, picks = w * u.square().sum(1) * w, []
         taken = torch.zeros(len(u), dtype=torch.bool, device=u.device)
         for _ in range(k):
@@ -967,11 +897,14 @@ def count_similar(features: Tensor, threshold: float, *, block: int = 1024) -> T
         ``(B, N)`` int64.
     """
     out = []
-    for u in _images(_unit(features)):
-        parts = []
-        for at in torch.arange(len(u), device=u.device).split(block):
-            cosine = u[at] @ u.T
-            cosine[torch.arange(len(at), device=at.device), at] = -torch.inf
-            parts.append((cosine > threshold).sum(1))
-        out.append(torch.cat(parts))
+    for u in own_images(unit_rows(features)):
+        count = torch.zeros(len(u), dtype=torch.long, device=u.device)
+        for at, other, cosine in _tiles(u, block):
+            if other == at:
+                cosine.fill_diagonal_(-torch.inf)
+            near = (cosine > threshold).to(u.dtype)
+            count[at] += near.sum(1).long()
+            if other != at:
+                count[other] += near.sum(0).long()
+        out.append(count)
     return torch.stack(out)

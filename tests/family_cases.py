@@ -89,6 +89,8 @@ class Case:
         Whether the model makes the features of all images of a row at once.
     projector : str
         The module before which ``VISION`` reducers act.
+    newline_ends : bool
+        Whether a newline token ends every clip.
     float32 : bool
         The model cannot run in float64.
     steps : int
@@ -107,6 +109,7 @@ class Case:
     exact: bool = True
     tiles: bool = False
     projector: str = "multi_modal_projector"
+    newline_ends: bool = False
     float32: bool = False
     steps: int = 8
 
@@ -321,6 +324,11 @@ def _qwen_cases(family: str, name: str) -> dict[str, Case]:
     return {family: Case(family, make, _grids, **shared), f"{family}:clips": clips}
 
 
+def _deepseek(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    shared = dict(image_token_id=IMAGE_TOKEN, text_config=hf.LlamaConfig(**words), vision_config=_siglip(eyes))
+    return hf.DeepseekVLForConditionalGeneration, hf.DeepseekVLConfig(**(shared | over))
+
+
 _OLD = compat.transformers_version() < (5, 0, 0)
 
 CASES: dict[str, Case] = {
@@ -339,7 +347,7 @@ CASES: dict[str, Case] = {
         anyres=True,
         exact=False,
     ),
-    "llava_onevision:clips": Case("llava_onevision", _onevision, _clips, video=True),
+    "llava_onevision:clips": Case("llava_onevision", _onevision, _clips, video=True, newline_ends=True),
     # 4.57 builds a float32 mask, and without a KV cache its generated tokens see each other in both directions
     "paligemma": Case(
         "paligemma",
@@ -371,6 +379,7 @@ CASES: dict[str, Case] = {
     **_qwen_cases("qwen2_vl", "Qwen2VL"),
     **_qwen_cases("qwen2_5_vl", "Qwen2_5_VL"),
     **_qwen_cases("qwen3_vl", "Qwen3VL"),
+    "unknown": Case("deepseek_vl", _deepseek),  # no adapter: its structure is looked at
 }
 
 

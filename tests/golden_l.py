@@ -16,10 +16,11 @@ from vtc.core import Facts, Layout, Reducer, Schedule, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.patch import Handle, bind
 from vtc.families.base import Family, VisionCall
+from vtc.kernels import transition_score
 from vtc.reducers import aim as aim_module
 from vtc.reducers import corematching as corematching_module
 from vtc.reducers import sparsevlm as sparsevlm_module
-from vtc.reducers.transprune import TransPruneStage, combine, transition, transitions
+from vtc.reducers.transprune import TransPruneStage, combine, transitions
 from vtc.signals import AttentionTap, StateTap, next_question_attn
 
 Tensors = dict[str, Tensor]
@@ -297,7 +298,7 @@ class Several(Schedule):
 def transprune(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     """The measure, one cut, or the whole engine with a decode step, by what the file brings."""
     if "before" in inputs:
-        return {"weight": transition(inputs["before"], inputs["after"], shared=True)}
+        return {"weight": transition_score(inputs["before"], inputs["after"], shared=True)}
     weights = {k.removeprefix("w."): v for k, v in inputs.items() if k.startswith("w.")}
     start, n = params["image_pos"], params["image_tokens"]
     if "features" in inputs:

@@ -183,7 +183,7 @@ def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     with torch.no_grad():
         out = compat.features_of(make(**call))
     features = [f.reshape(-1, f.shape[-1]) for f in out]
-    if case.family == "llava_onevision" and case.video and not compat.video_newline_in_features(base):
+    if case.newline_ends and not compat.video_newline_in_features(base):
         features = [torch.cat([f, base.image_newline[None].detach()]) for f in features]
     if case.tiles:  # made per row
         features = torch.cat(features).split(GRID * GRID)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 import threading
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 import transformers
 from cases import CASES
-from models import build, make_inputs, visual_of
+from models import IMAGE_TOKEN, PAD, build, make_inputs, shared, visual_of
 from PIL import Image
 
 import vtc
@@ -310,6 +312,83 @@ def test_an_image_with_fewer_tokens_than_the_budget_is_kept_whole(reducer):
     with vtc.patch(model, reducer, **CASES[reducer].whole) as handle, torch.no_grad():
         model(**inputs)
     assert handle.stats.last.images[0].stages[0].note == "", "a budget that is met exactly is nothing to report"
+
+
+# --------------------------------------------------------------------------------------------- every reducer, odd pictures
+reducers = pytest.mark.parametrize("reducer", vtc.list_reducers())
+
+
+@reducers
+@pytest.mark.parametrize(("family", "value"), [("llava", NAN), ("llava_next", float("inf"))])
+def test_pixels_that_are_no_numbers_are_named(reducer, family, value):
+    model = shared(family, dtype=torch.float32)
+    inputs = make_inputs(family, model, 2)
+    inputs["pixel_values"][-1, ..., :3, :3] = value
+    with vtc.patch(model, reducer, **CASES[reducer].mild), torch.no_grad(), pytest.raises(vtc.InvalidSignalError) as caught:
+        model(**inputs)
+    text = one_sentence(caught.value)
+    where = r"(the image|the vision tower's output|the boundary|tower layer \d|decoder layer \d)"
+    assert (
+        re.match(rf"signal '\w+'( of '{reducer}')? at {where}", text) and f"'{reducer}'" in text and "check the input" in text
+    )
+
+
+@pytest.mark.parametrize("reducer", [n for n, e in registry.entries().items() if "decoder" in e.stages])
+@pytest.mark.parametrize("value", [NAN, float("inf")])
+def test_states_that_are_no_numbers_are_named_with_their_layer(reducer, value):
+    family = "llava_next" if reducer == "flowcut" else "llava"  # its cut in the language model is for AnyRes models
+    model = shared(family, dtype=torch.float32)
+    inputs = make_inputs(family, model, 2)
+
+    def spoil(module, args, output):
+        hidden = (output[0] if isinstance(output, tuple) else output).clone()
+        hidden[:, 7] = value
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    hook = model.model.language_model.layers[0].register_forward_hook(spoil)
+    try:
+        with vtc.patch(model, reducer, **CASES[reducer].mild), torch.no_grad():
+            with pytest.raises(vtc.InvalidSignalError, match=rf"signal '\w+' at decoder layer \d \('{reducer}'\)"):
+                model(**inputs)
+    finally:
+        hook.remove()
+
+
+@functools.cache
+def picture_model(side: int, alike: bool):
+    """LLaVA whose pictures have ``side`` x ``side`` tokens; ``alike``: all of them the same (no positions, a blank picture)."""
+    model = build("llava", dtype=torch.float32, vision={"image_size": 7 * side})
+    picture = [IMAGE_TOKEN] * (side * side)
+    rows = [[1, 5, *picture, 7, 8, 9, 10, 11, 12], [1, *picture, 6, *picture, 20, 21, 22, 23, 24, 25]]
+    longest = max(map(len, rows))
+    ids = torch.tensor([[PAD] * (longest - len(row)) + row for row in rows])
+    pixels = torch.randn(3, 3, 7 * side, 7 * side, generator=torch.Generator().manual_seed(side))
+    if alike:
+        tower = model.model.vision_tower
+        torch.nn.init.zeros_(getattr(tower, "vision_model", tower).embeddings.position_embedding.weight)
+        pixels = torch.full_like(pixels, 0.3)
+    return model, {"input_ids": ids, "attention_mask": (ids != PAD).long(), "pixel_values": pixels}
+
+
+@reducers
+@pytest.mark.parametrize(("side", "alike"), [(1, False), (5, False), (4, True)], ids=["one-token", "5x5", "alike"])
+def test_odd_grids_one_token_and_identical_tokens(reducer, side, alike):
+    model, inputs = picture_model(side, alike)
+    for keep in (1, 0.4, 1.0):
+        try:
+            handle = vtc.patch(model, reducer, **{**CASES[reducer].mild, "keep": keep})
+        except vtc.BudgetError as refusal:  # a method that cannot go so low says how far it can
+            assert keep == 1
+            keep = int(re.search(r"keep at least (\d+) tokens", one_sentence(refusal))[1])
+            handle = vtc.patch(model, reducer, **{**CASES[reducer].mild, "keep": keep})
+        with handle, torch.no_grad():
+            logits = model(**inputs).logits
+        assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
+        for image in handle.stats.last.images:
+            assert image.slots == side * side and 0 <= image.kept <= image.slots
+            for stage in image.stages:
+                if CASES[reducer].count == "exact" and stage.requested is not None:
+                    assert stage.after == min(stage.requested, stage.before)
 
 
 # -------------------------------------------------------------------------------------------------------- image files

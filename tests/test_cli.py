@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -101,7 +102,7 @@ def test_info_explains_every_reducer(call, name):
     entry = registry.info(name)
     assert code == 0
     flat = " ".join(out.split())
-    assert entry.summary in flat and "Deviates:" in flat and entry.paper in flat
+    assert entry.summary.replace("``", "`") in flat and "**Deviates**:" in flat and entry.paper in flat
     for preset in entry.presets:
         assert f"{name}.{preset}" in out
         data = json.loads(call("info", f"{name}.{preset}", "--json")[1])
@@ -117,10 +118,12 @@ def test_info_suggests_names(call):
     assert code == 1 and "did you mean 'paper'" in err
 
 
-def test_docstrings_are_refilled_but_lists_are_not():
-    listing = "Parameters\n----------\nkeep : int\n    {}\nlayer : int\n    Where."
-    doc = "First line.\n\nA paragraph that\nwas wrapped.\n\n" + listing.format("Tokens\n    to keep.")
-    assert cli._reflow(doc, 80) == "First line.\n\nA paragraph that was wrapped.\n\n" + listing.format("Tokens to keep.")
+def test_info_is_rendered_in_a_terminal(call, monkeypatch):
+    monkeypatch.setattr(cli, "_console", lambda: cli.Console(force_terminal=True, width=100, no_color=True))
+    code, out, _ = call("info", "fastv.paper")
+    plain = re.sub(r"\x1b(\[[0-9;]*m|\]8;[^\x1b]*\x1b\\)", "", out)  # colours and links
+    assert code == 0 and "**" not in plain and "fastv.paper: layer=2, keep=0.5 (chosen)" in plain
+    assert max(len(line.rstrip()) for line in plain.splitlines()) <= 100
 
 
 # -------------------------------------------------------------------------------------------------------------- check

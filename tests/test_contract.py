@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,11 +15,11 @@ import torch
 from cases import CASES
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import IMAGE_TOKEN, image_features, make_inputs, shared
+from models import IMAGE_TOKEN, build, image_features, make_inputs, shared
 from torch import Tensor, nn
 
 import vtc
-from vtc.core import Kind, Layout, Reducer, Signals, Stage
+from vtc.core import Kind, Layout, Reducer, Selection, Signals, Stage
 
 REDUCERS = vtc.list_reducers()
 FAMILIES = ("llava", "llava_next")
@@ -276,101 +277,235 @@ def first_token_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 # ----------------------------------------------------------------------------------------- selection on plain tensors
-# what follows the batch and the tokens in the shape of a signal; a part that needs another one is run by the matrix above only
+# what follows the batch and the tokens in the shape of a signal; a new signal needs a line here
 SHAPES: dict[str, tuple[int, ...]] = {
-    "cls_attn": (),
-    "cls_value_affinity": (),
-    "keys": (6,),
-    "last_attn": (),
-    "last_logits": (2,),
-    "last_value_logits": (2,),
-    "mean_query_attn": (),
-    "text_values": (6,),
-    "values": (6,),
-    **dict.fromkeys(("next_last_attn", "next_question_attn", "rater_attention", "importance", "overlap"), ()),
-    "cls_logits": (),
-    "peak_text_attn": (),
+    **dict.fromkeys(("cls_attn", "cls_logits", "cls_value_affinity", "mean_query_attn", "received_attn", "wide_cls_attn"), ()),
+    **dict.fromkeys(
+        ("deep_attn", "object_attn", "low_attn", "high_attn", "sensitivity", "key_norm", "overlap", "importance"), ()
+    ),
+    **dict.fromkeys(("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention"), ()),
     **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
+    **dict.fromkeys(("all_keys", "keys", "wide_keys", "values", "text_values", "final_states"), (6,)),
+    **dict.fromkeys(("last_logits", "last_value_logits", "text_blocks"), (2,)),
 }
+OFFERED = ("clip_cosine", "clip_dot")
+"""Signals that callers may provide to methods that look at the text."""
+ROWS = {"modality_mass": (2,), "text_pivots": (4, 6)}
+"""Shape of a signal with one entry per sequence, after the batch."""
 
 
 def taps_of(part: Reducer, batch: int, n: int, generator: torch.Generator, values: str) -> dict[str, Tensor]:
-    return {need.name: draw((batch, n, *SHAPES[need.name]), generator, values).abs() for need in part.needs}
+    made = {}
+    for need in part.needs:
+        if need.name == "places":
+            made[need.name] = (5 + torch.arange(n)).expand(batch, n)
+        elif need.name == "text_places":
+            made[need.name] = torch.tensor([9 + n, 7 + n, -1, 8 + n]).expand(batch, 4)
+        else:
+            shape = (batch, *ROWS[need.name]) if need.axis == "row" else (batch, n, *SHAPES[need.name])
+            made[need.name] = draw(shape, generator, values).abs()
+    return made | {name: draw((batch, n), generator, values) for name in OFFERED if part.wants_text}
 
 
 def draw(shape: tuple[int, ...], generator: torch.Generator, values: str) -> Tensor:
-    """Numbers from a normal distribution, or (``ties``) from a handful of whole ones, so that many are equal."""
+    """Numbers from a normal distribution; ``ties``: a handful of whole ones; ``same``: one number; ``zero``: none at all."""
     if values == "ties":
         return torch.randint(0, 3, shape, generator=generator).float()
+    if values in ("same", "zero"):
+        return torch.full(shape, 0.5 * (values == "same"))
     return torch.randn(shape, generator=generator)
 
 
-def selecting() -> list[tuple[str, Reducer]]:
-    """Every single-stage part that picks tokens by ``select`` and merges nothing."""
+def selecting() -> list[tuple[str, Reducer, str]]:
+    """Every single-stage part that works by ``select``, with the rule of its count."""
     found = []
     for name in sorted({*REDUCERS} & {*CASES}):  # that both list the same is test_registry's business
         reducer = vtc.create(name, **CASES[name].mild)
-        parts = reducer.bind(facts_of(shared("llava"))).parts()
-        found += [
-            (f"{name}-{p.stage.value}", p)
-            for p in parts
-            if p.stage in (Stage.BOUNDARY, Stage.DECODER, Stage.VISION)
-            and p.kind != "merge"
-            and not p.decides_itself
-            and {need.name for need in p.needs} <= {*SHAPES}
-        ]
+        parts = [p for p in reducer.bind(facts_of(shared("llava"))).parts() if p.stage in SELECT_STAGES]
+        rule = CASES[name].count
+        found += [(f"{name}-{p.stage.value}-{p.layer}", p, "at_most" if p.decides_itself else rule) for p in parts]
     return found
 
 
+SELECT_STAGES = (Stage.BOUNDARY, Stage.DECODER, Stage.VISION)
 SELECTING = selecting()
+parts = pytest.mark.parametrize(("part", "rule"), [(p, r) for _, p, r in SELECTING], ids=[n for n, _, _ in SELECTING])
+drawn = settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+seeds = st.integers(0, 2**16)
 
 
-@pytest.mark.parametrize("part", [p for _, p in SELECTING], ids=[n for n, _ in SELECTING])
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@dataclass(frozen=True)
+class Question:
+    """Images to select from, made of plain tensors."""
+
+    part: Reducer
+    features: Tensor
+    layout: Layout
+    budget: int
+    taps: dict[str, Tensor]
+    marks: tuple[int, ...]
+    cls: Tensor
+
+    def ask(self, rows: slice = slice(None), order: Tensor | None = None) -> Selection:
+        """Select for some of the images, their tokens in another ``order``."""
+        batch, n = self.features.shape[:2]
+        order = torch.arange(n) if order is None else order
+        tokens = {*OFFERED, *(need.name for need in self.part.needs if need.axis == "keys")}
+        return self.part.select(
+            Signals(
+                features=self.features[rows][:, order],
+                layout=self.layout,
+                entries=torch.arange(n).expand(batch, n)[rows],
+                budget=self.budget,
+                slots=n,
+                taps={name: t[rows][:, order] if name in tokens else t[rows] for name, t in self.taps.items()},
+                fingerprint=self.marks[rows] if self.part.wants_fingerprint else (),
+                cls=self.cls[rows] if self.part.wants_cls else None,
+            )
+        )
+
+
+def question(part: Reducer, layout: Layout, batch: int, share: float, dtype: torch.dtype, values: str, seed: int) -> Question:
+    generator = torch.Generator().manual_seed(seed)
+    n = len(layout)
+    features = draw((batch, n, 5), generator, values) + (values == "ties")
+    taps = taps_of(part, batch, n, generator, values)
+    return Question(
+        part,
+        features.to(dtype),
+        layout,
+        max(1, math.ceil(share * n)),
+        {name: t.to(dtype) if t.dim() == 3 and t.is_floating_point() else t for name, t in taps.items()},
+        tuple(torch.randint(0, 2**31, (batch,), generator=generator).tolist()),
+        draw((batch, layout.views, 5), generator, values).to(dtype),
+    )
+
+
+@parts
+@drawn
 @given(
     rows=st.integers(1, 7),
     cols=st.integers(1, 7),
     batch=st.integers(1, 3),
     views=st.sampled_from([1, 1, 3]),
-    share=st.floats(0.0, 1.0),
+    share=st.sampled_from([0.0, 1.0]) | st.floats(0.0, 1.0),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
-    values=st.sampled_from(["spread", "ties"]),
-    seed=st.integers(0, 2**16),
+    values=st.sampled_from(["spread", "spread", "ties", "same", "zero"]),
+    seed=seeds,
 )
 def test_selection_is_exact(
-    part: Reducer, rows: int, cols: int, batch: int, views: int, share: float, dtype: torch.dtype, values: str, seed: int
+    part: Reducer,
+    rule: str,
+    rows: int,
+    cols: int,
+    batch: int,
+    views: int,
+    share: float,
+    dtype: torch.dtype,
+    values: str,
+    seed: int,
 ) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    n = rows * cols * views
-    k = max(1, math.ceil(share * n))
+    """Any shape, dtype and budget (one token and all of them included), duplicates, identical tokens and empty attention."""
     layout = several(rows, cols, views)
-    features = (draw((batch, n, 5), generator, values) + (values == "ties")).to(dtype)
-    tapped = {name: t.to(dtype) if t.dim() == 3 else t for name, t in taps_of(part, batch, n, generator, values).items()}
-    marks = tuple(torch.randint(0, 2**31, (batch,), generator=generator).tolist())
-
-    def ask(rows_of: slice) -> Any:
-        return part.select(
-            Signals(
-                features=features[rows_of],
-                layout=layout,
-                entries=torch.arange(n).expand(batch, n)[rows_of],
-                budget=k,
-                slots=n,
-                taps={name: t[rows_of] for name, t in tapped.items()},
-                fingerprint=marks[rows_of] if part.wants_fingerprint else (),
-            )
-        )
-
-    together = ask(slice(None))
-    index = together.index
-    assert together.valid is None
-    assert index.shape == (batch, k), "exactly the budget"
-    assert (index[:, 1:] > index[:, :-1]).all(), "ascending and unique"
-    assert 0 <= int(index.min())
-    assert int(index.max()) < n
-    assert torch.equal(index, ask(slice(None)).index), "deterministic"
+    asked = question(part, layout, batch, share, dtype, values, seed)
+    n, k = len(layout), asked.budget
+    together, again = asked.ask(), asked.ask()
+    assert same(together, again), "deterministic"
     for b in range(batch):
-        assert torch.equal(index[b], ask(slice(b, b + 1)).index[0]), "batch-independent"
+        alone, mine = asked.ask(slice(b, b + 1)), kept_of(together, b)
+        assert torch.equal(kept_of(alone, 0), mine), "batch-independent"
+        assert (mine[1:] > mine[:-1]).all(), "ascending and unique"
+        assert ((mine >= 0) & (mine < n)).all()
+        if together.features is not None:
+            assert torch.equal(alone.features[0], together.features[b, : len(mine)]), "batch-independent values"
+        if rule == "exact":
+            assert len(mine) == k, "exactly the budget"
+        elif "modality_mass" in asked.taps:
+            assert len(mine) in (0, n), "all or nothing"
+        else:
+            assert 1 <= len(mine) <= k
+        if together.owner is not None:
+            owner = together.owner[b]
+            assert owner.shape == (n,)
+            assert -1 <= int(owner.min())
+            assert int(owner.max()) < len(mine)
+        if k == n and rule == "exact" and together.features is None:
+            assert len(mine) == n, "keeping everything is the identity"
+    if together.features is not None:
+        assert together.features.shape == (*together.index.shape, 5)
+        assert together.features.dtype == dtype
+        assert torch.isfinite(together.features).all()
+
+
+def kept_of(selection: Selection, image: int) -> Tensor:
+    index = selection.index[image]
+    return index if selection.valid is None else index[selection.valid[image]]
+
+
+def same(a: Selection, b: Selection) -> bool:
+    return all(
+        (x is None and y is None) or torch.equal(x, y)
+        for x, y in ((a.index, b.index), (a.features, b.features), (a.owner, b.owner), (a.valid, b.valid))
+    )
+
+
+# methods that look at a token's signals only, never at its place
+PLACELESS = (
+    "aim-decoder", "cdpruner", "corematching", "fastervlm", "fastv", "globalcom2", "ptp", "pyramiddrop", "script",
+    "todre-boundary", "transprune", "vispruner", "zooprune",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [p for n, p, _ in SELECTING if n.startswith(PLACELESS)],
+                         ids=[n for n, _, _ in SELECTING if n.startswith(PLACELESS)])  # fmt: skip
+@drawn
+@given(n=st.integers(2, 40), share=st.floats(0.0, 1.0), seed=seeds)
+def test_order_of_the_tokens_does_not_matter(part: Reducer, n: int, share: float, seed: int) -> None:
+    asked = question(part, Layout.flat(n), 1, share, torch.float64, "spread", seed)
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(order[kept_of(asked.ask(order=order), 0)].sort().values, kept_of(asked.ask(), 0))
+
+
+CONSERVING = [
+    ("hierpool", {}),
+    ("hierpool", {"method": "kmeans"}),
+    ("hierpool", {"method": "sequential"}),
+    ("tokenpooling", {"method": "kmeans", "weighted": False}),
+    ("script", {"merge": True}),
+    ("tokencorr", {"merge": True, "adaptive": False}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), CONSERVING, ids=lambda v: str(v))
+@drawn
+@given(rows=st.integers(1, 6), cols=st.integers(1, 6), views=st.sampled_from([1, 2]), share=st.floats(0.0, 1.0), seed=seeds)
+def test_merging_conserves_mass(
+    name: str, options: dict[str, Any], rows: int, cols: int, views: int, share: float, seed: int
+) -> None:
+    """Means weighted by the tokens they stand for add up to the sum of all tokens; nothing is left out while views keep any."""
+    part = vtc.create(name, keep=1.0, **options).bind(facts_of(shared("llava")))
+    asked = question(part, several(rows, cols, views), 2, max(share, 1 / (rows * cols)), torch.float64, "spread", seed)
+    chosen = asked.ask()
+    if chosen.features is None:  # everything is kept
+        assert chosen.index.shape[1] == asked.features.shape[1]
+        return
+    for image in range(2):
+        kept = kept_of(chosen, image)
+        owned = chosen.owner[image] >= 0
+        size = torch.bincount(chosen.owner[image][owned], minlength=len(kept)).double()
+        assert (size > 0).all(), "every survivor stands for something"
+        assert owned.all() or asked.budget < asked.layout.views
+        total = (chosen.features[image, : len(kept)] * size[:, None]).sum(0)
+        torch.testing.assert_close(total, asked.features[image][owned].sum(0))
+
+
+@drawn
+@given(rows=st.integers(1, 9), cols=st.integers(1, 9), share=st.floats(0.0, 1.0), seed=seeds)
+def test_cells_of_equal_size_conserve_the_mean(rows: int, cols: int, share: float, seed: int) -> None:
+    asked = question(vtc.create("gridpool", keep=1.0), Layout.grid(rows, cols), 1, share, torch.float64, "spread", seed)
+    chosen = asked.ask()
+    values = asked.features if chosen.features is None else chosen.features
+    torch.testing.assert_close(values.mean(1), asked.features.mean(1))
 
 
 def several(rows: int, cols: int, views: int) -> Layout:
@@ -385,6 +520,60 @@ def several(rows: int, cols: int, views: int) -> Layout:
 
 def test_the_matrix_is_not_empty() -> None:
     assert len(REDUCERS) >= 10
-    assert len(SELECTING) >= 5
+    assert len(SELECTING) >= 25
+    unasked = {n for n in REDUCERS if not any(m.startswith(f"{n}-") for m, _, _ in SELECTING)}
+    assert all(vtc.info(n).stages[0] in ("image", "encoder") for n in unasked), unasked
     assert (inputs_of("llava", "sdpa", 2)["attention_mask"] == 0).any(), "batch 2 must be padded"
     assert (inputs_of("llava_next", "sdpa", 2)["input_ids"] == IMAGE_TOKEN).sum() > 100
+
+
+# ------------------------------------------------------------------------------------------------------- layer averages
+@functools.cache
+def wide_model() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Twelve decoder layers and 400 visual tokens: one percent of an average is a whole number of tokens."""
+    model = build("llava", dtype=torch.float32, text={"num_hidden_layers": 12}, vision={"image_size": 140})
+    ids = torch.tensor([[1, 5, *[IMAGE_TOKEN] * 400, 7, 8, 9, 10, 11, 12]])
+    pixels = torch.randn(1, 3, 140, 140, generator=torch.Generator().manual_seed(0))
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+@pytest.mark.parametrize("reducer", [n for n in REDUCERS if "avg_tokens" in vtc.info(n).cls.budget_options])
+@pytest.mark.parametrize("average", [220, 0.5])
+def test_layer_average_is_met_within_one_percent(reducer: str, average: int | float) -> None:
+    model, inputs = wide_model()
+    with vtc.patch(model, reducer, avg_tokens=average) as handle, torch.no_grad():
+        model(**inputs)
+    (image,) = handle.stats.last.images
+    wanted = average * image.slots if isinstance(average, float) else average
+    assert image.slots == 400
+    if CASES[reducer].count == "exact" and not any(p.decides_itself for p in handle.reducer.parts()):
+        assert image.avg_tokens == pytest.approx(wanted, rel=0.01)
+    elif CASES[reducer].count != "all":  # fewer where the picture decides
+        assert image.avg_tokens <= 1.01 * wanted
+
+
+# -------------------------------------------------------------------------------------------------- official, two readings
+@pytest.mark.parametrize("name", ["fastv", "divprune"])
+def test_official_gives_every_image_the_first_ones_choice(name: str) -> None:
+    for official in (False, True):
+        part = vtc.create(name, keep=5, official=official)
+        asked = question(part, Layout.flat(20), 3, 0.25, torch.float32, "spread", 1)
+        together = asked.ask()
+        rows = [kept_of(together, b).tolist() for b in range(3)]
+        assert rows[0] == kept_of(asked.ask(slice(0, 1)), 0).tolist()
+        assert (rows[0] == rows[1] == rows[2]) == official
+
+
+def test_tokencorr_merges_the_rest_into_the_most_similar_by_key() -> None:
+    # one view, four patches; kept are 1 (outlier of `high`) and 0 (most attention in `low`): 2 is like 0, 3 like 1
+    part = vtc.create("tokencorr", keep=2, merge=True, adaptive=False, beta=0.5, factor=0.0)
+    taps = {
+        "all_keys": torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]]]),
+        "low_attn": torch.tensor([[0.4, 0.1, 0.3, 0.2]]),
+        "high_attn": torch.tensor([[0.1, 0.9, 0.1, 0.1]]),
+    }
+    features = torch.tensor([[[1.0], [10.0], [3.0], [20.0]]])
+    chosen = Question(part, features, Layout.grid(2, 2), 2, taps, (), torch.zeros(1, 1, 1)).ask()
+    assert chosen.index.tolist() == [[0, 1]]
+    assert chosen.owner.tolist() == [[0, 1, 0, 1]]
+    assert chosen.features.flatten().tolist() == [2.0, 15.0]

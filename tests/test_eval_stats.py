@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import numpy as np
 import pytest
 
 from vtc.errors import VtcError
-from vtc.eval.stats import Bootstrap, Interval, spread
+from vtc.eval.stats import Bootstrap, Interval, holm, sign_flip, spread, wilson
 
 
 def marks(text: str) -> list[bool]:
@@ -83,3 +86,47 @@ def test_bad_input():
 
 def test_spread_is_median_and_quintiles():
     assert spread([5.0, 1.0, 2.0, 3.0, 4.0, 100.0]) == Interval(3.5, 2.0, 5.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ many comparisons
+@pytest.mark.parametrize("differences", [[1, 1, 1, -1], [2, 1, -1, 3, 1], [1] * 8, [-3, -1, 2, 2, -1, -1], [0, 0, 5]])
+def test_sign_flip_counts_every_sign_pattern(differences):
+    d = np.array([x for x in differences if x])
+    sums = [abs((d * signs).sum()) for signs in itertools.product((1, -1), repeat=len(d))]
+    assert sign_flip(differences) == pytest.approx(np.mean([s >= abs(d.sum()) for s in sums]))
+
+
+def test_sign_flip_is_the_binomial_test_with_one_question_an_image():
+    """3 lost, 12 gained: McNemar's exact two-sided p."""
+    tail = sum(math.comb(15, k) for k in range(4)) / 2**15
+    assert sign_flip([1] * 12 + [-1] * 3 + [0] * 100) == pytest.approx(2 * tail)
+    assert sign_flip([0, 0]) == sign_flip([]) == 1.0
+
+
+def test_sign_flip_of_graded_scores_is_close_to_the_exact_one():
+    whole = np.array([1, 1, -1, 1, 2, 1, -1, 1, 1, 3, -2, 1] * 4)
+    assert sign_flip(whole / 7) == pytest.approx(sign_flip(whole), rel=0.25)
+
+
+def test_equal_runs_are_rarely_called_different():
+    rng = np.random.default_rng(3)
+    boot = Bootstrap([str(i // 2) for i in range(120)])
+    p = [boot.paired(rng.random(120) < 0.7, rng.random(120) < 0.7).p for _ in range(400)]
+    assert np.mean(np.array(p) < 0.05) < 0.085  # three standard errors above 5 %
+
+
+def test_holm_is_the_textbook_one():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_wilson_has_a_width_at_the_ends():
+    assert wilson(0.0, 10).high == pytest.approx(0.2775, abs=1e-3) and wilson(0.0, 10).low == pytest.approx(0)
+    assert wilson(0.5, 100).low == pytest.approx(0.4038, abs=1e-3)
+
+
+def test_many_images_take_little_memory():
+    boot = Bootstrap([str(i) for i in range(30_000)], resamples=400)
+    assert boot.weights.nbytes == 400 * 30_000
+    interval = boot.accuracy([i % 2 == 0 for i in range(30_000)])
+    assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / 30_000**0.5, rel=0.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -102,8 +103,8 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_cell_or_none(tmp_path):
         name = f"killed-{after}"
         assert run(name, after).returncode == 9
         store = Store(tmp_path / name)
-        with store.locked():  # the lock of a dead process is free, and its leftovers are swept up
-            assert not list(store.cells.glob(".new-*"))
+        store.sweep_up()  # the leftovers of a dead process
+        assert not list(store.cells.glob(".*"))
         found = store.get(CELL)
         seen.add("none" if found is None else "accuracy" if found.speed is None else "speed")
         if found is not None:
@@ -176,12 +177,102 @@ def test_other_versions_and_other_folders_are_refused(tmp_path):
         Store(tmp_path / "new" / "deep").read_sweep()
 
 
-def test_only_one_process_writes(tmp_path):
+def test_a_cell_is_claimed_by_one_runner_at_a_time(tmp_path):
     store = filled(tmp_path / "s")
-    with store.locked(), pytest.raises(StoreError, match="another sweep is writing"), Store(tmp_path / "s").locked():
-        pass
-    with store.locked():
-        pass
+    mine = store.claim(CELL)
+    assert mine is not None and Store(tmp_path / "s").claim(CELL) is None
+    other = Store(tmp_path / "s").claim("another")
+    assert other is not None
+    other.release()
+    mine.release()
+    again = Store(tmp_path / "s").claim(CELL)
+    assert again is not None
+    again.release()
+
+
+def test_what_a_live_runner_is_writing_is_not_swept_up(tmp_path):
+    store = filled(tmp_path / "s")
+    (store.cells / ".new-a").mkdir()
+    (store.cells / ".new-b").mkdir()
+    (store.cells / ".old-b").mkdir()
+    lock = store.claim("a")
+    store.sweep_up()
+    assert sorted(p.name for p in store.cells.glob(".*")) == [".new-a"]
+    lock.release()
+
+
+def test_code_versions_are_told_apart_by_the_address():
+    one = {"engine": "e", "task": {"n": 3}, "reducer": {"name": "fastv", "options": {"keep": 4}, "code": "c"}}
+    other_code = {**one, "reducer": {**one["reducer"], "code": "d"}}
+    other_engine = {**one, "engine": "f"}
+    other_task = {**one, "task": {"n": 4}}
+    ids = [cell_id(c) for c in (one, other_code, other_engine, other_task)]
+    assert len(set(ids)) == 4
+    assert ids[0].partition("-")[0] == ids[1].partition("-")[0] == ids[2].partition("-")[0] != ids[3].partition("-")[0]
+    assert ids[0].partition("-")[2] == ids[3].partition("-")[2]
+
+
+def test_addresses_list_the_versions_of_a_cell(tmp_path):
+    store = Store(tmp_path / "s", create=True)
+    configs = [{"engine": e, "reducer": None, "seed": 0} for e in "ab"]
+    for config in configs:
+        store.put(cell_id(config), config, {}, {"accuracy": 1.0}, SAMPLES)
+    assert list(store.addresses().values()) == [sorted(cell_id(c) for c in configs)]
+
+
+@pytest.mark.parametrize("limit", range(1, 6))
+def test_a_full_disk_aborts_the_cell_and_leaves_the_store_whole(tmp_path, monkeypatch, limit):
+    store = filled(tmp_path / "s")
+    other = {**CONFIG, "seed": 1}
+    count = 0
+    real = os.fsync
+
+    def full(descriptor):
+        nonlocal count
+        count += 1
+        if count >= limit:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match="disk is full .*free some space and run the same command again"):
+            store.put(cell_id(other), other, {}, {"accuracy": 0.0}, SAMPLES)
+        with pytest.raises(StoreError, match="disk is full"):
+            store.put_speed(CELL, {"prefill": 1.0})
+        with pytest.raises(StoreError, match="disk is full"):
+            store.put(CELL, CONFIG, {}, {"accuracy": 0.0}, SAMPLES)  # anew: the old one stays
+    assert not [p for p in store.root.rglob(".*") if p.suffix != ".lock"]
+    assert store.get(cell_id(other)) is None and store.get(CELL).metrics == {"accuracy": 1.0} and store.get(CELL).speed is None
+    store.put(cell_id(other), other, {}, {"accuracy": 0.5}, SAMPLES)
+    store.put_speed(CELL, {"prefill": 2.0})
+    assert store.get(cell_id(other)).metrics == {"accuracy": 0.5} and store.get(CELL).speed == {"prefill": 2.0}
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
+    store = filled(tmp_path / "s")
+
+    def refused(*_args, **_kwargs):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "fsync", refused)
+    with pytest.raises(StoreError, match="cannot be written .Permission denied.: check the folder"):
+        store.put_speed(CELL, {"prefill": 2.0})
+
+
+def test_samples_are_checked_even_when_they_are_not_parsed(tmp_path):
+    store = filled(tmp_path / "s")
+    assert store.get(CELL, samples=False).samples == [] and store.get(CELL, samples=False).metrics == {"accuracy": 1.0}
+    (store.cells / CELL / "samples.jsonl").write_text("{")
+    with pytest.raises(StoreError, match="samples.jsonl was changed"):
+        store.get(CELL, samples=False)
+
+
+def test_answers_with_odd_line_breaks_come_back_whole(tmp_path):
+    store = Store(tmp_path / "s", create=True)
+    odd = [{"answer": "one\u2028two\x85three\r\nfour"}]
+    store.put(CELL, CONFIG, {}, {}, odd)
+    assert store.get(CELL).samples == odd
 
 
 def test_the_latest_store_is_found(tmp_path):

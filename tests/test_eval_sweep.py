@@ -17,10 +17,12 @@ from vtc.cli import main
 from vtc.core import Reducer
 from vtc.errors import ConfigError, StoreError
 from vtc.eval.config import parse_sweep
+from vtc.eval.executors import InProcess
 from vtc.eval.run import Sweep
 from vtc.eval.speed import measure, run_once
 from vtc.eval.store import Store
 from vtc.eval.tables import collect, render
+from vtc.eval.worker import Worker
 
 YAML = """\
 data: {scenes: {n: 12, types: [color, count]}, easy_vqa: {n: 4}}
@@ -46,9 +48,22 @@ def sweep():
 
 
 @pytest.fixture(scope="module")
-def finished(sweep, tmp_path_factory):
+def local():
+    """One worker for all sweeps of this module: the model is loaded once."""
+    return InProcess()
+
+
+@pytest.fixture(scope="module")
+def prepared(sweep, local):
+    """The worker with model and questions."""
+    local.worker.prepare(sweep.job(sweep.planned[0], "accuracy"))
+    return local.worker
+
+
+@pytest.fixture(scope="module")
+def finished(sweep, local, tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("sweep") / "store", create=True)
-    outcome = sweep.run(store, QUIET)
+    outcome = sweep.run(store, QUIET, executor=local)
     assert (outcome.done, outcome.skipped, outcome.failed) == (5, 0, 0)
     return store
 
@@ -78,8 +93,7 @@ def test_the_cells_hold_what_was_measured(finished):
 
 
 def test_finished_cells_are_skipped(sweep, finished, monkeypatch):
-    monkeypatch.setattr(Sweep, "_answer", None)
-    monkeypatch.setattr("vtc.eval.speed.measure", None)
+    monkeypatch.setattr(Worker, "run", None)
     outcome = sweep.run(finished, QUIET)
     assert (outcome.done, outcome.skipped, outcome.failed) == (0, 5, 0)
 
@@ -103,7 +117,7 @@ Sweep(parse_sweep(sys.argv[2]), "tiny.yaml").run(Store(sys.argv[1], create=True)
 """
 
 
-def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_the_same_table(sweep, finished, tmp_path, monkeypatch):
+def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_the_same_table(sweep, local, finished, tmp_path, monkeypatch):
     run = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "s"), YAML],
         capture_output=True,
@@ -117,9 +131,9 @@ def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_the_same_table(sweep,
     assert len(whole) == 2
     assert [r.label for r in collect(store).rows] == ["none", "random"] and len(collect(store).missing) == 3
     answered = []
-    original = Sweep._answer
-    monkeypatch.setattr(Sweep, "_answer", lambda self, cell, *rest: answered.append(cell.label) or original(self, cell, *rest))
-    assert sweep.run(store, QUIET).failed == 0
+    original = Worker.accuracy
+    monkeypatch.setattr(Worker, "accuracy", lambda self, job, *rest: answered.append(job.cell.label) or original(self, job, *rest))
+    assert sweep.run(store, QUIET, executor=local).failed == 0
     assert answered == ["uniform", "downsample", "fastv"]
     assert accuracy_table(store) == accuracy_table(finished)
 
@@ -131,30 +145,30 @@ def copy(store: Store, target) -> Store:
     return Store(target)
 
 
-def test_a_damaged_cell_is_moved_aside_and_redone(sweep, finished, tmp_path):
+def test_a_damaged_cell_is_moved_aside_and_redone(sweep, local, finished, tmp_path):
     store = copy(finished, tmp_path / "s")
     broken = sweep.planned[2].id
     (store.cells / broken / "samples.jsonl").write_text("{")
     with pytest.raises(StoreError, match="damaged"):
         collect(store)
-    outcome = sweep.run(store, QUIET)
+    outcome = sweep.run(store, QUIET, executor=local)
     assert (outcome.done, outcome.skipped, outcome.failed) == (1, 4, 0)
     assert (store.root / "quarantine" / f"{broken}-0" / "samples.jsonl").read_text() == "{"
     assert accuracy_table(store) == accuracy_table(finished)
 
 
-def test_other_speed_settings_repeat_the_speed_pass_only(sweep, finished, tmp_path, monkeypatch):
+def test_other_speed_settings_repeat_the_speed_pass_only(sweep, local, finished, tmp_path, monkeypatch):
     store = copy(finished, tmp_path / "s")
     other = Sweep.__new__(Sweep)
     other.__dict__.update(sweep.__dict__)
     other.config = sweep.config.model_copy(update={"speed": sweep.config.speed.model_copy(update={"decode_steps": 1})})
-    monkeypatch.setattr(Sweep, "_answer", None)
+    monkeypatch.setattr(Worker, "accuracy", None)
     assert {other.state(store, p) for p in other.planned} == {"speed missing"}
-    assert other.run(store, QUIET).done == 5
+    assert other.run(store, QUIET, executor=local).done == 5
     assert {other.state(store, p) for p in other.planned} == {"done"}
 
 
-def test_a_failing_cell_is_recorded_and_the_rest_goes_on(sweep, finished, tmp_path, monkeypatch):
+def test_a_failing_cell_is_recorded_and_the_rest_goes_on(sweep, local, finished, tmp_path, monkeypatch):
     from vtc.reducers.uniform import Uniform
 
     def broken(self, signals):
@@ -163,46 +177,44 @@ def test_a_failing_cell_is_recorded_and_the_rest_goes_on(sweep, finished, tmp_pa
     store = Store(tmp_path / "s", create=True)
     with monkeypatch.context() as patched:
         patched.setattr(Uniform, "select", broken)
-        outcome = sweep.run(store, QUIET)
+        outcome = sweep.run(store, QUIET, executor=local)
     assert (outcome.done, outcome.failed) == (4, 1) and outcome.errors == ("uniform 49: RuntimeError: no such luck",)
     row = collect(store).rows[2]
     assert row.accuracy is None and row.error == "RuntimeError: no such luck"
-    assert not hasattr(sweep.model, "_vtc_handle")
-    again = sweep.run(store, QUIET)  # tried again, and well this time
+    assert not hasattr(local.worker.model, "_vtc_handle")
+    again = sweep.run(store, QUIET, executor=local)  # tried again, and well this time
     assert (again.done, again.skipped, again.failed) == (1, 4, 0)
     assert accuracy_table(store) == accuracy_table(finished)
 
 
 def test_what_the_model_refuses_is_refused_before_anything_is_written(tmp_path):
     text = YAML.replace("[49]", "[49, 500]")
-    with pytest.raises(ConfigError, match=r"^tiny.yaml: budgets\[1\]: keep=500 is above the 196 visual tokens"):
+    with pytest.raises(ConfigError, match=r"^tiny.yaml line 2: budgets\[1\]: keep=500 is above the 196 visual tokens"):
         Sweep(parse_sweep(text, source="tiny.yaml"), "tiny.yaml")
     text = YAML.replace("[fastv]", "[{name: fastv, options: {layer: 9}}]")
-    with pytest.raises(ConfigError, match=r"^tiny.yaml: reducers\[0\]: .*layer 9 is out of range"):
+    with pytest.raises(ConfigError, match=r"^tiny.yaml line 3: reducers\[0\]: .*layer 9 is out of range"):
         Sweep(parse_sweep(text, source="tiny.yaml"), "tiny.yaml")
     with pytest.raises(ConfigError, match="data.scenes.*shade"):
         Sweep(parse_sweep(YAML.replace("[color, count]", "[shade]")), "tiny.yaml")
-    with pytest.raises(ConfigError, match="no embedded model is named 'llava-7b'"):
-        Sweep(parse_sweep(YAML + "model: llava-7b\n"), "tiny.yaml")
 
 
 # -------------------------------------------------------------------------------------------------------------- speed
-def test_the_parts_of_a_run_add_up(sweep):
-    run = run_once(sweep.model, sweep.fixed, vtc.create("fastv", keep=49), 2)
+def test_the_parts_of_a_run_add_up(prepared):
+    run = run_once(prepared.model, prepared.fixed, vtc.create("fastv", keep=49), 2)
     t = run.times
     assert 0 < t["vision_ms"] and 0 < t["prefill_ms"] and t["vision_ms"] + t["prefill_ms"] <= t["ttft_ms"]
     assert 0 < run.reducer_ms < t["ttft_ms"] and 0 < t["decode_ms"] and run.peak_bytes is None
-    assert not hasattr(sweep.model, "_vtc_handle")
+    assert not hasattr(prepared.model, "_vtc_handle")
 
 
-def test_a_slow_reducer_shows_in_reduction_prefill_and_speed_up(sweep, monkeypatch):
+def test_a_slow_reducer_shows_in_reduction_prefill_and_speed_up(prepared, monkeypatch):
     import time
 
     from vtc.reducers.uniform import Uniform
 
     original = Uniform.select
     monkeypatch.setattr(Uniform, "select", lambda self, signals: time.sleep(0.25) or original(self, signals))
-    found = measure(sweep.model, sweep.fixed, vtc.create("uniform", keep=49), repeats=3, warmup=1, decode_steps=1)
+    found = measure(prepared.model, prepared.fixed, vtc.create("uniform", keep=49), repeats=3, warmup=1, decode_steps=1)
     assert found["reduced"]["reducer_ms"]["value"] >= 250 and found["unreduced"]["reducer_ms"]["value"] == 0
     assert found["reduced"]["prefill_ms"]["value"] >= 250 and found["speedup"]["prefill"]["value"] < 1
     for timing in (*found["speedup"].values(), found["reduced"]["prefill_ms"]):
@@ -214,6 +226,7 @@ def test_a_cell_changes_its_address_with_its_code_and_options(sweep):
 
     ids = {p.cell.label: p.id for p in sweep.planned}
     assert len(set(ids.values())) == 5
+    assert len({i.partition("-")[0] for i in ids.values()}) == 5
     assert env.reducer_version(vtc.create("random", keep=4)) == env.reducer_version(vtc.create("random", keep=5))
     assert env.reducer_version(vtc.create("random", keep=4)) != env.reducer_version(vtc.create("uniform", keep=4))
     fastv = next(p for p in sweep.planned if p.cell.label == "fastv")
@@ -242,7 +255,7 @@ def test_sweep_command(finished, tmp_path, capsys, monkeypatch):
     store = copy(finished, tmp_path / "s")
     code, out, err = run_cli(capsys, "sweep", str(file), "--out", str(store.root))
     assert code == 0 and "downsample" in out and "Report: " in out and "5 finished before" in err
-    assert (store.root / "report.html").read_text().count("<svg") == 1
+    assert "<svg" in (store.root / "report.html").read_text()
     code, out, err = run_cli(capsys, "sweep", str(file), "--out", str(store.root), "--json")
     data = json.loads(out)
     assert code == 0 and data["skipped"] == 5 and [r["reducer"] for r in data["rows"]][0] == "none"

@@ -30,7 +30,7 @@ from vtc.signals import keys
 
 DONE = ("llava", "llava_next", "llava_siglip")
 """They run all of test_oracle, test_generate and test_contract."""
-NEW = [name for name in CASES if name not in DONE]
+NEW = [name for name in CASES if name not in (*DONE, "unknown")]
 PICTURES = [name for name in NEW if not CASES[name].video]
 NEWER = compat.transformers_version() >= (5, 0, 0)
 
@@ -55,8 +55,8 @@ def kinds(name: str) -> list[str]:
     """What a family is run with."""
     facts = facts_of(name)
     wanted = ["boundary-merge", "boundary+decoder", "encoder-ragged", "vision-merge", "image"]
-    if CASES[name].video or not CASES[name].exact:
-        wanted = wanted[:2]  # these calls refuse the stages of the tower
+    if CASES[name].video or not CASES[name].exact or facts.merge > 1:
+        wanted = wanted[:2]  # these calls refuse the stages of the tower; test_packed has those of packed towers
     if facts.merge > 1:  # inside a tower that merges squares: test_packed
         wanted = [k for k in wanted if k != "encoder-ragged"]
     return [k for k in wanted if all(not facts.stages[p.stage] for p in KINDS[k])]
@@ -200,11 +200,15 @@ def test_every_reducer_runs_or_is_refused(name):
                 vtc.patch(model, reducer, keep=0.5)
             continue
         with vtc.patch(model, reducer, keep=0.5) as handle, torch.no_grad():
-            if handle.tower.part is not None and (CASES[name].video or not CASES[name].exact):
+            if handle.tower.part is not None and described(name, model, inputs).refuses:
                 with pytest.raises(vtc.UnsupportedFeatureError, match="boundary or decoder"):
                     model(**inputs)
                 continue
-            logits = model(**inputs).logits
+            try:
+                logits = model(**inputs).logits
+            except vtc.UnsupportedFeatureError as error:  # towers of 4.57 hand on what no hook can shorten
+                assert not NEWER and "upgrade transformers" in str(error), reducer
+                continue
             images = handle.stats.last.images
         assert logits[inputs["attention_mask"].bool()].isfinite().all(), reducer
         assert [image.slots for image in images] == slots, reducer
@@ -246,7 +250,8 @@ def test_rows_with_several_images_and_none(name):
             assert (whole - prompt)[keep].abs().max() < tolerance(name)
 
 
-@families
+# 4.57 cannot expand the clips of Qwen3-VL for beams, patched or not
+@pytest.mark.parametrize("name", [name for name in NEW if NEWER or name != "qwen3_vl:clips"])
 def test_beams_and_sampling(name):
     # before 5.0 generate mixes up the images of rows with several, patched or not
     images = (1, 2) if NEWER else (1,)
@@ -338,7 +343,8 @@ def test_accelerate_dispatch(name):
     inputs = make_inputs(name, model, 2)
     with vtc.patch(model, PARTS), torch.no_grad():
         want = model(**inputs).logits
-    if name == "idefics3":  # it asks weights for their values, which offloading hides, patched or not
+    # idefics3, and in 4.57 others, ask weights for their values or devices, which offloading hides, patched or not
+    if name == "idefics3" or not NEWER:
         dispatch_model(model, {"model": "cpu", "lm_head": "cpu"}, force_hooks=True)
     else:
         cpu_offload(model, execution_device="cpu")
@@ -429,14 +435,50 @@ def test_deepstack_layers_are_not_shortened():
         vtc.patch(model_of("qwen3_vl"), "fastv", keep=4, layer=1)
 
 
+# ------------------------------------------------------------------------------------------------------- unknown families
+@pytest.mark.filterwarnings("ignore:models of type")
+@pytest.mark.parametrize("kind", ["boundary-merge", "boundary+decoder"])
+def test_a_model_without_adapter_equals_the_reference(kind):
+    equal_to_reference("unknown", 2, kind, "compact", "sdpa")
+
+
+def test_a_model_without_adapter_says_what_is_assumed():
+    model = build("unknown")
+    with pytest.warns(UserWarning, match="'deepseek_vl' have no adapter.*vtc assumes .*one entry per image.*square grid"):
+        handle = vtc.patch(model, "uniform", keep=4)
+    handle.remove()
+    with pytest.warns(UserWarning, match="no adapter"), pytest.raises(vtc.UnsupportedSignalError, match="not known to vtc"):
+        vtc.patch(model, "fastervlm", keep=4)
+    with pytest.warns(UserWarning, match="no adapter"), pytest.raises(vtc.UnsupportedFeatureError, match="not known to vtc"):
+        vtc.patch(model, "visionzip", keep=4)
+
+
+def test_a_model_whose_structure_does_not_fit_is_refused():
+    def refused(words: str) -> None:
+        with pytest.raises(vtc.UnsupportedModelError, match=f"'deepseek_vl' are not supported.*{words}"):
+            vtc.patch(model, "uniform", keep=4)
+
+    model = build("unknown")
+    object.__setattr__(model.model, "get_image_features", None)
+    refused("get_image_features")
+    model = build("unknown")
+    del model.model.language_model.layers[1].self_attn
+    refused("self_attn in every decoder layer")
+    del model.model.language_model
+    refused("no language model")
+    model = build("unknown")
+    vars(model.config)["image_token_id"] = None
+    refused("id of the image token")
+
+
 # --------------------------------------------------------------------------------------------------------------- one entry
 def test_a_family_is_one_file_and_one_entry():
     """Nothing but its adapter and the test table names a family."""
     root = Path(vtc.__file__).parent
-    assert set(adapters()) == {c.family for c in CASES.values()} - {"unknown"} and len(adapters()) >= 14
+    assert set(adapters()) == {c.family for name, c in CASES.items() if name != "unknown"} and len(adapters()) >= 14
     for kind in set(adapters()) - {"llava", "llava_next"}:
-        files = [*root.rglob("*.py"), *Path(__file__).parent.glob("*.py")]
-        naming = {f.name for f in files if f'"{kind}"' in f.read_text()} - {Path(__file__).name}
+        shared_files = [f for f in Path(__file__).parent.glob("*.py") if not f.name.startswith("test_")]
+        naming = {f.name for f in [*root.rglob("*.py"), *shared_files] if f'"{kind}"' in f.read_text()}
         ours = {f.name for f in (root / "families").glob("*.py")}
         assert naming - ours == {"family_cases.py"} and len(naming & ours) == 1, (kind, naming)
     for file in (root / "families").glob("*.py"):

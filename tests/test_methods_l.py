@@ -17,7 +17,7 @@ import vtc
 from vtc.compat import static_cache_tracks_length
 from vtc.core import Need, Reducer, Schedule, Scorer, Selection, Signals, Stage
 from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedFeatureError
-from vtc.kernels import attention_walk
+from vtc.kernels import attention_walk, transition_score
 from vtc.reducers import aim, corematching, sparsevlm, transprune
 from vtc.signals import AttentionTap, StateTap, next_last_attn, next_question_attn, places, question_of
 
@@ -153,12 +153,12 @@ def test_transition_by_hand():
     after = torch.tensor([[[2.0, 0.0], [0.0, 1.0], [-3.0, -4.0]]])
     total = 1 + math.e + math.e**2
     expected = torch.tensor([[2 / total, math.e / total, math.e**2 / total]])
-    torch.testing.assert_close(transprune.transition(before, after), expected)
-    padded = transprune.transition(torch.cat([before, before], 1), torch.cat([after, after], 1), torch.arange(6)[None] < 3)
+    torch.testing.assert_close(transition_score(before, after), expected)
+    padded = transition_score(torch.cat([before, before], 1), torch.cat([after, after], 1), torch.arange(6)[None] < 3)
     torch.testing.assert_close(padded[:, :3], expected)
-    both = transprune.transition(before.repeat(2, 1, 1), after.repeat(2, 1, 1), shared=True)
+    both = transition_score(before.repeat(2, 1, 1), after.repeat(2, 1, 1), shared=True)
     torch.testing.assert_close(both, expected.repeat(2, 1) / 2)
-    assert torch.isfinite(transprune.transition(torch.zeros(1, 3, 2), after)).all()
+    assert torch.isfinite(transition_score(torch.zeros(1, 3, 2), after)).all()
 
 
 def test_transprune_score_by_hand():

@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_module_and_data_file(wheel):
     assert wanted == {f for f in files if f.endswith(".py")}, "every module, and no other"
     assert {"vtc/__init__.py", "vtc/__main__.py", "vtc/kernels/__init__.py", "vtc/eval/__init__.py"} <= wanted
     assert "vtc/py.typed" in files
-    for folder in ("vtc/assets", "eval/templates"):
+    for folder in ("vtc/assets", "eval/templates", "eval/tasks"):
         data = [p for p in sources() if p.as_posix().startswith(f"{folder}/")]
         assert data and {shipped_as(p) for p in data} <= files, folder
     tops = {f.split("/")[0] for f in files}

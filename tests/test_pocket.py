@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 import subprocess
 import sys
 import time
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +102,7 @@ def test_files_match_manifest_and_writer(name):
 
 def test_shipped_weights_are_the_recipes_last_stages():
     """The settings in the manifests are those of the recipe in this repository."""
-    recipe = train.RECIPES["grow"]
+    recipe = train.RECIPES["refine"]
     for name, stage in (("pocket", recipe.stages[-2]), ("pocket-next", recipe.stages[-1])):
         made = json.loads((pocket_path(name) / "MANIFEST.json").read_text())["model.safetensors"]
         assert made["settings"] == json.loads(train._fingerprint(recipe, stage, 0))
@@ -271,6 +273,45 @@ def test_answers_follow_from_the_objects():
     assert set(checked) == set(QUESTION_TYPES)
 
 
+def test_focused_training_scenes_ask_what_they_are_for():
+    for focus, types in (("places", {"spatial"}), ("reading", {"digit", "lookup", "word"})):
+        asked = [scenes.render_scene(i, "train", focus=focus) for i in range(12)]
+        assert {kind for scene in asked for kind, _, _ in scene.questions} == types
+        assert all(len({prompt for _, prompt, _ in scene.questions}) == len(scene.questions) for scene in asked)
+    digits = sum(o.digit is not None for scene in asked for o in scene.objects)
+    assert digits > 3 * len(asked)
+
+
+def test_backgrounds_hold_photographs_of_the_split_s_own_columns():
+    assert scenes._PHOTO_COLUMNS["train"][1] <= scenes._PHOTO_COLUMNS["val"][0]
+    assert scenes._PHOTO_COLUMNS["val"][1] <= scenes._PHOTO_COLUMNS["test"][0]
+    photos = [np.asarray(photo, np.float32) for photo in scenes._photographs()]
+    assert [photo.shape for photo in photos] == [(427, 640, 3)] * 2
+    for split, (first, end) in scenes._PHOTO_COLUMNS.items():
+        painter = scenes._Painter(random.Random(0), random.Random(1), split)
+        for _ in range(3):
+            window = painter._cut_photograph()
+            places = [
+                (top, left)
+                for photo in photos
+                for top, left in zip(*np.nonzero((photo[:-111, :-111] == window[0, 0]).all(-1)), strict=True)
+                if np.array_equal(photo[top : top + 112, left : left + 112], window)
+            ]
+            assert places and all(first <= left <= end - 112 for _, left in places)
+
+
+def test_photographs_leave_objects_and_questions_alone(monkeypatch):
+    def shown():
+        return [scenes.render_scene(i, "test") for i in range(60)]
+
+    mixed = shown()
+    monkeypatch.setattr(scenes, "_PHOTO_SHARE", 0.0)
+    plain = shown()
+    assert [(s.objects, s.questions) for s in mixed] == [(s.objects, s.questions) for s in plain]
+    differ = [a.image.tobytes() != b.image.tobytes() for a, b in zip(mixed, plain, strict=True)]
+    assert 6 <= sum(differ) <= 26  # a quarter
+
+
 def test_answers_are_balanced():
     """No answer of a type is so frequent that giving it always would pay."""
     limits = {"count": 0.30, "count_sub": 0.45, "presence": 0.60, "spatial": 0.58, "compare": 0.58, "shape": 0.34}
@@ -343,10 +384,10 @@ def test_accuracy_is_above_the_floor(measured):
     assert [a.id for a in answers] == [q.id for q in questions]
     accuracy = accuracy_by_type(answers)
     easy = [a.correct for a in answers if a.type.startswith("easy")]
-    assert sum(easy) / len(easy) >= 0.92
+    assert sum(easy) / len(easy) >= 0.95
     # 27 questions per type; the model card has the figures of several hundred.
     floors = {"color_big": 0.95, "shape_big": 0.95, "color": 0.80, "shape": 0.85, "presence": 0.85, "count": 0.70}
-    floors |= {"count_sub": 0.85, "compare": 0.65, "digit": 0.55, "lookup": 0.50, "word": 0.60}
+    floors |= {"count_sub": 0.85, "compare": 0.65, "digit": 0.75, "lookup": 0.80, "word": 0.75, "spatial": 0.85}
     assert {kind: accuracy[kind] for kind, floor in floors.items() if accuracy[kind] < floor} == {}
 
 
@@ -436,14 +477,29 @@ def test_scaled_down_wide_scenes_equal_what_the_processor_does(pocket):
     assert {k: v for k, v in marks.items()} == {k: [a.correct for a in alone if a.type == k] for k in marks}
 
 
-def test_measure_command(tmp_path, capsys):
+def test_chance_is_what_the_wording_gives_away(monkeypatch):
+    asked = {
+        "train": [("a", "p", "yes")] * 30 + [("a", "q", "no")] * 50 + [("a", "rare", "yes")],
+        "test": [("a", "p", "yes"), ("a", "q", "yes"), ("a", "rare", "no"), ("a", "new", "no")],
+    }
+    monkeypatch.setattr(measure, "_texts", lambda split, *_: iter(asked[split]))
+    assert measure.chance_levels("test") == {"a": 0.75}
+
+
+def test_measure_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(measure, "chance_levels", partial(measure.chance_levels, learnt_from=60))
     arguments = ["--scenes", "6", "--wide", "3", "--easy", "4", "--questions", "12", "--keep", "0.25"]
+    arguments += ["--fastv-layers", "1", "4"]
     measure.main([*arguments, "--reducers", "uniform", "--out", str(tmp_path / "m.json")])
     result = json.loads((tmp_path / "m.json").read_text())
     assert set(result["full"]) == set(result["blank"]) == set(result["wrong"])
     assert {"easy", "detail", "digit", "wide_count"} <= set(result["full"])
-    assert result["curves"]["uniform"]["0.25"]["count"]["n"] == 1
-    assert "chance" in capsys.readouterr().out
+    assert set(result["curves"]) == {"none", "uniform", "fastv before layer 1", "fastv before layer 4"}
+    assert all(rows["0.25"]["count"]["n"] == 1 for name, rows in result["curves"].items() if name != "none")
+    assert set(result["full"]) - {"easy", "detail"} <= set(result["chance"])
+    out = capsys.readouterr().out
+    assert f"| count | {100 * result['full']['count']['accuracy']:.1f} | " in out
+    assert "| fastv before layer 4 | 25 % | " in out
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -458,7 +514,7 @@ def test_packed_decoding_equals_single_prompts(pocket):
         features, pooled = model.encode_images(loaded, batch.images.permute(0, 3, 1, 2) / 127.5 - 1)
         visual = loaded.model.multi_modal_projector(features)
         text = (batch.tokens, batch.segments, batch.positions)
-        packed, middle = model.decode_packed(loaded, visual, batches.prefix_tokens(), *text)
+        packed, states = model.decode_packed(loaded, visual, batches.prefix_tokens(), *text)
         places = (batch.answer_targets[0] != batches.IGNORE).nonzero()[::2, 0]
         logits = loaded.lm_head(packed[0, places])
         asked = [
@@ -469,7 +525,7 @@ def test_packed_decoding_equals_single_prompts(pocket):
             inputs = encode_questions(processor, [question])[0].inputs
             torch.testing.assert_close(loaded(**inputs).logits[0, -1], logits[number], rtol=1e-3, atol=1e-3)
     assert pooled.shape == (1, 128) and len(places) >= 8
-    assert middle.shape == packed.shape
+    assert len(states) == 7 and all(state.shape == packed.shape for state in states)
 
 
 def test_targets_describe_the_scene():
@@ -480,6 +536,43 @@ def test_targets_describe_the_scene():
     assert {(c - 1, s - 1) for c, s in targets[:, :2] if c > 0} <= shown
     assert contents.sum() == len(shown) + len({(o.digit, o.word) for o in scene.objects if o.shape is None})
     assert targets[:, 5].sum() <= sum(o.center is not None for o in scene.objects)
+
+
+def test_relation_targets_say_where_the_first_object_lies():
+    seen = Counter()
+    for index in range(30):
+        scene = scenes.render_scene(index, "train", focus="places")
+        packed, types = batches.pack_questions(scene.questions, scene)
+        places = np.nonzero(packed[-1] != batches.IGNORE)[0]
+        assert len(places) == len(types)
+        for place, (_, prompt, answer), mentions in zip(places, scene.questions, scene.mentions, strict=False):
+            assert packed[4, place] != batches.IGNORE and packed[1, place] == list(places).index(place)
+            (x, y), (u, v) = (scene.objects[numbers[0]].center for _, numbers in mentions)
+            truths = {"right of": x > u, "left of": x < u, "below": y > v, "above": y < v}
+            assert packed[-1, place] == (answer == "yes") == next(t for r, t in truths.items() if r in prompt)
+            assert packed[-3, place] == ("above" in prompt or "below" in prompt)
+            assert packed[-2, place] == ("right of" in prompt or "below" in prompt)
+            for target, distance in zip(packed[-5:-3, place], (x - u, y - v), strict=True):
+                assert target == (batches.IGNORE if abs(distance) < 7 else int(distance > 0))
+                seen[int(target)] += 1
+    assert min(seen.values()) > 10 and len(seen) == 3
+
+
+def test_read_outs_learn_first():
+    recipe = train.RECIPES["smoke"]
+    stage = replace(recipe.stages[1], vision_rates=((0, 1.0),), warm_heads=2, relation_weight=1.0, position_weight=0.3)
+    trainer = train.Trainer(recipe, stage, seed=0, weights=None)
+    batch = batches.training_batch("G", 0, 4, 1, seed=0)
+    start = trainer.weights()
+    losses = [trainer.train_step(batch) for _ in range(2)]
+    assert set(losses[0]) == {"patch", "content", "answer", "mention", "relation", "position"}
+    warmed = trainer.weights()
+    assert all(torch.equal(value, start["model"][name]) for name, value in warmed["model"].items())
+    for part in ("heads", "mentions", "relations", "positions"):
+        assert all(not torch.equal(value, start[part][name]) for name, value in warmed[part].items()), part
+    trainer.train_step(batch)
+    after = trainer.weights()["model"]
+    assert any(not torch.equal(value, start["model"][name]) for name, value in after.items() if "vision_tower" in name)
 
 
 def _weights(folder: Path) -> bytes:
@@ -572,6 +665,23 @@ def test_grown_model_answers_as_the_small_one_did():
         model.grow({}, config)
     with pytest.raises(PocketError, match="grows to 6"):
         model.grow(state, replace(config, text_layers=4))
+
+
+def test_a_recipe_may_go_on_from_an_exported_checkpoint(tmp_path):
+    recipe = train.RECIPES["smoke"]
+    model.write_folder(model.build_model(recipe.model, seed=7).state_dict(), tmp_path, recipe.model)
+    path = tmp_path / "model.safetensors"
+    pinned = replace(recipe, start_sha256=hashlib.sha256(path.read_bytes()).hexdigest())
+    weights = train._grown_weights(pinned, path, seed=0)["model"]
+    expected = model.build_model(recipe.model, seed=7).state_dict()
+    assert set(weights) == set(expected)
+    assert all(torch.equal(value, expected[name].half().float()) for name, value in weights.items())
+
+
+def test_the_start_files_are_the_pinned_ones():
+    folder = Path(__file__).parents[1] / "results"
+    for name, file in (("grow", "pocket-first.safetensors"), ("refine", "pocket-grown.safetensors")):
+        assert hashlib.sha256((folder / file).read_bytes()).hexdigest() == train.RECIPES[name].start_sha256
 
 
 def test_growing_needs_the_pinned_checkpoint(tmp_path):

@@ -200,6 +200,7 @@ def _print_report(report: Any) -> None:
     tower, decoder = data["tower"], data["decoder"]
     rows, cols = tower["grid"]
     tokens = f"{data['visual_tokens']}" if data["visual_tokens"] else "depends on the image"
+    tokens += "" if data["unit"] == "image" else f" per {data['unit']} (pictures come in several; keep counts per {data['unit']})"
     if data["image_size"]:
         tokens += " for an image of {}x{}".format(*data["image_size"])
     if data["anyres"]:
@@ -211,9 +212,11 @@ def _print_report(report: Any) -> None:
     grid.add_row(
         "vision tower",
         f"{tower['type']}, {tower['layers']} layers, features of layer {tower['feature_layer']}, "
-        f"{rows}x{cols} patches a view, {cls} class token",
+        + (f"{rows}x{cols} tokens a view, " if data["anyres"] or data["max_visual_tokens"] else "pictures of any size, ")
+        + f"{cls} class token",
     )
     grid.add_row("visual tokens", tokens)
+    grid.add_row("video", "yes" if data["video"] else "no")
     grid.add_row("signals", ", ".join(data["signals"]))
     served = [s for s, reason in data["stages"].items() if not reason]
     grid.add_row("stages", ", ".join(served))

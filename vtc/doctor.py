@@ -42,6 +42,7 @@ def diagnose() -> list[Finding]:
         _versions,
         _optional,
         _devices,
+        _kernels,
         _kernels_package,
         _registries,
         _commands,
@@ -101,7 +102,7 @@ def _optional() -> Iterator[Finding]:
 
 
 def _devices() -> Iterator[Finding]:
-    """Where models can run, and what serves attention and the kernels there."""
+    """Where models can run, and what serves attention there."""
     import torch
 
     threads = torch.get_num_threads()
@@ -110,9 +111,30 @@ def _devices() -> Iterator[Finding]:
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "devices", f"CPU, {threads} threads; {', '.join(names)} (CUDA {torch.version.cuda})")
-    backends = ["torch"] + (["triton"] if torch.cuda.is_available() and importlib.util.find_spec("triton") else [])
     attention = ["eager", "sdpa"] + (["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])
-    yield Finding("ok", "backends", f"kernels: {', '.join(backends)}; attention: {', '.join(attention)}")
+    yield Finding("ok", "attention", ", ".join(attention))
+
+
+def _kernels() -> Iterator[Finding]:
+    """Which implementation of vtc's own arithmetic serves here, and what a GPU did not get from Triton so far in this process."""
+    import torch
+
+    from vtc import kernels
+
+    chosen = kernels.backend()
+    if not torch.cuda.is_available():
+        state, text = "ok", f"torch (no GPU; {len(kernels.ACCELERATED)} ops have a Triton version)"
+        if chosen == "triton":
+            state, text = "problem", "VTC_KERNELS=triton, and there is no GPU: unset it"
+    elif chosen == "torch":
+        state, text = "note", "torch, since VTC_KERNELS=torch: unset it for Triton on the GPU"
+    elif kernels.unavailable():
+        state, text = "problem" if chosen == "triton" else "note", f"torch on the GPU, too: {kernels.unavailable()}"
+    else:
+        state, text = "ok", f"Triton for {len(kernels.ACCELERATED)} ops on the GPU, torch for the others (VTC_KERNELS={chosen})"
+    yield Finding(state, "kernels in use", text)  # type: ignore[arg-type]
+    for (op, why), times in kernels.fallbacks().items():
+        yield Finding("note", "kernels in use", f"'{op}' ran in torch on the GPU {times} times: {why}")
 
 
 def _kernels_package() -> Iterator[Finding]:

@@ -6,6 +6,8 @@ Nothing here downloads: a model is a folder, ``"pocket"``, or a hub id that is a
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from vtc.families.base import Family
 
 POCKET = "pocket"
+SIDE = 448
+"""Pixels of the picture tokens are counted for where none is named."""
 
 NOMINAL = Facts(
     family="llava",
@@ -257,6 +261,8 @@ class Report:
             "stages": {stage.value: reason for stage, reason in facts.stages.items()},
             "image_size": list(self.image_size) if self.image_size else None,
             "visual_tokens": self.slots,
+            "unit": self.family.unit,
+            "video": self.family.describe_video is not None,
             "views": self.views,
             "max_visual_tokens": facts.max_tokens,
             "reducers": self.reducers,
@@ -271,7 +277,8 @@ def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
     model : str
         A folder, ``"pocket"``, or a hub id in the local cache.
     image_size : (int, int), optional
-        Width and height of the image to count visual tokens for; the tower's own input size if not given.
+        Width and height of the image to count visual tokens for; if not given and it matters, the tower's own input size (AnyRes),
+        or 448 x 448.
 
     Raises
     ------
@@ -284,26 +291,35 @@ def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
     skeletal = skeleton(config)
     family = family_of(skeletal)
     size = image_size
-    if size is None and family.facts.anyres:
-        size = (config.vision_config.image_size, config.vision_config.image_size)
-    slots, views = visual_tokens(family, config, size)
+    if size is None and family.facts.tokens is None:  # depends on the picture: count for a common one
+        side = config.vision_config.image_size if family.facts.anyres else SIDE
+        size = (side, side)
+    slots, views = visual_tokens(family, size or (SIDE, SIDE), processor_settings(model))
     reasons = {name: reason_against(name, family.facts) for name in _names()}
     return Report(model, config.model_type, type(skeletal).__name__, family, size, slots, views, reasons)
 
 
-def visual_tokens(family: Family, config: Any, size: tuple[int, int] | None) -> tuple[int | None, int | None]:
-    """Return visual tokens and views of an image of ``size`` (width, height), from the adapter's own description."""
-    import torch
+def visual_tokens(family: Family, size: tuple[int, int], processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """Return visual tokens and views of an image of ``size`` (width, height), from the adapter's own description.
 
-    side = config.vision_config.image_size
-    if family.facts.anyres:
-        pixels = torch.empty(1, family.facts.max_views, 3, side, side, device="meta")
-        call = family.describe({"pixel_values": pixels, "image_sizes": torch.tensor([[size[1], size[0]]])})
-    elif family.facts.tokens is not None:
-        call = family.describe({"pixel_values": torch.empty(1, 3, side, side, device="meta")})
-    else:
+    ``processor``: settings of the image processor where they are known; its usual ones otherwise.
+    """
+    if family.example is None:
         return None, None
+    width, height = size
+    call = family.describe(family.example(height, width, processor))
     return len(call.slots[0]), call.views[0]
+
+
+def processor_settings(model: str) -> dict[str, Any]:
+    """Return the content of a model's ``preprocessor_config.json``, empty if it has none here."""
+    from transformers.utils import cached_file
+
+    try:
+        path = cached_file(locate(model), "preprocessor_config.json", local_files_only=True)
+        return json.loads(Path(path).read_text())
+    except (OSError, TypeError, ValueError):  # not there, not in the cache, not JSON
+        return {}
 
 
 def _names() -> list[str]:

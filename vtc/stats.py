@@ -125,7 +125,7 @@ class CallStats:
 
 @dataclass(eq=False)
 class KeptTokens:
-    """Where the surviving tokens of one image sit, for pictures; kept for the most recent call with images only.
+    """Where the surviving tokens of one image sit; kept for the most recent call with images only.
 
     Attributes
     ----------
@@ -144,6 +144,11 @@ class KeptTokens:
     layout: Layout
     entries: Tensor
     merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def mask(self) -> Tensor:
+        """``(slots,)`` bool on the CPU: the slot holds a token in the last decoder layer."""
+        return torch.zeros(len(self.layout), dtype=torch.bool).index_fill(0, self.entries.cpu(), True)
 
     @property
     def owner(self) -> Tensor | None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from vtc import compat
@@ -81,6 +84,53 @@ class Handle(BaseHandle):
         super().check_idle()
         if self.text.running:
             raise PatchError("the model is running: patch and unpatch between calls, not during one")
+
+    # --------------------------------------------------------------------------------------------------------- export
+    def export(self, path: str | Path) -> Path:
+        """Write which visual tokens of the most recent call's images survived, for engines that serve the model without vtc.
+
+        ``<path>.safetensors`` holds for image ``i``, in the order of the prompt, ``image.<i>.keep`` (bool, one entry per
+        placeholder token: it is in the last decoder layer) and, where tokens were merged, ``image.<i>.owner`` (int64: the
+        placeholder whose token each one went into, -1 if dropped). ``<path>.json`` says which reducer and model it was, whether
+        positions are kept or renumbered, and for every image its grids, and its tokens in each decoder layer. An engine that takes
+        precomputed image embeddings applies a mask by handing over the embeddings it marks; that is all of a reducer's work if it
+        acts before the language model and merges nothing.
+
+        Parameters
+        ----------
+        path : str or Path
+            Where to; a suffix is replaced.
+
+        Returns
+        -------
+        Path
+            The safetensors file.
+
+        Raises
+        ------
+        VtcError
+            If no call with images has been made yet.
+        """
+        call = next((c for c in reversed(list(self.stats)) if c.images), None)
+        if call is None:
+            raise VtcError("there is nothing to export yet: run the patched model on an image first")
+        tensors, images = {}, []
+        for i, (image, kept) in enumerate(zip(call.images, self.stats.kept, strict=True)):
+            tensors[f"image.{i}.keep"] = kept.mask
+            if kept.owner is not None:
+                tensors[f"image.{i}.owner"] = kept.owner
+            images.append({"grids": kept.layout.grids, "merged": kept.owner is not None, **dataclasses.asdict(image)})
+        described = {
+            "reducer": repr(self.reducer),
+            "model": self.family.name,
+            "positions": sorted({part.position_policy for part in self.reducer.parts()}),
+            "images": images,
+        }
+        file = Path(path).with_suffix(".safetensors")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file)
+        file.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+        return file
 
     # --------------------------------------------------------------------------------------------------------- guards
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -203,18 +253,18 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
         if part.position_policy == "compact" and facts.mrope:
             raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")
         for need in part.needs:
-            count = facts.layers if need.source == "text" else facts.encoder_layers
-            if not -count <= need.layer < count:
-                raise UnknownArgumentError(
-                    f"'{part.name}' taps '{need.name}' of {need.source} layer {need.layer}, which is out of range: use "
-                    f"{-count}..{count - 1}"
-                )
             try:
                 check_signal(need, facts)
             except UnsupportedSignalError as error:
                 raise UnsupportedSignalError(
                     f"'{part.name}': {error}; these reducers work here: {', '.join(usable(facts))}"
                 ) from None
+            count = facts.layers if need.source == "text" else facts.encoder_layers
+            if not -count <= need.layer < count:
+                raise UnknownArgumentError(
+                    f"'{part.name}' taps '{need.name}' of {need.source} layer {need.layer}, which is out of range: use "
+                    f"{-count}..{count - 1}"
+                )
     shrinks = next((p for p in bound.parts() if p.stage is Stage.IMAGE), None)
     for part in bound.parts():
         if shrinks is not None and any(need.source == "vision" for need in part.needs):

@@ -91,6 +91,16 @@ class Family:
         Placeholder token ids of videos.
     describe_video : callable or None
         The same as ``describe`` for ``get_video_features``; ``None`` where there are no videos.
+    example : callable
+        ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
+        ``describe`` takes: for counting tokens without pictures.
+    unit : str
+        What ``get_image_features`` takes for one image, and budgets therefore count.
+    example : callable or None
+        ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
+        ``describe`` takes: for counting tokens without pictures.
+    unit : str
+        What ``get_image_features`` takes for one image, and budgets therefore count.
     between_layers : tuple of str
         Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
         ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
@@ -116,6 +126,8 @@ class Family:
     video_token_ids: tuple[int, ...] = ()
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None
     between_layers: tuple[str, str] | None = None
+    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None
+    unit: str = "image"
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
     notes: list[str] = field(default_factory=list)
@@ -209,6 +221,13 @@ def grid_of(vision_config: Any) -> tuple[int, int]:
     return high // down, wide // across
 
 
+def square(config: Any) -> Callable[[int, int, Mapping[str, Any]], dict[str, Any]]:
+    """Return :attr:`Family.example` of a model that resizes every picture to its tower's input size."""
+    size = config.vision_config.image_size
+    high, wide = size if isinstance(size, (list, tuple)) else (size, size)
+    return lambda *_: {"pixel_values": torch.empty(1, 3, high, wide, device="meta")}
+
+
 def placeholder(config: Any, what: str) -> tuple[int, ...]:
     """Return the token id of ``"image"`` or ``"video"`` placeholders as a tuple, empty where there is none."""
     ids = (getattr(config, f"{what}_token_{end}", None) for end in ("id", "index"))
@@ -225,6 +244,8 @@ def assemble(
     describe: Callable[[Mapping[str, Any]], VisionCall],
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None,
     between_layers: tuple[str, str] | None = None,
+    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None,
+    unit: str = "image",
     merger: nn.Module | None = None,
     **facts: Any,
 ) -> Family:
@@ -252,6 +273,8 @@ def assemble(
         video_token_ids=placeholder(config, "video"),
         describe_video=describe_video,
         between_layers=between_layers,
+        example=example,
+        unit=unit,
         merger=merger,
     )
 

@@ -22,6 +22,7 @@ from vtc.families.base import (
     pooled,
     refused,
     single_views,
+    square,
 )
 
 TYPES = ("gemma3",)
@@ -47,6 +48,8 @@ def build(model: nn.Module) -> Family:
         attention=attention,
         projector=None,
         describe=describe,
+        example=square(config),
+        unit="crop",
         feature_layer=len(layers) - 1,
         tokens=len(layout),
         max_tokens=len(layout),

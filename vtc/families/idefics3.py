@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vtc.core import Layout
@@ -34,7 +35,7 @@ def build(model: nn.Module) -> Family:
     layers, attention, has_cls = clip_tower(base.vision_model, model)
     factor = connector.scale_factor
     grid, cells = shuffled(grid_of(model.config.vision_config), factor, lambda t: connector.pixel_shuffle(t, factor))
-    layout = Layout.grid(*grid)
+    layout, side = Layout.grid(*grid), model.config.vision_config.image_size
 
     def describe(call: Mapping[str, Any]) -> VisionCall:
         tiles = call["pixel_values"].flatten(0, 1)
@@ -48,6 +49,8 @@ def build(model: nn.Module) -> Family:
         attention=attention,
         projector=connector.modality_projection,
         describe=describe,
+        example=lambda *_: {"pixel_values": torch.ones(1, 1, 3, side, side)},
+        unit="tile",
         feature_layer=len(layers) - 1,
         tokens=len(layout),
         max_tokens=len(layout),

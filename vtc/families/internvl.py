@@ -23,6 +23,7 @@ from vtc.families.base import (
     refused,
     shuffled,
     single_views,
+    square,
 )
 
 TYPES = ("internvl",)
@@ -51,6 +52,8 @@ def build(model: nn.Module) -> Family:
         attention=attention,
         projector=base.multi_modal_projector,
         describe=describe,
+        example=square(config),
+        unit="tile",
         feature_layer=used,
         tokens=len(layout),
         max_tokens=len(layout),

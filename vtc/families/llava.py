@@ -19,6 +19,7 @@ from vtc.families.base import (
     multimodal_parts,
     require,
     single_views,
+    square,
     tower_stages,
 )
 
@@ -56,6 +57,7 @@ def build(model: nn.Module, *, last: bool = False) -> Family:
         attention=attention,
         projector=base.multi_modal_projector,
         describe=describe,
+        example=square(config),
         feature_layer=used if used is not None else len(layers) - 1,
         tokens=n,
         max_tokens=n,

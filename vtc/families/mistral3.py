@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,6 +37,12 @@ def build(model: nn.Module) -> Family:
         pixels = [p[:, : int(h), : int(w)] for p, (h, w) in zip(call["pixel_values"], sizes, strict=True)]
         return VisionCall([1] * len(sizes), layouts, layouts, pixels, cells, pieces)
 
+    def example(height: int, width: int, processor: Mapping[str, Any]) -> dict[str, Any]:
+        side = (processor.get("size") or {}).get("longest_edge", config.vision_config.image_size)
+        ratio = max(height / side, width / side, 1)
+        size = [math.ceil(int(n / ratio) / step) * step for n in (height, width)]
+        return {"pixel_values": torch.empty(1, 3, *size, device="meta"), "image_sizes": torch.tensor([size])}
+
     most = config.vision_config.image_size // step
     used = feature_layer(config, len(layers))
     return assemble(
@@ -45,6 +52,7 @@ def build(model: nn.Module) -> Family:
         attention=[layer.attention for layer in layers],
         projector=None,
         describe=describe,
+        example=example,
         feature_layer=len(layers) - 1 if used is None else used,
         tokens=None,
         max_tokens=most * most,

@@ -46,7 +46,7 @@ def probe(model: nn.Module) -> Family:
         base, text = multimodal_parts(model)
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{unknown}, and {error}") from None
-    need(hasattr(base, "get_image_features"), "get_image_features")
+    need(callable(getattr(base, "get_image_features", None)), "get_image_features")
     need(placeholder(config, "image"), "the id of the image token (config.image_token_id)")
     taken = inspect.signature(text.forward).parameters
     need(any(p.kind is p.VAR_KEYWORD for p in taken.values()), "a text model that hands keyword arguments to its layers")

@@ -57,6 +57,17 @@ def build(model: nn.Module) -> Family:
         side = window or max(rows, cols)
         return (y // side * cols + x // side).flatten().argsort(stable=True).argsort()
 
+    def example(height: int, width: int, processor: Mapping[str, Any]) -> dict[str, Any]:
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+        size = processor.get("size") or {}
+        low = processor.get("min_pixels") or size.get("shortest_edge", 56 * 56)
+        high = processor.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
+        patch = tower.config.patch_size
+        sides = smart_resize(height, width, factor=patch * merge, min_pixels=low, max_pixels=high)
+        grid = torch.tensor([[1, *(n // patch for n in sides)]])
+        return {"pixel_values": torch.empty(int(grid.prod()), 1, device="meta"), "image_grid_thw": grid}
+
     deep = len(getattr(tower, "deepstack_visual_indexes", ()))
     plain = whole is None and not deep  # Qwen2-VL: patches can be dropped between the layers
     return assemble(
@@ -66,6 +77,7 @@ def build(model: nn.Module) -> Family:
         attention=[block.attn for block in tower.blocks],
         projector=None,
         describe=describer("pixel_values", "image_grid_thw", False),
+        example=example,
         describe_video=describer("pixel_values_videos", "video_grid_thw", True),
         between_layers=("visual_pos_masks", "deepstack_visual_embeds") if deep else None,
         feature_layer=len(tower.blocks) - 1,

@@ -11,33 +11,13 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Signals, Stage, check_bounds
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import transition_score
 from vtc.registry import register
 from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import StateTap, next_question_attn
 
 EPS = 1e-8
 """Added to the sums that the two scores are divided by."""
-
-
-def transition(before: Tensor, after: Tensor, valid: Tensor | None = None, *, shared: bool = False) -> Tensor:
-    """Return how much a module changes each token: ratio of lengths times the softmax of ``1 - cos`` over the sequence, ``(B, S)``.
-
-    Parameters
-    ----------
-    before, after : Tensor
-        ``(B, S, D)`` normalised input of an attention or MLP, and its output before the residual sum.
-    valid : Tensor or None
-        ``(B, S)`` False on padding, which has no part in the softmax.
-    shared : bool, default False
-        Let the softmax run over all sequences of the batch together, as the release does.
-    """
-    x, y = (t if t.dtype == torch.float64 else t.float() for t in (before, after))
-    turned = torch.exp(1 - torch.cosine_similarity(x, y, dim=-1))
-    if valid is not None:
-        turned = turned * valid
-    length = x.norm(dim=-1)
-    grown = torch.where(length > 0, y.norm(dim=-1) / torch.where(length > 0, length, 1.0), 0.0)
-    return grown * turned / (turned.sum() if shared else turned.sum(1, keepdim=True))
 
 
 def combine(moved: Tensor, looked: Tensor | None) -> Tensor:
@@ -56,7 +36,7 @@ def combine(moved: Tensor, looked: Tensor | None) -> Tensor:
 
 
 def _transition(tap: StateTap) -> Tensor:
-    return transition(tap.before, tap.hidden, tap.valid)
+    return transition_score(tap.before, tap.hidden, tap.valid)
 
 
 def transitions(layer: int) -> tuple[Need, Need]:
@@ -121,7 +101,7 @@ class TransPruneStage(Scorer):
     "transprune",
     paper="arXiv:2507.20630",
     code="https://github.com/liaolea/TransPrune @ c9e8284",
-    licence="none found",
+    licence="not stated",
     presets={
         "high": {"keep": 0.125, "ratios": (0.875, 0.625, 0.125)},
         "low": {"keep": 0.0625, "ratios": (0.625, 0.1875, 0.0625)},

@@ -1,0 +1,20 @@
+"""The commands ``vtc bench ...``: what vtc's own arithmetic costs, measured here and now."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(name="bench", help="Measure vtc's own arithmetic on this machine.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keep ``vtc bench`` a group, however many commands it has."""
+
+
+def register(parent: typer.Typer) -> None:
+    """Add ``vtc bench`` with its sub-commands to the ``vtc`` application; a new one is one more line here."""
+    from vtc.eval.bench.reducers import reducers
+
+    app.command("reducers")(reducers)
+    parent.add_typer(app)

@@ -1,0 +1,185 @@
+"""The questions of built-in tasks and of the user's own data: a folder of images and a CSV file."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from vtc.errors import ConfigError, UnknownArgumentError, did_you_mean
+from vtc.eval.config import BUILT_IN, TaskConfig
+from vtc.inspect import InputFileError, open_image
+from vtc.pocket import Question, detail_questions, easy_vqa_questions, scene_questions
+
+COLUMNS = ("image", "question", "answer")
+"""Columns a CSV file of questions must have; ``type`` and ``id`` may be there."""
+
+
+def check_task(task: TaskConfig) -> None:
+    """Refuse tasks that nobody knows and files that are not there; quick, no question is made.
+
+    Raises
+    ------
+    ConfigError
+        With close matches, or the package to install.
+    """
+    if task.kind == "files":
+        _rows(task)
+    if task.kind != "lmms":
+        return
+    from vtc.eval import lmms
+
+    known = lmms.known_tasks()
+    if task.lmms in known:
+        return
+    if importlib.util.find_spec("lmms_eval") is None:
+        raise ConfigError(
+            f"there is no task '{task.name}'{did_you_mean(task.lmms, [*BUILT_IN, *known])} (built in: {', '.join(BUILT_IN)}; "
+            "`vtc tasks` lists those of lmms-eval, further ones need: pip install 'vtc-reducers[eval]')"
+        )
+    try:
+        lmms.check_task(task.lmms, data=False)
+    except UnknownArgumentError as error:
+        near = did_you_mean(task.name, BUILT_IN)
+        raise ConfigError(f"{error}{near}" if near else str(error)) from None
+
+
+def question_count(task: TaskConfig) -> int | None:
+    """Return how many questions a task of lmms-eval has, as far as that is known without its data."""
+    from vtc.eval import lmms
+
+    benchmark = lmms.known_tasks().get(task.lmms)
+    if benchmark is None:
+        return task.n
+    return min(benchmark.n, task.n) if task.n else benchmark.n
+
+
+def clips(task: TaskConfig) -> bool:
+    """Whether a task shows videos."""
+    from vtc.eval import lmms
+
+    return task.kind == "lmms" and getattr(lmms.known_tasks().get(task.lmms), "kind", "") == "video"
+
+
+def check_data(task: TaskConfig) -> None:
+    """Make sure that a task of lmms-eval can be run here: the package is installed and the data set is there, or can be had.
+
+    Raises
+    ------
+    VtcError
+        With what to prepare.
+    """
+    from vtc.eval import lmms
+
+    lmms.check_task(task.lmms)
+
+
+def task_questions(task: TaskConfig) -> list[Question]:
+    """Return the questions of a built-in task or of the user's own data.
+
+    Raises
+    ------
+    ConfigError
+        Unknown types, missing files, or no question at all.
+    """
+    found = _own(task) if task.kind == "files" else _made(task)
+    found = found[: task.n] if task.n else found
+    if not found:
+        raise ConfigError(f"the task '{task.title}' has no questions: add some, or remove the task")
+    return found
+
+
+def _made(task: TaskConfig) -> list[Question]:
+    sources, found = task.sources, []
+    # of the single-task form, keys of the file; of a task, its own
+    prefix = "data." if task.data is not None else ""
+    for name, make in (("scenes", scene_questions), ("details", detail_questions)):
+        if (wanted := getattr(sources, name)) is not None:
+            try:
+                found += make(wanted.split, wanted.n, wanted.types, wanted.seed)
+            except ValueError as error:
+                raise ConfigError(f"{prefix}{name}: {error}") from None
+    if (easy := sources.easy_vqa) is not None:
+        try:
+            found += easy_vqa_questions(easy.split, easy.n)
+        except ValueError as error:
+            raise ConfigError(f"{prefix}easy_vqa: {error}") from None
+    return found
+
+
+def _rows(task: TaskConfig) -> list[tuple[int, dict[str, str]]]:
+    """Lines of the user's CSV file with their numbers, checked as far as that goes without reading images."""
+    path, folder = Path(task.questions or ""), Path(task.folder or "")
+    if not folder.is_dir():
+        raise ConfigError(f"there is no folder of images {folder}: correct `folder`")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            header = [name.strip() for name in reader.fieldnames or ()]
+            missing = [name for name in COLUMNS if name not in header]
+            if missing:
+                raise ConfigError(
+                    f"{path} line 1: the column '{missing[0]}' is missing{did_you_mean(missing[0], header)} (needed: "
+                    f"{', '.join(COLUMNS)}; there: {', '.join(header) or 'none'})"
+                )
+            reader.fieldnames = header
+            rows = [(reader.line_num, {k: (v or "").strip() for k, v in row.items() if k is not None}) for row in reader]
+    except FileNotFoundError:
+        raise ConfigError(f"there is no file of questions {path}: correct `questions`") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"{path} cannot be read as CSV in UTF-8 ({error}): save it anew") from None
+    if not rows:
+        raise ConfigError(f"{path} holds no questions: add lines below its header")
+    for line, row in rows:
+        for name in COLUMNS:
+            if not row[name]:
+                raise ConfigError(f"{path} line {line}: the {name} is empty: fill it in, or remove the line")
+    return rows
+
+
+def _own(task: TaskConfig) -> list[Question]:
+    rows = _rows(task)
+    images, seen, found = {}, set(), []
+    for line, row in rows[: task.n]:
+        name = row["image"]
+        if name not in images:
+            try:
+                images[name] = open_image(Path(task.folder or "") / name)
+            except InputFileError as error:
+                problem = str(error).partition(": ")[0]
+                raise ConfigError(f"{task.questions} line {line}: {problem}: correct the line or the file") from None
+        identity = f"{name}/{row.get('id') or line}"
+        if identity in seen:
+            raise ConfigError(f"{task.questions} line {line}: the id '{row['id']}' appears a second time: ids must differ")
+        seen.add(identity)
+        found.append(Question(images[name], row["question"], row["answer"], row.get("type") or "all", identity))
+    return found
+
+
+def is_correct(task: TaskConfig, answer: str, gold: str) -> bool:
+    """Whether an answer is right: equal to the expected one but for case; in own data also but for a final full stop.
+
+    Own data may list several accepted answers, separated by ``|``.
+    """
+    if task.kind != "files":
+        return answer.strip().lower() == gold.strip().lower()
+    return _plain(answer) in {_plain(g) for g in gold.split("|")}
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".!").strip().lower()
+
+
+def digest(questions: Sequence[Question]) -> str:
+    """Hash of what is asked, pictures included: another generator makes other cells."""
+    total = hashlib.sha256()
+    for q in questions:
+        total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
+    return total.hexdigest()[:16]
+
+
+def image_of(question: str) -> str:
+    """Image part of a question's id (all but the last component)."""
+    return question.rpartition("/")[0] or question

@@ -1,0 +1,583 @@
+"""What a store says: one row per method and budget, compared with the unreduced run and with random tokens.
+
+Cells are read one after the other and only their scores are kept: a store of ten thousand cells takes seconds and megabytes.
+Cells of different code versions never end up in one row, and are never compared with one another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from vtc.errors import StoreError
+from vtc.eval.config import UNREDUCED
+from vtc.eval.stats import Bootstrap, Draws, Interval, Paired, compare, holm
+from vtc.eval.store import CellResult, Store
+
+RANDOM = "random"
+"""Baseline that every other row is compared with, next to the unreduced run."""
+
+_SOURCES = {"scene": "scene", "easy": "easy-VQA", "wide": "wide scene"}
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One row on one task.
+
+    Attributes
+    ----------
+    accuracy : Interval
+        Mean score in 0..1.
+    paired : Paired or None
+        Against the unreduced run.
+    by_type : dict
+        Mean score by question type.
+    """
+
+    accuracy: Interval
+    paired: Paired | None
+    by_type: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table; ``None`` where nothing was measured.
+
+    Attributes
+    ----------
+    label, reducer, budget : str
+        Name in tables, registered name, budget requested.
+    accuracy : Interval or None
+        Share of correct answers; with several tasks their mean.
+    paired, over_random : Paired or None
+        Against the unreduced run and against random tokens at the same budget; means over the tasks.
+    p_none, p_random : float or None
+        p-values of those differences, corrected by Holm's method over the rows of this model.
+    slots, kept, avg : float
+        Visual tokens per image: before, entering the last layer, averaged over the decoder layers.
+    layers : list of float or None
+        Visual tokens of every decoder layer, for one prompt.
+    flops, flops_share : float or None
+        Of one prompt's prefill with vision tower and reducer; its share of the unreduced run's.
+    mismatch : float
+        Relative difference between counter and formula.
+    kv_bytes : int or None
+        KV cache of one prompt.
+    speed : dict or None
+        Contents of ``speed.json``.
+    tasks : dict
+        Scores by task.
+    error : str
+        Why a cell failed, or ``""``.
+    model : str
+        Name of the model.
+    code : str
+        Short name of the code version (engine and reducer).
+    """
+
+    label: str
+    reducer: str
+    budget: str
+    accuracy: Interval | None = None
+    paired: Paired | None = None
+    over_random: Paired | None = None
+    p_none: float | None = None
+    p_random: float | None = None
+    slots: float = 0.0
+    kept: float | None = None
+    avg: float | None = None
+    layers: list[float] | None = None
+    flops: float | None = None
+    flops_share: float | None = None
+    mismatch: float = 0.0
+    kv_bytes: int | None = None
+    speed: dict[str, Any] | None = None
+    tasks: dict[str, TaskScore] = field(default_factory=dict)
+    error: str = ""
+    model: str = ""
+    code: str = ""
+
+    @property
+    def by_type(self) -> dict[str, float]:
+        """Scores by question type; with several tasks the names say which."""
+        several = len(self.tasks) > 1
+        return {f"{t}: {k}" if several else k: v for t, s in self.tasks.items() for k, v in s.by_type.items()}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The questions of one task: how many, on how many images, from where."""
+
+    questions: int
+    images: int
+    sources: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a table shows.
+
+    Attributes
+    ----------
+    rows : list of Row
+        By model; unreduced first, then by budget.
+    sweep : dict
+        Contents of ``sweep.json``.
+    types : list of str
+        Question types in order of first appearance.
+    missing : list of str
+        Cells of the sweep that have not been run.
+    envs, speed_envs : list of dict
+        The distinct environments the accuracy and the speed numbers come from.
+    asked : dict
+        Questions by task, in order of first appearance.
+    seeds : list of int
+        Seeds of the cells.
+    warnings : list of str
+        What a reader must know before comparing rows: mixed code, other questions.
+    """
+
+    rows: list[Row]
+    sweep: dict[str, Any]
+    types: list[str]
+    missing: list[str]
+    envs: list[dict[str, Any]]
+    speed_envs: list[dict[str, Any]]
+    asked: dict[str, Asked] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    mixed: bool = False
+
+    @property
+    def unreduced(self) -> Row | None:
+        """The (first) unreduced row, where it has been run."""
+        return next((r for r in self.rows if r.reducer == UNREDUCED), None)
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models, in order."""
+        return list(dict.fromkeys(r.model for r in self.rows))
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the tasks, in order."""
+        return list(self.asked)
+
+    def of(self, model: str) -> Results:
+        """Return the same results with the rows of one model only."""
+        return replace(self, rows=[r for r in self.rows if r.model == model])
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+@dataclass(frozen=True)
+class Listed:
+    """A cell of ``sweep.json``; one without model, task or seed belongs to a sweep over one of each."""
+
+    id: str
+    label: str
+    reducer: str
+    budget: str
+    model: str
+    task: str
+    seed: int
+
+
+def listed_cells(store: Store) -> tuple[dict[str, Any], list[Listed]]:
+    """Return ``sweep.json`` and its cells.
+
+    Raises
+    ------
+    StoreError
+        If it is absent or damaged.
+    """
+    sweep = store.read_sweep()
+    try:
+        seed = sweep["config"].get("seed", 0)
+        sweep["config"]["bootstrap"]["resamples"], sweep["config"]["bootstrap"]["confidence"]  # noqa: B018  must be there
+        return sweep, [
+            Listed(
+                c["id"],
+                c["label"],
+                c["reducer"],
+                c["budget"],
+                c.get("model") or sweep["model"]["name"],
+                c.get("task") or "questions",
+                c.get("seed", seed),
+            )
+            for c in sweep["cells"]
+        ]
+    except (KeyError, TypeError, AttributeError):
+        raise StoreError(
+            f"{store.root / 'sweep.json'} is damaged: run the sweep again, finished cells are not repeated"
+        ) from None
+
+
+class _Questions:
+    """Questions that some cells share: ids, images and types, and one bootstrap for all."""
+
+    def __init__(self, ids: Sequence[tuple[str, ...]], number: int) -> None:
+        self.number = number
+        self.images = [image for _, image, _ in ids]
+        self.sources = [identity.partition("/")[0] for identity, _, _ in ids]
+        kinds: dict[str, list[int]] = {}
+        for i, (_, _, kind) in enumerate(ids):
+            kinds.setdefault(kind, []).append(i)
+        self.kinds = {kind: np.asarray(at) for kind, at in kinds.items()}
+        self.boot: Bootstrap | None = None
+
+    def bootstrap(self, settings: Mapping[str, Any], seed: int) -> Bootstrap:
+        if self.boot is None:
+            # other questions, other draws: those of two tasks must not go up and down together
+            stream = seed if self.number == 0 else (seed, self.number)
+            self.boot = Bootstrap(self.images, settings["resamples"], settings["confidence"], stream)
+        return self.boot
+
+
+@dataclass
+class _Cell:
+    """What is kept of a cell."""
+
+    listed: Listed
+    questions: _Questions | None
+    scores: Draws
+    metrics: dict[str, Any]
+    speed: dict[str, Any] | None
+    error: str
+    version: tuple[str, str]  # of engine and reducer
+
+
+@dataclass
+class _Measured:
+    """A row on a task: its cells put together, with the bootstrap draws."""
+
+    questions: _Questions
+    scores: Draws
+    value: float
+    draws: Draws
+    seeds: int
+
+
+def score_of(sample: Mapping[str, Any]) -> float:
+    """Score of a sample in 0..1: its ``score`` where the task has graded answers, else whether it is correct."""
+    return float(sample["score"] if sample.get("score") is not None else sample["correct"])
+
+
+def version_of(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the code versions of engine and reducer that a cell's config names."""
+    reducer = config.get("reducer")
+    return str(config.get("engine", "")), str(reducer.get("code", "")) if isinstance(reducer, Mapping) else ""
+
+
+class _Reader:
+    """Reads cells, sharing what they have in common."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.known: dict[bytes, _Questions] = {}
+        self.merged: dict[tuple[int, ...], _Questions] = {}
+        self.ids: dict[int, list[tuple[str, ...]]] = {}
+        self.envs: list[dict[str, Any]] = []
+        self.speed_envs: list[dict[str, Any]] = []
+
+    def read(self, listed: Listed) -> _Cell | None:
+        found = self.store.get(listed.id)
+        if found is None:
+            return None
+        if found.metrics:
+            _add(self.envs, found.env)
+        if found.speed:
+            _add(self.speed_envs, found.speed["env"])
+        questions, scores = None, np.zeros(0)
+        if found.metrics and found.samples:
+            questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples])
+            scores = np.array([score_of(s) for s in found.samples])
+        return _Cell(listed, questions, scores, _slim(found), found.speed, found.error, version_of(found.config))
+
+    def _questions(self, ids: list[tuple[str, ...]]) -> _Questions:
+        key = hashlib.sha256("\0".join("\1".join(i) for i in ids).encode()).digest()
+        if key not in self.known:
+            self.known[key] = _Questions(ids, len(self.known) + len(self.merged))
+            self.ids[id(self.known[key])] = ids
+        return self.known[key]
+
+    def join(self, parts: Sequence[tuple[_Questions, Draws]]) -> tuple[_Questions, Draws]:
+        """Put the seeds of one row together: the mean where they asked the same questions, one after the other where not."""
+        first = parts[0][0]
+        if all(q is first for q, _ in parts):
+            return first, np.mean([s for _, s in parts], axis=0) if len(parts) > 1 else parts[0][1]
+        key = tuple(id(q) for q, _ in parts)
+        if key not in self.merged:
+            every = [i for q, _ in parts for i in self.ids[id(q)]]
+            self.merged[key] = _Questions(every, len(self.known) + len(self.merged))
+        return self.merged[key], np.concatenate([s for _, s in parts])
+
+
+def _slim(found: CellResult) -> dict[str, Any]:
+    """Numbers of ``metrics.json`` that rows need."""
+    if not found.metrics:
+        return {}
+    m = found.metrics
+    flops = m.get("flops") or {}
+    return {
+        "tokens": m["tokens"],
+        "kv_bytes": m.get("kv_bytes"),
+        "flops": flops.get("counted", {}).get("total"),
+        "mismatch": flops.get("mismatch", 0.0),
+        "decoder": flops.get("tokens", {}).get("decoder"),
+    }
+
+
+def _add(items: list[dict[str, Any]], item: dict[str, Any]) -> None:
+    if item not in items:
+        items.append(item)
+
+
+# --------------------------------------------------------------------------------------------------------- collecting
+def collect(store: Store) -> Results:
+    """Read the latest sweep of a store and compare every row with the unreduced one and with random tokens.
+
+    Raises
+    ------
+    StoreError
+        If there is no sweep, nothing has been run, or a cell is damaged.
+    """
+    sweep, listed = listed_cells(store)
+    reader = _Reader(store)
+    cells: list[_Cell] = []
+    missing = []
+    several = len({(c.model, c.task, c.seed) for c in listed}) > 1
+    for item in listed:
+        cell = reader.read(item)
+        if cell is None:
+            where = f" ({item.model}, {item.task}, seed {item.seed})" if several else ""
+            missing.append(f"{item.label} {item.budget}".strip() + where)
+        else:
+            cells.append(cell)
+    if not cells:
+        raise StoreError(f"none of the cells of {store.root} has been run: run the sweep again")
+    rows = _Rows(cells, reader, sweep["config"]["bootstrap"], sweep["config"].get("seed", 0))
+    made = _with_holm(rows.make())
+    asked = {}
+    for cell in cells:
+        if cell.questions is not None and cell.listed.task not in asked:
+            named = Counter(_SOURCES.get(s, "") for s in cell.questions.sources)
+            asked[cell.listed.task] = Asked(len(cell.scores), len(set(cell.questions.images)), dict(named))
+    types = list(dict.fromkeys(t for r in made for t in r.by_type))
+    seeds = sorted({c.listed.seed for c in cells})
+    warnings = [*rows.warnings, *_environment_warning(reader.envs), *_others(store, listed)]
+    return Results(made, sweep, types, missing, reader.envs, reader.speed_envs, asked, seeds, warnings, rows.mixed)
+
+
+class _Rows:
+    """Groups cells into rows and compares them."""
+
+    def __init__(self, cells: Sequence[_Cell], reader: _Reader, settings: Mapping[str, Any], seed: int) -> None:
+        self.reader, self.settings, self.seed = reader, settings, seed
+        self.rows: dict[tuple[str, ...], list[_Cell]] = {}
+        versions: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
+        engines: dict[str, set[str]] = {}
+        self.references: dict[tuple[str, ...], list[_Cell]] = {}
+        for cell in cells:
+            at = cell.listed
+            self.rows.setdefault((at.model, at.label, at.budget, *cell.version), []).append(cell)
+            versions.setdefault((at.model, at.label, at.budget), set()).add(cell.version)
+            engines.setdefault(at.model, set()).add(cell.version[0])
+            if cell.questions is not None and at.reducer in (UNREDUCED, RANDOM):
+                self.references.setdefault((at.model, at.reducer, at.budget, at.task, cell.version[0]), []).append(cell)
+        self.mixed = any(len(v) > 1 for v in (*versions.values(), *engines.values()))
+        self.warnings = []
+        if self.mixed:
+            count = max(len(v) for v in (*versions.values(), *engines.values()))
+            self.warnings.append(
+                f"MIXED CODE: the cells of this table were made by {count} versions of the code. Rows of different versions are "
+                "kept apart (column code) and are compared only with the unreduced and random rows of their own version; sweep "
+                "into a fresh store for one version."
+            )
+        self.cache: dict[tuple[int, ...], _Measured] = {}
+        self.unpaired: list[str] = []
+
+    def make(self) -> list[Row]:
+        out = [self._row(list(cells)) for cells in self.rows.values()]
+        if self.unpaired:
+            self.warnings.append(
+                "Not compared, because the unreduced run of the same code did not answer the same questions: "
+                f"{_some(self.unpaired)}."
+            )
+        return out
+
+    def _row(self, cells: list[_Cell]) -> Row:
+        at = cells[0].listed
+        code = hashlib.sha256("\0".join(cells[0].version).encode()).hexdigest()[:7] if self.mixed else ""
+        good = [c for c in cells if c.questions is not None]
+        error = next((c.error for c in cells if c.error), "")
+        if not good:
+            return Row(at.label, at.reducer, at.budget, error=error or "it holds no questions", model=at.model, code=code)
+        tasks: dict[str, list[_Cell]] = {}
+        for cell in good:
+            tasks.setdefault(cell.listed.task, []).append(cell)
+        measured = {task: self._measure(of) for task, of in tasks.items()}
+        bases = {task: self._reference(of, UNREDUCED, "") for task, of in tasks.items()}
+        chances = {task: self._reference(of, RANDOM, at.budget) for task, of in tasks.items()}
+        boot = next(iter(measured.values())).questions.bootstrap(self.settings, self.seed)
+        scores = {}
+        for task, m in measured.items():
+            mine = m.questions.bootstrap(self.settings, self.seed)
+            base = bases[task]
+            paired = self._compare([(m, base)]) if base is not None else None
+            kinds = {k: float(m.scores[where].mean()) for k, where in m.questions.kinds.items()}
+            scores[task] = TaskScore(mine.interval(m.value, m.draws), paired, kinds)
+        if len(measured) == 1:
+            only = next(iter(scores.values()))
+            accuracy, paired = only.accuracy, only.paired
+        else:
+            every = list(measured.values())
+            accuracy = boot.interval(float(np.mean([m.value for m in every])), np.mean([m.draws for m in every], axis=0))
+            paired = self._compare_all(measured, bases)
+        if paired is None and any(b is None for b in bases.values()):
+            self.unpaired.append(f"{at.label} {at.budget}".strip())
+        over = self._compare_all(measured, chances) if at.reducer not in (UNREDUCED, RANDOM) else None
+        return Row(
+            at.label,
+            at.reducer,
+            at.budget,
+            accuracy,
+            paired,
+            over,
+            speed=next((c.speed for c in good if c.speed is not None), None),
+            tasks=scores,
+            error=error,
+            model=at.model,
+            code=code,
+            **self._costs(good),
+        )
+
+    def _costs(self, cells: Sequence[_Cell]) -> dict[str, Any]:
+        """Token counts and costs, averaged over tasks and seeds."""
+
+        def mean(values: Iterable[Any]) -> Any:
+            found = [v for v in values if v is not None]
+            return sum(found) / len(found) if found else None
+
+        at = cells[0].listed
+        base = [c for c in self._candidates(cells[0], UNREDUCED, "") if c.metrics]
+        flops, full = mean(c.metrics["flops"] for c in cells), mean(c.metrics["flops"] for c in base)
+        layers = None
+        if cells[0].metrics["decoder"] and base and base[0].metrics["decoder"]:
+            text = base[0].metrics["decoder"][0] - base[0].metrics["tokens"]["slots"]
+            layers = [n - text for n in cells[0].metrics["decoder"]]
+        kv = mean(c.metrics["kv_bytes"] for c in cells)
+        return {
+            "slots": mean(c.metrics["tokens"]["slots"] for c in cells),
+            "kept": mean(c.metrics["tokens"]["kept"] for c in cells),
+            "avg": mean(c.metrics["tokens"]["avg"] for c in cells),
+            "layers": layers,
+            "flops": flops if flops is None or flops % 1 else int(flops),
+            "flops_share": 1.0 if at.reducer == UNREDUCED and flops else flops / full if flops and full else None,
+            "mismatch": max(c.metrics["mismatch"] for c in cells),
+            "kv_bytes": kv if kv is None or kv % 1 else int(kv),
+        }
+
+    def _candidates(self, cell: _Cell, reducer: str, budget: str) -> list[_Cell]:
+        at = cell.listed
+        return self.references.get((at.model, reducer, budget, at.task, cell.version[0]), [])
+
+    def _measure(self, cells: Sequence[_Cell]) -> _Measured:
+        key = tuple(id(c) for c in cells)
+        if key not in self.cache:
+            questions, scores = self.reader.join([(c.questions, c.scores) for c in cells if c.questions is not None])
+            value, draws = questions.bootstrap(self.settings, self.seed).draws(scores)
+            measured = _Measured(questions, scores, value, draws, len(cells))
+            if cells[0].listed.reducer not in (UNREDUCED, RANDOM):
+                return measured  # used once: not worth the memory
+            self.cache[key] = measured
+        return self.cache[key]
+
+    def _reference(self, cells: Sequence[_Cell], reducer: str, budget: str) -> _Measured | None:
+        """The reference's run on the same questions: of the same seed where there is one, else of any."""
+        chosen = []
+        for cell in cells:
+            alike = [c for c in self._candidates(cell, reducer, budget) if c.questions is cell.questions]
+            if not alike:
+                return None
+            chosen.append(next((c for c in alike if c.listed.seed == cell.listed.seed), alike[0]))
+        return self._measure(chosen)
+
+    def _compare(self, pairs: Sequence[tuple[_Measured, _Measured]]) -> Paired:
+        """Mean over the tasks of difference and ratio."""
+        boots = [m.questions.bootstrap(self.settings, self.seed) for m, _ in pairs]
+        apart = []
+        for boot, (m, base) in zip(boots, pairs, strict=True):
+            # whole numbers where answers are right or wrong and there is one task: the test is exact then
+            scale = m.seeds if len(pairs) == 1 else 1 / len(m.scores)
+            apart.append(np.round(boot.sums(m.scores - base.scores) * scale, 12))
+        if len(pairs) == 1:
+            m, base = pairs[0]
+            return compare(boots[0], m.value, m.draws, base.value, base.draws, apart[0])
+        mine, base = (float(np.mean([p[i].value for p in pairs])) for i in (0, 1))
+        my_draws, base_draws = (np.mean([p[i].draws for p in pairs], axis=0) for i in (0, 1))
+        paired = compare(boots[0], mine, my_draws, base, base_draws, np.concatenate(apart))
+        # the average of the tasks' ratios, not the ratio of the averages: that is what papers report
+        ratio = None
+        if all(b.value > 0 for _, b in pairs):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                draws = np.mean([m.draws / b.draws for m, b in pairs], axis=0)
+            ratio = boots[0].interval(float(np.mean([m.value / b.value for m, b in pairs])), draws[np.isfinite(draws)])
+        return replace(paired, ratio=ratio)
+
+    def _compare_all(self, measured: Mapping[str, _Measured], bases: Mapping[str, _Measured | None]) -> Paired | None:
+        pairs = [(m, b) for task, m in measured.items() if (b := bases[task]) is not None]
+        return self._compare(pairs) if len(pairs) == len(measured) else None
+
+
+def _with_holm(rows: list[Row]) -> list[Row]:
+    """Add corrected p-values; one family per model and reference."""
+    out = list(rows)
+    for model in dict.fromkeys(r.model for r in rows):
+        for name, get in (("p_none", lambda r: r.paired), ("p_random", lambda r: r.over_random)):
+            family = [i for i, r in enumerate(out) if r.model == model and r.reducer != UNREDUCED and get(r) is not None]
+            for i, p in zip(family, holm([get(out[i]).p for i in family]), strict=True):
+                out[i] = replace(out[i], **{name: p})
+    return out
+
+
+def _environment_warning(envs: Sequence[Mapping[str, Any]]) -> list[str]:
+    kinds = {(str(e["commit"]), str(sorted(e["versions"].items()))) for e in envs}
+    if len(kinds) < 2:
+        return []
+    return [
+        f"MIXED ENVIRONMENTS: these accuracies come from {len(kinds)} combinations of commit and library versions (listed below); "
+        "the cells' own code is the same unless a line says otherwise."
+    ]
+
+
+def _others(store: Store, listed: Sequence[Listed]) -> list[str]:
+    """Say when the store holds more than the table shows: cells of other code of the same rows, and anything else."""
+    ids = {c.id for c in listed}
+    settings = {i.partition("-")[0] for i in ids}  # an id is SETTINGS-CODE
+    with os.scandir(store.cells) as entries:
+        others = [e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in ids]
+    older = sum("-" in name and name.partition("-")[0] in settings for name in others)
+    out = []
+    if older:
+        out.append(
+            f"OTHER CODE: the store also holds {_cells(older)} of rows of this table, made by other versions of the code. They are "
+            "left out, not merged in."
+        )
+    if rest := len(others) - older:
+        out.append(f"The store also holds {_cells(rest)} of other settings, not in this table.")
+    return out
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'' if count == 1 else 's'}"
+
+
+def _some(names: Sequence[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

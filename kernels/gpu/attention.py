@@ -1,0 +1,195 @@
+"""Rows and column sums of an attention map that is never in memory.
+
+Two passes: the logarithm of every row's softmax denominator first, by the running maximum and sum of FlashAttention; then every
+probability is ``exp(logit - that)``, and is added up where it belongs. Logits are made twice, in tiles, and never written.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from vtc.kernels.gpu.common import TILE, check, dot, power, precision
+
+SPLIT = 512
+"""Keys that one program looks at for the denominators of few rows; more programs share longer sequences."""
+
+
+@triton.jit
+def _logits(
+    q, k, mask, rows, cols, r, n, d, scale, sqr, sqd, skn, skd, smr, smn,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """Scaled and masked logits ``(R, N)`` of one head; -inf behind the last key. MASK: 0 none, 1 boolean, 2 additive."""
+    value = dot(q, rows, r, k, cols, n, d, sqr, sqd, skn, skd, R, N, D, HOW) * scale
+    inside = (rows < r)[:, None] & (cols < n)[None, :]
+    if MASK > 0:
+        place = mask + rows.to(tl.int64)[:, None] * smr + cols.to(tl.int64)[None, :] * smn
+        if MASK == 1:
+            allowed = tl.load(place, mask=inside, other=0) != 0
+            value = tl.where(allowed | (rows >= r)[:, None], value, float("-inf"))
+        else:
+            value = value + tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    return tl.where((cols < n)[None, :], value, float("-inf"))
+
+
+@triton.jit
+def _denominators(
+    q, k, mask, out, heads, share, r, n, d, part, parts, scale,
+    sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """Write ``out (B, heads, r, parts)``: log of the sum of the exponentials of every row's logits, over parts of the keys."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    rows = tl.program_id(1) * R + tl.arange(0, R)
+    piece = tl.program_id(2)
+    top = tl.full((R,), float("-inf"), tl.float32)
+    total = tl.zeros((R,), tl.float32)
+    for lo in range(piece * part, tl.minimum((piece + 1) * part, n), N):
+        cols = lo + tl.arange(0, N)
+        value = _logits(
+            q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+        )  # fmt: skip
+        new = tl.maximum(top, tl.max(value, 1))
+        base = tl.where(new == float("-inf"), 0.0, new)  # a row that may attend to nothing so far
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(value - base[:, None]), 1)
+        top = new
+    found = tl.where(top == float("-inf"), top, top + tl.log(total))
+    tl.store(out + (bh * r + rows) * parts + piece, found, mask=rows < r)
+
+
+@triton.jit
+def _rows(
+    q, k, mask, lse, out, heads, many, share, r, n, d, scale,
+    sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn,
+    MASK: tl.constexpr, SOFTMAX: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """Write ``out (B, heads / many, r, n)``: probabilities (or logits) averaged over ``many`` heads."""
+    pid = tl.program_id(0).to(tl.int64)
+    groups = heads // many
+    b, group = pid // groups, pid % groups
+    rows = tl.program_id(1) * R + tl.arange(0, R)
+    cols = tl.program_id(2) * N + tl.arange(0, N)
+    total = tl.zeros((R, N), tl.float32)
+    for i in range(0, many):
+        h = group * many + i
+        value = _logits(
+            q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+        )  # fmt: skip
+        if SOFTMAX:
+            value = tl.exp(value - tl.load(lse + (b * heads + h) * r + rows, mask=rows < r, other=0.0)[:, None])
+        total += value
+    place = out + (pid * r + rows)[:, None] * n + cols[None, :]
+    tl.store(place, total / many, mask=(rows < r)[:, None] & (cols < n)[None, :])
+
+
+@triton.jit
+def _columns(
+    q, k, mask, lse, weight, out, heads, share, r, n, d, scale,
+    sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn, swb, swr,
+    MASK: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+):  # fmt: skip
+    """Write ``out (B, heads, n)``: sums over the rows of the probabilities, times the rows' weights."""
+    bh = tl.program_id(0).to(tl.int64)
+    b, h = bh // heads, bh % heads
+    cols = tl.program_id(1) * N + tl.arange(0, N)
+    total = tl.zeros((N,), tl.float32)
+    for lo in range(0, r, R):
+        rows = lo + tl.arange(0, R)
+        value = _logits(
+            q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+        )  # fmt: skip
+        value = tl.exp(value - tl.load(lse + bh * r + rows, mask=rows < r, other=0.0)[:, None])
+        if WEIGHTED:
+            factor = tl.load(weight + b * swb + rows * swr, mask=rows < r, other=0.0).to(tl.float32)
+            value = tl.where((factor > 0)[:, None], value, 0.0) * factor[:, None]  # rows that see nothing are NaN, and weigh 0
+        total += tl.sum(tl.where((rows < r)[:, None], value, 0.0), 0)
+    tl.store(out + bh * n + cols, total, mask=cols < n)
+
+
+class _Call:
+    """Arguments that all three kernels share."""
+
+    def __init__(self, query: Tensor, key: Tensor, scaling: float | None, mask: Tensor | None) -> None:
+        (self.b, self.h, self.r, d), (kv, self.n) = query.shape, key.shape[1:3]
+        check(query, key, mask, tokens=max(self.n, self.r))
+        self.query, self.key = query, key
+        kind, full = 0, query
+        strides = (0, 0, 0, 0)
+        if mask is not None:
+            kind = 1 if mask.dtype == torch.bool else 2
+            full = mask.expand(self.b, self.h, self.r, self.n)
+            strides = full.stride()
+            full = full.view(torch.uint8) if kind == 1 else full
+        self.mask, self.sizes = full, (self.h // kv, self.r, self.n, d)
+        self.scale = d**-0.5 if scaling is None else float(scaling)
+        self.strides = (*query.stride(), *key.stride(), *strides)
+        self.tile = {
+            "MASK": kind,
+            "R": power(self.r, 16, TILE["M"]),
+            "N": TILE["T"],
+            "D": TILE["D"],
+            "HOW": precision(query, key),
+        }
+
+    def denominators(self) -> Tensor:
+        """Logarithms of the softmax denominators, ``(B, H, R)``."""
+        part = max(SPLIT, triton.cdiv(self.n, 64)) if self.r <= 64 else self.n
+        parts = triton.cdiv(self.n, part)
+        out = torch.empty(self.b, self.h, self.r, parts, dtype=torch.float32, device=self.key.device)
+        _denominators[(self.b * self.h, triton.cdiv(self.r, self.tile["R"]), parts)](
+            self.query, self.key, self.mask, out, self.h, *self.sizes, part, parts, self.scale, *self.strides, **self.tile
+        )
+        return out[..., 0] if parts == 1 else out.logsumexp(-1)
+
+
+def attention_rows(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    reduce: str = "mean",
+    lse: Tensor | None = None,
+) -> Tensor:
+    """:func:`vtc.kernels.ref.attention_rows`."""
+    call = _Call(query, key, scaling, None if reduce == "logits" else mask)
+    many = call.h if reduce == "mean" else 1
+    softmax = reduce != "logits"
+    if softmax:
+        lse = call.denominators() if lse is None else lse.float().contiguous()
+    out = torch.empty(call.b, call.h // many, call.r, call.n, dtype=torch.float32, device=key.device)
+    tile = call.tile
+    _rows[(call.b * (call.h // many), triton.cdiv(call.r, tile["R"]), triton.cdiv(call.n, tile["N"]))](
+        query, key, call.mask, lse if softmax else out, out, call.h, many, *call.sizes, call.scale, *call.strides,
+        SOFTMAX=softmax, **tile,
+    )  # fmt: skip
+    return out[:, 0] if reduce == "mean" else out
+
+
+def attention_colsum(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scaling: float | None = None,
+    mask: Tensor | None = None,
+    weight: Tensor | None = None,
+    block: int = 0,
+) -> Tensor:
+    """:func:`vtc.kernels.ref.attention_colsum`; ``block`` means nothing here."""
+    check(weight, tokens=query.shape[2])
+    call = _Call(query, key, scaling, mask)
+    lse = call.denominators().contiguous()
+    out = torch.empty(call.b, call.h, call.n, dtype=torch.float32, device=key.device)
+    given, steps = (query, (0, 0)) if weight is None else (weight, weight.stride())
+    _columns[(call.b * call.h, triton.cdiv(call.n, call.tile["N"]))](
+        query, key, call.mask, lse, given, out, call.h, *call.sizes, call.scale, *call.strides, *steps,
+        WEIGHTED=weight is not None, **call.tile,
+    )  # fmt: skip
+    return out.mean(1)
