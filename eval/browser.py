@@ -239,18 +239,17 @@ def _add_kept(
             f"({', '.join(POCKET_MODELS)}) are at hand for a report."
         ]
     reducers = _reducers(sweep)
+    engine = env.engine_version()
+    rows = {c: reducers.get((c.label, c.budget)) for c in found if c.reducer != UNREDUCED}
+    same = [
+        (c, r) for c, r in rows.items() if r is not None and version_of(found[c].config) == (engine, env.reducer_version(r))
+    ]
+    changed, failed = sum(r is not None for r in rows.values()) - len(same), sum(r is None for r in rows.values())
     model, processor = load_pocket(embedded)
     batches = encode_questions(processor, [questions[s.id] for s in samples], 12)
-    changed = failed = 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # more make a small model wait for the slowest of them
-    for cell, result in found.items():
-        reducer = reducers.get((cell.label, cell.budget))
-        if cell.reducer == UNREDUCED or reducer is None:
-            continue
-        if version_of(result.config) != (env.engine_version(), env.reducer_version(reducer)):
-            changed += 1
-            continue
+    for cell, reducer in same:
         try:
             with vtc.patch(model, reducer) as handle, torch.no_grad():
                 for batch in batches:

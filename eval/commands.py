@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vtc.errors import StoreError, UnknownArgumentError, did_you_mean
+from vtc.eval import bench
 
 RESULTS = Path("results/store")
 """Where stores go when none is named."""
@@ -27,6 +28,7 @@ def register(app: typer.Typer) -> None:
     app.command("plot")(plot)
     app.command("report")(report)
     app.command("tune")(tune)
+    bench.register(app)
 
 
 def sweep(
@@ -269,5 +271,7 @@ def _json(results: Any, root: Path, path: Path, outcome: Any) -> dict[str, Any]:
         "skipped": outcome.skipped,
         "failed": outcome.failed,
         "errors": list(outcome.errors),
-        "rows": [{name: get(row) for name, get in raw} | {"error": row.error or None} for row in results.rows],
+        "rows": [
+            {name: get(row) for name, get in raw} | {"model": row.model, "error": row.error or None} for row in results.rows
+        ],
     }

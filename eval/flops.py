@@ -174,7 +174,9 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
 
     patch = next(m for m in family.tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     hooks = [m.register_forward_pre_hook(layer, with_kwargs=True) for m in family.encoder_layers]
-    hooks += [family.projector.register_forward_pre_hook(projector), patch.register_forward_hook(embedding)]
+    hooks.append(patch.register_forward_hook(embedding))
+    if family.projector is not None:
+        hooks.append(family.projector.register_forward_pre_hook(projector))
     try:
         yield
     finally:
@@ -258,11 +260,12 @@ class _Parts:
             "decoder": family.text,
             "head": model.get_output_embeddings(),
         }
-        self.names = {part: f"{type(model).__name__}.{names[id(module)]}" for part, module in parts.items()}
+        # a tower that merges patches inside its last module has no projector of its own
+        self.names = {part: f"{type(model).__name__}.{names[id(m)]}" for part, m in parts.items() if m is not None}
         self.counter = counter
         self.depth = 0
         self.before: dict[str, int] = {}
-        self.reducer = dict.fromkeys((*parts, "all"), 0)
+        self.reducer = dict.fromkeys((*self.names, "all"), 0)
 
     def now(self) -> dict[str, int]:
         """Numbers so far, by part and in all."""
@@ -294,4 +297,4 @@ class _Parts:
         total = self.now()
         model = {part: total[part] - self.reducer[part] for part in total}
         rest = model.pop("all") - sum(model.values())
-        return Flops(model["tower"], model["projector"], model["decoder"] + rest, model["head"], self.reducer["all"])
+        return Flops(model["tower"], model.get("projector", 0), model["decoder"] + rest, model["head"], self.reducer["all"])

@@ -15,7 +15,7 @@ from vtc.core import Facts
 from vtc.errors import ConfigError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.config import ModelConfig
-from vtc.inspect import InputFileError, load_config, locate, skeleton, visual_tokens
+from vtc.inspect import SIDE, InputFileError, load_config, locate, processor_settings, skeleton, visual_tokens
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
@@ -139,8 +139,9 @@ def _outline(name: str) -> Outline:
     from vtc.families import family_of
 
     notes = []
+    place = str(pocket_path(name)) if name in POCKET_MODELS else name
     try:
-        config = load_config(str(pocket_path(name)) if name in POCKET_MODELS else name)
+        config = load_config(place)
     except InputFileError as error:
         if name not in KNOWN:
             return Outline(None, None, None, None, f"{error}; without its configuration nothing can be checked or estimated")
@@ -157,17 +158,14 @@ def _outline(name: str) -> Outline:
         family = family_of(skeletal)
     except UnsupportedModelError as error:
         return Outline(config, None, None, parameters, "; ".join([*notes, f"budgets cannot be checked: {error}"]))
-    side = getattr(config.vision_config, "image_size", None)
-    size = (2 * side, 2 * side) if family.facts.anyres and side else None
-    try:
-        slots, _ = visual_tokens(family, config, size)
-    except (AttributeError, KeyError, TypeError, ValueError):  # a family whose images are described in other terms
-        slots = None
+    facts = family.facts
+    size = (2 * config.vision_config.image_size,) * 2 if facts.anyres else (SIDE, SIDE)
+    slots = facts.tokens or visual_tokens(family, size, processor_settings(place))[0]
     if slots is None:
         notes.append("the number of visual tokens depends on the picture, so that FLOPs are not estimated")
-    elif size:
-        notes.append(f"FLOPs of pictures of {size[0]}x{size[1]} pixels")
-    return Outline(config, family.facts, slots, parameters, "; ".join(notes))
+    elif facts.tokens is None:
+        notes.append(f"FLOPs of pictures of {size[0]}x{size[1]} pixels ({slots} visual tokens)")
+    return Outline(config, facts, slots, parameters, "; ".join(notes))
 
 
 def outline(model: ModelConfig) -> Outline:

@@ -49,10 +49,18 @@ class Source(_Strict):
 
 
 class PaperColumn(_Strict):
-    """A benchmark: our task of that name, and what one point of ours (0..1) is worth in the paper's numbers (0: not comparable)."""
+    """A benchmark and what of ours stands beside it.
 
-    task: str
-    scale: float = 100.0
+    Attributes
+    ----------
+    task : str or None
+        Our task; ``None``: we have nothing to compare.
+    scale : float or None
+        What a mean score of 1 is in the paper's numbers; ``None``: the paper prints the benchmark's own metric, and so do we.
+    """
+
+    task: str | None
+    scale: float | None = 100.0
 
 
 class Number(_Strict):
@@ -195,7 +203,7 @@ def render_paper(
     numbers = {key: i for i, key in enumerate(paper.sources, 1)}
     if fmt == "csv":
         return _csv(paper, matched)
-    shared = [c for c, about in paper.columns.items() if about.task in results.tasks and about.scale]
+    shared = [c for c, about in paper.columns.items() if about.task in results.tasks]
     titles = ["method", "tokens"]
     for column in paper.columns:
         titles += [column, f"{column} ours"] if column in shared else [column]
@@ -228,6 +236,8 @@ def _line(paper: Paper, m: Match, shared: list[str], numbers: Mapping[str, int])
             ours = m.ours.tasks.get(about.task) if m.ours is not None else None
             if ours is None:
                 entries.append(MISSING)
+            elif about.scale is None:
+                entries.append(MISSING if ours.reported is None else f"{ours.reported:.1f}")
             else:
                 low, high = about.scale * ours.accuracy.low, about.scale * ours.accuracy.high
                 entries.append(f"{about.scale * ours.accuracy.value:.1f} [{low:.0f}–{high:.0f}]")
@@ -247,7 +257,7 @@ def _notes(paper: Paper, results: Results, numbers: Mapping[str, int], name: str
         "ours: the same method with the nearest token count (last layer or layer average), at most "
         f"{100 * TOLERANCE:.0f} % away; {MISSING} where the store has none.",
     ]
-    absent = [c for c, about in paper.columns.items() if about.task not in results.tasks]
+    absent = [c for c, about in paper.columns.items() if about.task is not None and about.task not in results.tasks]
     if absent:
         notes.append(f"This store has no results on {', '.join(f'{c} (task {paper.columns[c].task})' for c in absent)}.")
     for key, source in paper.sources.items():
@@ -264,9 +274,12 @@ def _csv(paper: Paper, matched: Mapping[str, list[Match]]) -> str:
             for column, value in m.published.values.items():
                 about = paper.columns[column]
                 number, source = (value.value, value.source) if isinstance(value, Number) else (value, m.published.source)
-                ours = m.ours.tasks.get(about.task) if m.ours is not None and about.scale else None
-                interval = ours.accuracy if ours is not None else None
-                mine = [None] * 3 if interval is None else [about.scale * v for v in interval.to_dict().values()]
+                ours = m.ours.tasks.get(about.task) if m.ours is not None and about.task is not None else None
+                mine: list[float | None] = [None] * 3
+                if ours is not None and about.scale is None:
+                    mine[0] = ours.reported
+                elif ours is not None:
+                    mine = [about.scale * v for v in ours.accuracy.to_dict().values()]
                 rows.append([*head, column, number, paper.sources[source].cite, *mine])
             if m.published.average is not None:
                 ratio = m.ours.paired.ratio if m.ours is not None and m.ours.paired is not None else None

@@ -7,6 +7,7 @@ Cells of different code versions never end up in one row, and are never compared
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,9 @@ from vtc.errors import StoreError
 from vtc.eval.config import UNREDUCED
 from vtc.eval.stats import Bootstrap, Draws, Interval, Paired, compare, holm
 from vtc.eval.store import CellResult, Store
+
+NOTHING = "it holds no question that is scored by itself"
+"""Error of a row without anything to compare."""
 
 RANDOM = "random"
 """Baseline that every other row is compared with, next to the unreduced run."""
@@ -38,11 +42,17 @@ class TaskScore:
         Against the unreduced run.
     by_type : dict
         Mean score by question type.
+    reported : float or None
+        The benchmark's own metric as papers print it, where that is something else than the mean score of the answers.
+    metric : str
+        Name of that metric.
     """
 
     accuracy: Interval
     paired: Paired | None
     by_type: dict[str, float]
+    reported: float | None = None
+    metric: str = ""
 
 
 @dataclass(frozen=True)
@@ -264,8 +274,9 @@ class _Measured:
 
 
 def score_of(sample: Mapping[str, Any]) -> float:
-    """Score of a sample in 0..1: its ``score`` where the task has graded answers, else whether it is correct."""
-    return float(sample["score"] if sample.get("score") is not None else sample["correct"])
+    """Score of a sample in 0..1: its ``score`` where answers are graded, else whether it is correct; NaN without either."""
+    score = sample["score"] if sample.get("score") is not None else sample.get("correct")
+    return math.nan if score is None else float(score)
 
 
 def version_of(config: Mapping[str, Any]) -> tuple[str, str]:
@@ -294,9 +305,16 @@ class _Reader:
         if found.speed:
             _add(self.speed_envs, found.speed["env"])
         questions, scores = None, np.zeros(0)
+        error = found.error
         if found.metrics and found.samples:
-            questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples])
             scores = np.array([score_of(s) for s in found.samples])
+            if np.isnan(scores).all():
+                error = (
+                    error or "its task scores no single answer, only all together, and cannot be compared question by question"
+                )
+            else:
+                questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples])
+                scores = np.nan_to_num(scores)  # an answer that could not be scored is wrong
         return _Cell(listed, questions, scores, _slim(found), found.speed, found.error, version_of(found.config))
 
     def _questions(self, ids: list[tuple[str, ...]]) -> _Questions:
@@ -330,7 +348,17 @@ def _slim(found: CellResult) -> dict[str, Any]:
         "flops": flops.get("counted", {}).get("total"),
         "mismatch": flops.get("mismatch", 0.0),
         "decoder": flops.get("tokens", {}).get("decoder"),
+        "reported": _reported(m),
     }
+
+
+def _reported(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
+    """Name and value of a benchmark's own metric, unless it is the mean score of the answers."""
+    name = metrics.get("main")
+    given = (metrics.get("scores") or {}).get(name)
+    if given is None or name == "accuracy":
+        return None
+    return str(name), given["value"] * (given.get("scale") or 1)
 
 
 def _add(items: list[dict[str, Any]], item: dict[str, Any]) -> None:
@@ -370,7 +398,7 @@ def collect(store: Store) -> Results:
             asked[cell.listed.task] = Asked(len(cell.scores), len(set(cell.questions.images)), dict(named))
     types = list(dict.fromkeys(t for r in made for t in r.by_type))
     seeds = sorted({c.listed.seed for c in cells})
-    warnings = [*rows.warnings, *_environment_warning(reader.envs), *_others(store, listed)]
+    warnings = [*rows.warnings, *_environment_warning(reader.envs), *_others(store, listed), *_unscored(cells)]
     return Results(made, sweep, types, missing, reader.envs, reader.speed_envs, asked, seeds, warnings, rows.mixed)
 
 
@@ -417,7 +445,7 @@ class _Rows:
         good = [c for c in cells if c.questions is not None]
         error = next((c.error for c in cells if c.error), "")
         if not good:
-            return Row(at.label, at.reducer, at.budget, error=error or "it holds no questions", model=at.model, code=code)
+            return Row(at.label, at.reducer, at.budget, error=error or NOTHING, model=at.model, code=code)
         tasks: dict[str, list[_Cell]] = {}
         for cell in good:
             tasks.setdefault(cell.listed.task, []).append(cell)
@@ -431,7 +459,10 @@ class _Rows:
             base = bases[task]
             paired = self._compare([(m, base)]) if base is not None else None
             kinds = {k: float(m.scores[where].mean()) for k, where in m.questions.kinds.items()}
-            scores[task] = TaskScore(mine.interval(m.value, m.draws), paired, kinds)
+            own = [c.metrics["reported"] for c in tasks[task] if c.metrics["reported"] is not None]
+            reported = sum(v for _, v in own) / len(own) if own else None
+            name = own[0][0] if own else ""
+            scores[task] = TaskScore(mine.interval(m.value, m.draws), paired, kinds, reported, name)
         if len(measured) == 1:
             only = next(iter(scores.values()))
             accuracy, paired = only.accuracy, only.paired
@@ -544,6 +575,20 @@ def _with_holm(rows: list[Row]) -> list[Row]:
             for i, p in zip(family, holm([get(out[i]).p for i in family]), strict=True):
                 out[i] = replace(out[i], **{name: p})
     return out
+
+
+def _unscored(cells: Sequence[_Cell]) -> list[str]:
+    """Give the numbers of tasks that score all answers together (CIDEr and the like): there is nothing to compare by question."""
+    found: dict[str, list[str]] = {}
+    for cell in cells:
+        if cell.questions is None and cell.metrics.get("reported") is not None:
+            at, (name, value) = cell.listed, cell.metrics["reported"]
+            found.setdefault(f"{at.task} ({name})", []).append(f"{at.label} {at.budget}".strip() + f" {value:.1f}")
+    return [
+        f"{task} scores all answers together, so that rows cannot be compared question by question; it is not in the means: "
+        f"{', '.join(values)}."
+        for task, values in found.items()
+    ]
 
 
 def _environment_warning(envs: Sequence[Mapping[str, Any]]) -> list[str]:

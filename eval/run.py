@@ -53,7 +53,7 @@ class Planned:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A row of ``reducers: all`` that a model refuses."""
+    """A row of ``reducers: all``, or a baseline, that a model refuses."""
 
     model: str
     label: str
@@ -94,7 +94,7 @@ class Sweep:
     planned : list of Planned
         Every cell, in table order: by model, task and seed.
     left_out : list of LeftOut
-        Rows of ``reducers: all`` that a model refuses.
+        Rows of ``reducers: all``, and baselines, that a model refuses.
     anywhere : bool
         Timings of any machine will do, not of this one only: those of a cluster come from its nodes.
 
@@ -160,7 +160,8 @@ class Sweep:
             bind(cell.reducer, facts)
         except VtcError as error:
             reason = str(error).partition("; these reducers work here")[0]
-            if cell.optional or (cell.name in BASELINES and cell.flops is not None):
+            refused = isinstance(error, (vtc.UnsupportedFeatureError, vtc.UnsupportedSignalError))
+            if cell.optional or (cell.name in BASELINES and refused):  # nobody asked for this very row
                 self.left_out.append(LeftOut(model.title, cell.label, cell.budget, reason))
                 return False
             key = cell.budget_key if isinstance(error, vtc.BudgetError) else cell.key
@@ -274,6 +275,7 @@ class Sweep:
             config.batch_size,
             config.max_new_tokens,
             config.speed.threads if timed and config.speed else config.threads,
+            item.config["engine"],
             config.speed if timed and config.speed else None,
             keep,
         )

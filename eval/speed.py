@@ -87,7 +87,7 @@ def _marks(model: nn.Module) -> Iterator[dict[str, float]]:
     # prepended: starts before a reducer's hook on the same module; appended: ends after it
     hooks = [
         family.tower.register_forward_pre_hook(mark("vision"), prepend=True),
-        family.projector.register_forward_hook(mark("encoded")),
+        (family.projector or family.tower).register_forward_hook(mark("encoded")),
         family.text.register_forward_pre_hook(mark("prefill"), prepend=True),
         model.get_output_embeddings().register_forward_hook(mark("logits")),
     ]
@@ -96,6 +96,14 @@ def _marks(model: nn.Module) -> Iterator[dict[str, float]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Return the position of the mask's last token where forward does not know it: under M-RoPE ``generate`` passes it."""
+    family = family_of(model)
+    if not family.facts.mrope:
+        return {}
+    return {"position_ids": (family.base.rope_deltas + mask.shape[1] - 1).expand(3, -1, -1)}
 
 
 def run_once(model: nn.Module, inputs: Mapping[str, Tensor], reducer: Reducer | None, decode_steps: int) -> Run:
@@ -117,7 +125,8 @@ def run_once(model: nn.Module, inputs: Mapping[str, Tensor], reducer: Reducer | 
             for _ in range(decode_steps):
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 begin = _now(device)
-                out = model(input_ids=token, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                step = {"input_ids": token, "attention_mask": mask, **_positions(model, mask)}
+                out = model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 steps.append(1e3 * (_now(device) - begin))
         times = {

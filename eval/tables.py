@@ -170,7 +170,10 @@ def _task_column(task: str) -> Column:
     return Column(
         clean(task),
         lambda r: _dash(get(r), lambda i: f"{100 * i.value:.1f}"),
-        _raw_interval(f"accuracy:{task}", get),
+        (
+            *_raw_interval(f"accuracy:{task}", get),
+            (f"metric:{task}", lambda r: r.tasks[task].reported if task in r.tasks else None),
+        ),
         rank=lambda r: _value(get(r)),
     )
 
@@ -293,6 +296,7 @@ def conditions(results: Results, *, accuracy_only: bool = False) -> list[str]:
         + ("the tasks' shares of the unreduced accuracy, averaged. " if several else "share of the unreduced accuracy. ")
         + "tokens: visual tokens entering the last layer. avg: over the layers.",
         *_difference_conditions(results),
+        *_metric_conditions(results),
     ]
     if not accuracy_only:
         lines += [_flops_condition(results), _speed_condition(results)]
@@ -349,6 +353,25 @@ def _difference_conditions(results: Results) -> list[str]:
         f"comparisons (sign-flip test over images{', each model for itself' if len(results.models) > 1 else ''}; chance of any "
         f"false {SURE} in a column below {100 * alpha:.0f} %)."
     ]
+
+
+def _metric_conditions(results: Results) -> list[str]:
+    """Say where a benchmark's own metric is not the mean score that the table shows."""
+    out = []
+    for task in results.tasks:
+        found = next((r.tasks[task] for r in results.rows if task in r.tasks and r.tasks[task].reported is not None), None)
+        if found is None or abs(found.reported - 100 * found.accuracy.value) < 0.05:  # type: ignore[operator]
+            continue
+        listed = ", ".join(
+            f"{r.label} {r.budget}".strip() + f" {r.tasks[task].reported:.1f}"
+            for r in results.rows
+            if task in r.tasks and r.tasks[task].reported is not None
+        )
+        out.append(
+            f"{task}: the table shows the mean score of the answers, which can be compared question by question; the benchmark's "
+            f"own metric is {found.metric}: {listed}."
+        )
+    return out
 
 
 def _flops_condition(results: Results) -> str:

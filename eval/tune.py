@@ -391,7 +391,7 @@ class _Run:
                 }
             )
         self.seconds += time.perf_counter() - start
-        if len(self.samples) >= 1.25 * self.saved + 64:  # now and then: a kill loses little, and little is written twice
+        if len(self.samples) >= 1.25 * self.saved + 16:  # now and then: a kill loses little, and little is written twice
             self.save()
 
     def save(self) -> None:

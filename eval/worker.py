@@ -62,6 +62,8 @@ class Job:
         CPU threads of torch.
     speed : SpeedConfig or None
         Settings of the speed pass.
+    engine : str
+        Version of the code that planned the job; a worker with other code refuses it.
     keep : int or float or None
         Budget found for equal FLOPs by the accuracy pass.
     """
@@ -75,6 +77,7 @@ class Job:
     batch_size: int
     max_new_tokens: int
     threads: int | None
+    engine: str
     speed: SpeedConfig | None = None
     keep: int | float | None = None
 
@@ -115,6 +118,10 @@ class Worker:
         """Run a job; whatever goes wrong is in the outcome, so that other jobs can go on."""
         with threads(job.threads):
             try:
+                if job.engine != env.engine_version():
+                    raise VtcError(
+                        "this worker has other vtc code than the machine that planned the sweep: install the same version on both"
+                    )
                 self.prepare(job)
                 data = self.accuracy(job, progress) if job.kind == "accuracy" else self.speed(job, progress)
                 return Outcome(data, env.describe(job.seed))

@@ -43,6 +43,7 @@ from vtc.kernels.ref import (
     seat_clusters,
     shrinking_picks,
     similarity_rows,
+    smallest,
     topk_per_group,
     ward,
 )
@@ -83,6 +84,7 @@ __all__ = [
     "select_compact",
     "shrinking_picks",
     "similarity_rows",
+    "smallest",
     "topk_per_group",
     "topk_sorted",
     "transition_score",

@@ -10,7 +10,6 @@ from fractions import Fraction
 
 import numpy as np
 import torch
-from scipy.cluster.hierarchy import linkage
 from torch import Tensor
 
 from vtc.kernels.linear import Cosines, dot, lengths, own_images, unit_rows, widened
@@ -41,6 +40,26 @@ def topk_sorted(scores: Tensor, k: int) -> Tensor:
     above, equal = full > least, full == least
     above |= equal & (equal.cumsum(-1) <= k - above.sum(-1, keepdim=True))
     return above.nonzero()[:, -1].view(index.shape)
+
+
+def smallest(values: Tensor, k: int) -> Tensor:
+    """The ``k`` smallest entries of every row, ascending.
+
+    Parameters
+    ----------
+    values : Tensor
+        ``(M, N)``.
+    k : int
+        ``1 <= k <= N``.
+
+    Returns
+    -------
+    Tensor
+        ``(M, k)``.
+    """
+    if values.device.type != "cpu":
+        return values.topk(k, largest=False).values
+    return torch.from_numpy(np.sort(np.partition(values.numpy(), k - 1, axis=1)[:, :k], axis=1))  # several times as fast
 
 
 def topk_per_group(scores: Tensor, group: Tensor, quota: Tensor) -> Tensor:
@@ -387,12 +406,13 @@ def _thinned(unit: Tensor, keep: int, step: int, near: int, few: int = 4) -> Ten
     lists = _NeighbourLists(unit, near)
     while len(alive) > keep:
         if 2 * len(alive) <= len(name):
-            unit, name = unit[torch.from_numpy(alive).to(device)], name[alive]
-            lists, alive = _NeighbourLists(unit, near), np.arange(len(alive))
+            name = name[alive]
+            lists.keep(alive)
+            alive = np.arange(len(alive))
         even, odd = alive[0::2], alive[1::2]
         if not len(odd):  # one token left and none wanted of it
             break
-        opposite = np.zeros(len(name), dtype=bool)
+        opposite = np.zeros(len(name) + 1, dtype=bool)
         opposite[odd] = True
         best = np.empty(len(even), dtype=lists.values.dtype)
         left = np.arange(len(even))
@@ -406,8 +426,8 @@ def _thinned(unit: Tensor, keep: int, step: int, near: int, few: int = 4) -> Ten
             if not len(left):
                 break
         if len(left):
-            lists.renew(even[left], alive)
-            best[left] = lists.largest(even[left], opposite)
+            lists.renew(alive)
+            best[left] = lists.largest(even[left], opposite[:-1])
         alive = np.concatenate([even[_falling(best)[min(step, len(alive) - keep) :]], odd])
     return torch.from_numpy(name[alive[:keep]]).to(device)
 
@@ -423,14 +443,31 @@ class _NeighbourLists:
         Length of the lists, less where there are fewer rows.
     whole : int
         Rows up to which all cosines are kept.
+
+    Attributes
+    ----------
+    values, places : array
+        ``(R, width)`` cosines and places; the place ``R`` is that of rows that are gone.
     """
 
-    def __init__(self, unit: Tensor, width: int, *, whole: int = 4096, block: int = 512) -> None:
-        self.unit, self.width = unit, max(1, min(width, len(unit) - 1))
+    def __init__(self, unit: Tensor, width: int, *, whole: int = 8192, block: int = 512) -> None:
+        self.unit, self.width, self.whole = unit, max(1, min(width, len(unit) - 1)), whole
         self.matrix = dot(unit, unit).fill_diagonal_(-torch.inf) if len(unit) <= whole else None
         parts = [self.nearest(self.cosines(at)) for at in torch.arange(len(unit), device=unit.device).split(block)]
         self.values = np.concatenate([v for v, _ in parts])
         self.places = np.concatenate([p for _, p in parts])
+
+    def keep(self, alive: np.ndarray) -> None:
+        """Go on with the rows ``alive`` alone."""
+        at = torch.from_numpy(alive).to(self.unit.device)
+        place = np.full(len(self.unit) + 1, len(alive))
+        place[alive] = np.arange(len(alive))
+        self.unit, self.width = self.unit[at], max(1, min(self.width, len(alive) - 1))
+        self.values, self.places = self.values[alive, : self.width], place[self.places[alive, : self.width]]
+        if self.matrix is not None:
+            self.matrix = self.matrix[at][:, at]
+        elif len(alive) <= self.whole:
+            self.matrix = dot(self.unit, self.unit).fill_diagonal_(-torch.inf)
 
     def cosines(self, of: Tensor) -> Tensor:
         """Return ``(M, R)`` cosines of the rows ``of (M,)`` with all others."""
@@ -452,14 +489,15 @@ class _NeighbourLists:
         places = best.indices if at is None else at.gather(1, best.indices)
         return best.values.cpu().numpy(), places.cpu().numpy()
 
-    def renew(self, of: np.ndarray, alive: np.ndarray, block: int = 512) -> None:
-        """Make the lists of the rows ``of`` anew, of rows that are alive."""
-        dead = np.ones(len(self.unit), dtype=bool)
-        dead[alive] = False
-        mask = torch.from_numpy(dead).to(self.unit.device)
-        for lo in range(0, len(of), block):
-            at = of[lo : lo + block]
-            cosine = self.cosines(torch.from_numpy(at).to(mask.device)).masked_fill(mask, -torch.inf)
+    def renew(self, alive: np.ndarray, block: int = 512) -> None:
+        """Make those lists anew, of rows that are ``alive``, in which few are left."""
+        there = np.zeros(len(self.unit) + 1, dtype=bool)
+        there[alive] = True
+        short = alive[there[self.places[alive]].sum(1) < self.width // 3]
+        gone = torch.from_numpy(~there[:-1]).to(self.unit.device)
+        for lo in range(0, len(short), block):
+            at = short[lo : lo + block]
+            cosine = self.cosines(torch.from_numpy(at).to(gone.device)).masked_fill(gone, -torch.inf)
             self.values[at], self.places[at] = self.nearest(cosine)
 
     def largest(self, of: np.ndarray, among: np.ndarray, block: int = 512) -> np.ndarray:
@@ -719,6 +757,8 @@ def _merge_tree(points: Tensor, matrix: int = 15000) -> tuple[list[tuple[int, in
     """Children of every merge (node ``N + t`` is merge ``t``, in order of height) and the squared heights."""
     n = len(points)
     if 1 < n <= matrix:
+        from scipy.cluster.hierarchy import linkage  # takes longer to import than the rest of vtc
+
         found = linkage(_condensed(points), "ward")
         return [(int(a), int(b)) for a, b in found[:, :2]], (found[:, 2] ** 2).tolist()
     size, alive = points.new_ones(n), torch.ones(n, dtype=torch.bool)

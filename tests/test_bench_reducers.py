@@ -32,7 +32,7 @@ def indices(chosen: Selection) -> list[list[int]]:
 def test_product_and_transcription_make_the_same_choice(name, options, rows, cols, keep) -> None:
     task = prepare(name, options, rows, cols, keep, (48, 128))
     assert task.plain is not None, f"{name} has no transcription: write one in eval/bench/plain.py"
-    for (part, given), got, want in zip(task.steps, task.product(), task.transcription(), strict=True):
+    for (part, _), got, want in zip(task.steps, task.product(), task.transcription(), strict=True):
         if isinstance(got, Selection):
             assert indices(got) == indices(want), part
             assert (got.features is None) == (want.features is None)
@@ -47,7 +47,9 @@ def test_product_and_transcription_make_the_same_choice(name, options, rows, col
         else:
             assert (got is None) == (want is None)
     kept = [len(indices(s)[0]) for s in task.product() if isinstance(s, Selection)]
-    assert not kept or min(kept) < rows * cols or name in ("skipspan", "todre"), "the comparison is of something that was chosen"
+    assert not kept or min(kept) < rows * cols or name in ("skipspan", "todre"), (
+        "the comparison is of something that was chosen"
+    )
 
 
 def test_every_registered_reducer_is_measured() -> None:
@@ -112,7 +114,9 @@ def test_command(tmp_path, monkeypatch) -> None:
     app = typer.Typer()
     bench.register(app)
     out = tmp_path / "deep" / "rows.csv"
-    done = runner.invoke(app, ["bench", "reducers", "--only", "divprune", "--only", "fastv", "--repeats", "2", "--out", str(out)])
+    done = runner.invoke(
+        app, ["bench", "reducers", "--only", "divprune", "--only", "fastv", "--repeats", "2", "--out", str(out)]
+    )
     assert done.exit_code == 0, done.output
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))

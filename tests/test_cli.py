@@ -137,7 +137,7 @@ def test_check_reads_the_structure_from_the_config(call, pocket):
     assert data["visual_tokens"] == config.image_seq_length == 196 and data["tower"]["grid"] == [14, 14]
     assert set(data["stages"]) == {s.value for s in Stage} and set(data["reducers"]) == set(vtc.list_reducers())
     code, out, _ = call("check", "pocket")
-    assert code == 0 and "14x14 patches" in out and "with class token" in out
+    assert code == 0 and "14x14 tokens" in out and "with class token" in out
 
 
 @pytest.mark.parametrize("size", [(56, 30), (30, 56), (20, 20)])

@@ -71,12 +71,22 @@ def test_labels_are_where_the_text_is():
 
 
 def test_training_command(tmp_path, capsys):
-    pages.main(["--out", str(tmp_path), "--pages", "4", "--test-pages", "3", "--authors"])
+    pages.main(["--out", str(tmp_path), "--pages", "2", "--test-pages", "3", "--authors"])
     out = capsys.readouterr().out
     report = json.loads(out[out.index("{") :])
     assert {"contrast", "authors", "trained"} <= set(report) and report["pages"] == 3
     assert 0 <= report["trained"]["precision"] <= 1 and len(report["trained"]["recall_by_font_size"]) == 5
     assert (tmp_path / "classifier.safetensors").stat().st_size == (ASSETS / "classifier.safetensors").stat().st_size
+
+
+def test_training_repeats():
+    made = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        classifier = TextClassifier()
+        pages.train(classifier, 2, log=lambda _: None)
+        made.append(classifier.state_dict())
+    assert all(torch.equal(made[0][name], made[1][name]) for name in made[0])
 
 
 @pytest.mark.parametrize(("options", "said"), [({}, "vtc's own"), ({"classifier": "contrast"}, "contrast of the blocks")])

@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ import vtc
 from vtc.errors import ConfigError, UnknownArgumentError, UnknownReducerError
 from vtc.eval.lmms import Benchmark, check_task, known_tasks, run_task
 from vtc.eval.lmms.benchmarks import JUDGES, TASKS
+from vtc.eval.lmms.run import own_locks
 from vtc.eval.tasks import utils as offline
 from vtc.pocket import DETAIL_QUESTION_TYPES, QUESTION_TYPES, load_pocket, pocket_path, scene_questions
 from vtc.reducers.uniform import Uniform
@@ -48,9 +50,10 @@ def evaluate(model, args="", task="vtc_scenes", limit=LIMIT, **kwargs):
     from lmms_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=str(TASKS), include_defaults=False, model_name=str(model))
-    return simple_evaluate(
-        model=model, model_args=args, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, **kwargs
-    )
+    with own_locks():  # other tests of this process use locks, too
+        return simple_evaluate(
+            model=model, model_args=args, tasks=[task], task_manager=manager, limit=limit, bootstrap_iters=0, **kwargs
+        )
 
 
 def samples(result, task="vtc_scenes"):
@@ -322,7 +325,7 @@ def breaking():
                 raise ZeroDivisionError("the third image")
             return Uniform.select(self, signals)
 
-    yield
+    yield seen
     unregister("breaking")
 
 
@@ -335,7 +338,7 @@ def test_an_error_inside_generate_fails_the_run_at_once(breaking, base):
     lm = build(arguments, {"batch_size": 1, "device": "cpu"})
     with pytest.raises(RuntimeError, match=r"document \d+ of task 'vtc_scenes'.*ZeroDivisionError: the third image") as caught:
         evaluate(lm)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) and len(breaking) == 3
     lm.reduce("uniform", keep=9)  # the object is as good as before
     assert counts(samples(evaluate(lm, limit=2)), "kept") == [(9,), (9,)]
 
@@ -584,6 +587,12 @@ def test_run_task_returns_rows_metrics_and_versions(pocket):
     assert torch.equal(torch.get_rng_state(), states[2])
 
 
+def test_run_task_leaves_file_locks_as_they_were(pocket, tmp_path):
+    run_task(*pocket, "vtc_scenes", reducer=None, batch_size=1, limit=1, seed=0)
+    with filelock.FileLock(tmp_path / "lock"), pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / "lock", timeout=0).acquire()
+
+
 def test_run_task_without_a_reducer_answers_as_the_pocket_code_does(pocket):
     model, processor = pocket
     run = run_task(model, processor, "vtc_easy_vqa", reducer=None, batch_size=4, limit=10, seed=0)
@@ -654,6 +663,7 @@ def test_unknown_tasks_are_refused_with_close_matches(manager):
     ):
         check_task("refcoco_bbox_rec_vall")
     assert check_task("countbench", data=False).dataset == "vikhyatk/CountBenchQA"  # any task of lmms-eval will do
+    assert check_task("ai2d_lite", data=False).filter == "flexible-extract"
 
 
 def test_a_data_set_that_is_not_there_is_explained(monkeypatch):

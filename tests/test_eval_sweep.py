@@ -132,7 +132,9 @@ def test_a_killed_sweep_goes_on_where_it_was_and_ends_with_the_same_table(sweep,
     assert [r.label for r in collect(store).rows] == ["none", "random"] and len(collect(store).missing) == 3
     answered = []
     original = Worker.accuracy
-    monkeypatch.setattr(Worker, "accuracy", lambda self, job, *rest: answered.append(job.cell.label) or original(self, job, *rest))
+    monkeypatch.setattr(
+        Worker, "accuracy", lambda self, job, *rest: answered.append(job.cell.label) or original(self, job, *rest)
+    )
     assert sweep.run(store, QUIET, executor=local).failed == 0
     assert answered == ["uniform", "downsample", "fastv"]
     assert accuracy_table(store) == accuracy_table(finished)

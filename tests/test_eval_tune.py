@@ -105,21 +105,26 @@ def test_the_search_goes_down_stops_and_resumes_without_asking_again(tmp_path, m
 
 
 def test_a_search_that_was_killed_goes_on_where_it_was(tmp_path, monkeypatch):
-    store = Store(tmp_path / "s", create=True)
-    whole = Tuner(settings(), Store(tmp_path / "whole", create=True)).run()
-    original, calls = tuning._Run._ask, []
+    given = settings(budgets=(BudgetConfig(keep=147),), target=0.25)
+    original, calls, dies = tuning._Run._ask, [], []
 
-    def dying(self, questions):
-        calls.append(len(questions))
-        if len(calls) == 4:
+    def counting(self, questions):
+        if dies and len(calls) == dies[0]:
             raise KeyboardInterrupt
+        calls.append(len(questions))
         original(self, questions)
 
-    monkeypatch.setattr(tuning._Run, "_ask", dying)
+    monkeypatch.setattr(tuning._Run, "_ask", counting)
+    whole = Tuner(given, Store(tmp_path / "whole", create=True)).run()
+    total = sum(calls)
+    calls.clear()
+    dies.append(1)  # after the unreduced model's first answers
+    store = Store(tmp_path / "s", create=True)
     with pytest.raises(KeyboardInterrupt):
-        Tuner(settings(), store).run()
-    monkeypatch.setattr(tuning._Run, "_ask", original)
-    done = Tuner(settings(), store).run()
+        Tuner(given, store).run()
+    dies.clear()
+    done = Tuner(given, store).run()
+    assert sum(calls) == total  # nothing was asked twice
     plain = [[(t.budget, t.verdict, t.drop, t.questions) for t in s.trials] for s in done]
     assert plain == [[(t.budget, t.verdict, t.drop, t.questions) for t in s.trials] for s in whole]
 

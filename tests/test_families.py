@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import json
 import warnings
 from pathlib import Path
 
+import families_report
 import pytest
 import torch
+import transformers as hf
 from family_cases import CASES, DECODER_LAYERS, IMAGE_TOKEN, VIDEO_TOKEN
 from models import build, image_features, image_spans, make_inputs, shared, visual_of
 from pickers import BoundaryPicker, DecoderPicker, marks_of
@@ -25,13 +29,11 @@ from vtc import compat
 from vtc.core import Kind
 from vtc.engine.patch import handle_of
 from vtc.families import adapters, family_of
-from vtc.inspect import reason_against
+from vtc.inspect import examine, reason_against
 from vtc.signals import keys
 
-DONE = ("llava", "llava_next", "llava_siglip")
-"""They run all of test_oracle, test_generate and test_contract."""
-NEW = [name for name in CASES if name not in (*DONE, "unknown")]
-PICTURES = [name for name in NEW if not CASES[name].video]
+NEW = [name for name in CASES if name not in ("llava_siglip", "unknown")]
+"""All but a variant that runs all of test_oracle, and the model without adapter."""
 NEWER = compat.transformers_version() >= (5, 0, 0)
 
 families = pytest.mark.parametrize("name", NEW)
@@ -435,6 +437,99 @@ def test_deepstack_layers_are_not_shortened():
         vtc.patch(model_of("qwen3_vl"), "fastv", keep=4, layer=1)
 
 
+# ----------------------------------------------------------------------------------------------------------- odd inputs
+@pytest.mark.parametrize("name", ["vipllava", "internvl", "idefics3", "mistral3", "llava_onevision"])
+def test_embeddings_instead_of_ids(name):
+    model, inputs, _ = case(name, (1, 2))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    with vtc.patch(model, PARTS), torch.no_grad():
+        want = model(**inputs).logits
+        rest = {k: v for k, v in inputs.items() if k != "input_ids"}
+        assert torch.equal(model(inputs_embeds=embeds, **rest).logits, want)
+
+
+@families
+def test_placeholders_without_pixels_are_text_and_a_wrong_number_is_refused(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model)
+    ids = torch.tensor([[5, 6, VIDEO_TOKEN if CASES[name].video else IMAGE_TOKEN, 7]])
+    stray = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    longer = {**inputs, **{k: torch.cat([inputs[k], v], 1) for k, v in stray.items()}}
+    longer |= CASES[name].extra(longer["input_ids"], longer["input_ids"].shape[1])
+    with torch.no_grad():
+        want, whole = model(**stray).logits, model(**inputs).logits
+        with pytest.raises((ValueError, RuntimeError)):
+            model(**longer)
+        with vtc.patch(model, "uniform", keep=0.5) as handle:
+            assert torch.equal(model(**stray).logits, want) and handle.stats.last.text_only
+            with pytest.raises((ValueError, RuntimeError)):
+                model(**longer)
+            assert (model(**inputs).logits - whole)[:, -1].abs().max() > 1e-6  # and goes on as if nothing had happened
+
+
+# the Qwens cannot number the positions of such a row, patched or not
+@pytest.mark.parametrize("name", [name for name in NEW if not name.startswith("qwen")])
+def test_a_row_of_padding_only(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model, images=[1])
+    two = dict(inputs)
+    for key in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"):
+        if key in inputs:
+            two[key] = torch.cat([inputs[key], torch.zeros_like(inputs[key])])
+    if CASES[name].tiles:
+        two["pixel_values"] = torch.cat([inputs["pixel_values"], torch.zeros_like(inputs["pixel_values"])])
+    with vtc.patch(model, PARTS), torch.no_grad():
+        want, got = model(**inputs).logits, model(**two).logits
+    assert (got[:1] - want).abs().max() < tolerance(name) and got[0].isfinite().all()
+
+
+@families
+def test_features_made_before_patching_are_refused(name):
+    model = model_of(name)
+    inputs = make_inputs(name, model)
+    taken = inspect.signature(model.model.forward).parameters
+    if "mm_encoder_outputs" not in taken and "image_hidden_states" not in taken:
+        return  # this release takes no features
+    pixels = {k: v for k, v in inputs.items() if k.startswith("pixel_values") or k in ("image_sizes", "batch_num_images")}
+    rest = {k: v for k, v in inputs.items() if k not in pixels}
+    grid = {k: v for k, v in inputs.items() if k.endswith("_grid_thw")}
+
+    def features():
+        make = model.model.get_video_features if CASES[name].video else model.model.get_image_features
+        with torch.no_grad():
+            out = make(**pixels, **grid)
+        if "mm_encoder_outputs" not in taken:
+            return {"image_hidden_states": out}
+        return {"mm_encoder_outputs": {"video" if CASES[name].video else "image": out}}
+
+    before = features()
+    with torch.no_grad():
+        model(**rest, **before)
+        with vtc.patch(model, "uniform", keep=0.5) as handle:
+            with pytest.raises(vtc.UnsupportedFeatureError, match="were not made by the patched model"):
+                model(**rest, **before)
+            if "mm_encoder_outputs" in taken:
+                assert torch.equal(model(**rest, **features()).logits, model(**inputs).logits)
+                assert handle.stats.last.fired
+
+
+def test_hooks_of_others_stay():
+    model = build("internvl")
+    inputs = make_inputs("internvl", model)
+    lengths = []
+    layer = model.model.language_model.layers[4]
+    hook = layer.register_forward_hook(
+        lambda m, args, out: lengths.append((out[0] if isinstance(out, tuple) else out).shape[-2])
+    )
+    with torch.no_grad():
+        base = model(**inputs).logits
+        with vtc.patch(model, PARTS):
+            model(**inputs)
+        assert torch.equal(model(**inputs).logits, base)
+    assert lengths[0] == lengths[2] == inputs["input_ids"].shape[1] > lengths[1]
+    hook.remove()
+
+
 # ------------------------------------------------------------------------------------------------------- unknown families
 @pytest.mark.filterwarnings("ignore:models of type")
 @pytest.mark.parametrize("kind", ["boundary-merge", "boundary+decoder"])
@@ -471,12 +566,100 @@ def test_a_model_whose_structure_does_not_fit_is_refused():
     refused("id of the image token")
 
 
+# ------------------------------------------------------------------------------------------------------------- vtc check
+SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4)
+
+
+def published(name: str):
+    """Configs with the vision settings of well-known checkpoints (and a small language model)."""
+    kin = dict(text_config=SMALL | {"model_type": "llama", "vocab_size": 40000}, image_token_index=32000)
+    clip = dict(
+        model_type="clip_vision_model",
+        image_size=336,
+        patch_size=14,
+        num_hidden_layers=4,
+        hidden_size=32,
+        num_attention_heads=4,
+    )
+    siglip = dict(model_type="siglip_vision_model", num_hidden_layers=2, hidden_size=32, num_attention_heads=4)
+    mrope = SMALL | dict(rope_scaling=dict(type="mrope", rope_type="default", mrope_section=[2, 1, 1]), vocab_size=160000)
+    pins = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    return {
+        "llava-1.5": lambda: hf.LlavaConfig(**kin, vision_config=clip),
+        "llava-next": lambda: hf.LlavaNextConfig(**kin, vision_config=clip, image_grid_pinpoints=pins),
+        "paligemma-224": lambda: hf.PaliGemmaConfig(
+            text_config=SMALL | {"model_type": "gemma", "vocab_size": 257300},
+            vision_config=siglip | dict(image_size=224, patch_size=14, projection_dim=32),
+        ),
+        "gemma-3": lambda: hf.Gemma3Config(
+            text_config=SMALL | dict(vocab_size=262300), vision_config=siglip | dict(image_size=896, patch_size=14)
+        ),
+        "internvl-3": lambda: hf.InternVLConfig(
+            text_config=SMALL | {"model_type": "qwen2", "vocab_size": 160000},
+            vision_config=dict(image_size=448, patch_size=14, num_hidden_layers=2, hidden_size=32, num_attention_heads=4),
+        ),
+        "smolvlm": lambda: hf.SmolVLMConfig(
+            text_config=SMALL | {"model_type": "llama", "vocab_size": 130000},
+            vision_config=dict(image_size=512, patch_size=16, num_hidden_layers=2, hidden_size=32, num_attention_heads=4),
+            scale_factor=4,
+        ),
+        "mistral-3": lambda: hf.Mistral3Config(
+            text_config=SMALL | {"model_type": "mistral", "head_dim": 8},
+            vision_config=dict(model_type="pixtral", image_size=1540, patch_size=14, num_hidden_layers=2, hidden_size=32),
+        ),
+        "qwen2-vl": lambda: hf.Qwen2VLConfig(text_config=mrope, vision_config=dict(depth=2, embed_dim=32, num_heads=4)),
+        "qwen2.5-vl": lambda: hf.Qwen2_5_VLConfig(text_config=mrope, vision_config=dict(depth=2, hidden_size=32, num_heads=4)),
+    }[name]()
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens", "views"),
+    [
+        ("llava-1.5", (640, 480), 576, 1),
+        ("llava-next", (640, 480), 2340, 5),  # documented for this model: 576 + 36 rows of 48 + 36 newlines
+        ("paligemma-224", (640, 480), 256, 1),
+        ("gemma-3", (640, 480), 256, 1),
+        ("internvl-3", (640, 480), 256, 1),
+        ("smolvlm", (640, 480), 64, 1),
+        ("mistral-3", (1540, 1540), 3025, 1),
+        ("mistral-3", (640, 480), 23 * 18, 1),
+        ("qwen2-vl", (448, 448), 256, 1),
+        ("qwen2.5-vl", (1000, 700), 36 * 25, 1),
+        ("qwen2.5-vl", (20, 20), 4, 1),  # enlarged to 56 x 56
+    ],
+)
+def test_check_counts_tokens_from_the_config(name, size, tokens, views, tmp_path):
+    published(name).save_pretrained(tmp_path)
+    report = examine(str(tmp_path), size)
+    assert (report.slots, report.views) == (tokens, views)
+    ran = [reducer for reducer, reason in report.reducers.items() if not reason]
+    assert {"uniform", "fastv", "divprune"} <= set(ran) and json.dumps(report.to_dict())
+
+
+def test_check_reads_the_processor_of_the_folder(tmp_path):
+    published("qwen2-vl").save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 28 * 28 * 64}))
+    assert examine(str(tmp_path), (1000, 1000)).slots == 64
+
+
 # --------------------------------------------------------------------------------------------------------------- one entry
+def test_the_table_is_that_of_these_families():
+    """Run the tests as tests/families_report.py says after adding a family or changing what one supports."""
+    data = json.loads((families_report.RESULTS / "families.json").read_text())
+    for run in data.values():
+        assert set(run) == {c.family for name, c in CASES.items() if name != "unknown"}
+    for family, run in data[max(data, key=lambda v: [int(p) for p in v.split(".")])].items():
+        name = next(n for n, c in CASES.items() if c.family == family)
+        assert run["stages"] == {stage.value: reason for stage, reason in facts_of(name).stages.items()}
+    assert (families_report.RESULTS / "families.md").read_text() == families_report.table(data) + "\n"
+    assert (families_report.RESULTS / "families-reasons.md").read_text() == families_report.reasons(data) + "\n"
+
+
 def test_a_family_is_one_file_and_one_entry():
     """Nothing but its adapter and the test table names a family."""
     root = Path(vtc.__file__).parent
-    assert set(adapters()) == {c.family for name, c in CASES.items() if name != "unknown"} and len(adapters()) >= 14
-    for kind in set(adapters()) - {"llava", "llava_next"}:
+    assert set(adapters()) - {"timm"} == {c.family for name, c in CASES.items() if name != "unknown"} and len(adapters()) >= 14
+    for kind in set(adapters()) - {"timm", "llava", "llava_next"}:
         shared_files = [f for f in Path(__file__).parent.glob("*.py") if not f.name.startswith("test_")]
         naming = {f.name for f in [*root.rglob("*.py"), *shared_files] if f'"{kind}"' in f.read_text()}
         ours = {f.name for f in (root / "families").glob("*.py")}

@@ -588,7 +588,7 @@ def test_registry_entry():
     entry = vtc.registry.info("flowcut")
     assert entry.stages == ("encoder", "decoder")
     assert not any(name.startswith("_") for name in entry.options)
-    assert entry.presets["llava15-64"] == {"keep": 64} and entry.presets["next-160"] == {"keep": 160}
+    assert entry.presets["llava15-64"] == {"keep": 64} and entry.presets["llavanext-160"] == {"keep": 160}
     facts = family_of(tiny("llava_next")).facts
     bound = vtc.create("flowcut", keep=20).bind(facts)
     assert [p.name for p in bound.parts()] == ["flowcut", "flowcut"]

@@ -479,11 +479,12 @@ def test_scaled_down_wide_scenes_equal_what_the_processor_does(pocket):
 
 def test_chance_is_what_the_wording_gives_away(monkeypatch):
     asked = {
-        "train": [("a", "p", "yes")] * 30 + [("a", "q", "no")] * 50 + [("a", "rare", "yes")],
-        "test": [("a", "p", "yes"), ("a", "q", "yes"), ("a", "rare", "no"), ("a", "new", "no")],
-    }
+        "train": [("a", "p", "yes")] * 30 + [("a", "q", "no")] * 50 + [("a", "rare", "yes")]
+        + [("b", "p", "yes")] * 30 + [("b", "q", "no")] * 40,
+        "test": [("a", "p", "yes"), ("a", "q", "yes"), ("a", "rare", "no"), ("a", "new", "no"), ("b", "p", "no"), ("b", "q", "no")],
+    }  # fmt: skip
     monkeypatch.setattr(measure, "_texts", lambda split, *_: iter(asked[split]))
-    assert measure.chance_levels("test") == {"a": 0.75}
+    assert measure.chance_levels("test") == {"a": 0.75, "b": 1.0}
 
 
 def test_measure_command(tmp_path, capsys, monkeypatch):

@@ -369,7 +369,7 @@ LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("torch", "transformers"),
     ),
-    "vtc.kernels": (("vtc.kernels",), ("torch", "triton")),
+    "vtc.kernels": (("vtc.kernels",), ("torch", "triton", "numpy", "scipy")),
 }
 
 

@@ -200,7 +200,9 @@ def _print_report(report: Any) -> None:
     tower, decoder = data["tower"], data["decoder"]
     rows, cols = tower["grid"]
     tokens = f"{data['visual_tokens']}" if data["visual_tokens"] else "depends on the image"
-    tokens += "" if data["unit"] == "image" else f" per {data['unit']} (pictures come in several; keep counts per {data['unit']})"
+    tokens += (
+        "" if data["unit"] == "image" else f" per {data['unit']} (pictures come in several; keep counts per {data['unit']})"
+    )
     if data["image_size"]:
         tokens += " for an image of {}x{}".format(*data["image_size"])
     if data["anyres"]:

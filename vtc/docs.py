@@ -240,14 +240,7 @@ def reducers_pages() -> str:
     return "\n".join([head, "", *(entry_text(page) for page in sheets)]).rstrip()
 
 
-def families_table() -> str:
-    """Return the Markdown table of supported model families."""
-    from vtc.families import list_families
-
-    return "\n".join(["| `config.model_type` |", "|---|", *(f"| `{name}` |" for name in list_families())])
-
-
-BLOCKS: dict[str, Callable[[], str]] = {"methods": methods_table, "families": families_table, "reducers": reducers_pages}
+BLOCKS: dict[str, Callable[[], str]] = {"methods": methods_table, "reducers": reducers_pages}
 """Renderers by block name; any other name is a file below the root."""
 
 

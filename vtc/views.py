@@ -183,7 +183,7 @@ def _own(part: Selection, features: Tensor) -> Tensor:
     """Features of the survivors: the new ones, or their own."""
     if part.features is not None:
         return part.features
-    return features.gather(1, part.index[..., None].expand(-1, -1, features.shape[2]))
+    return features[torch.arange(len(features), device=features.device)[:, None], part.index]
 
 
 def _owners(part: Selection, n: int) -> Tensor:

@@ -14,7 +14,11 @@ def _group() -> None:
 
 def register(parent: typer.Typer) -> None:
     """Add ``vtc bench`` with its sub-commands to the ``vtc`` application; a new one is one more line here."""
+    from vtc.eval.bench.kernels import kernels
+    from vtc.eval.bench.model import model
     from vtc.eval.bench.reducers import reducers
 
     app.command("reducers")(reducers)
+    app.command("kernels")(kernels)
+    app.command("model")(model)
     parent.add_typer(app)

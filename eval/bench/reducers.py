@@ -434,19 +434,19 @@ def reducers(
     for size in sizes:
         if size not in SIZES:
             raise UnknownArgumentError(f"there is no size {size}: use one or more of {', '.join(map(str, SIZES))}")
-    found = []
+    found, origin = [], provenance()
     for row in bench(sizes, only or (), repeats):
         found.append(row)
         if not as_json:
             print(_line(row), flush=True)
-    origin = provenance()
+        if out is not None:
+            write(out, found, origin)  # what is there stays if the rest is interrupted
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in found], **origin}, indent=2))
     else:
         for line in summary(found):
             print(line)
     if out is not None:
-        write(out, found, origin)
         print(out, file=sys.stderr)
 
 

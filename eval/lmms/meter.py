@@ -117,7 +117,8 @@ class Meter:
             self._note(documents, args, kwargs, output, end - start, (first.time or end) - start)
             return output
         except Exception as error:
-            where = f" on document {documents[0][2]} of task '{documents[0][0]}'" if documents else ""
+            numbers = ", ".join(str(number) for _, _, number in documents)
+            where = f" on document {numbers} of task '{documents[0][0]}'" if documents else ""
             self.error = RuntimeError(f"generate failed{where}: {type(error).__name__}: {error}")
             self.error.__cause__ = error
             raise GenerateFailedError from error

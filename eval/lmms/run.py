@@ -114,7 +114,7 @@ def run_task(
     members = load_task(task, prompts_for(model))
     lm.reduce(reducer)
     try:
-        with _seeded(seed), _no_bars(), tempfile.TemporaryDirectory() as scratch:
+        with _seeded(seed), _no_bars(), own_locks(), tempfile.TemporaryDirectory() as scratch:
             result = simple_evaluate(
                 model=lm,
                 tasks=list(members),
@@ -177,11 +177,18 @@ def _from_index(name: str, entry: Mapping[str, Any]) -> Benchmark:
     from lmms_eval.utils import load_yaml_config
 
     config = load_yaml_config(entry["yaml_path"], mode="simple") if entry["type"] == "task" else {}
-    remote = "data_files" not in (config.get("dataset_kwargs") or {}) and "load_from_disk" not in (
-        config.get("dataset_kwargs") or {}
+    local = {"data_files", "load_from_disk"} & set(config.get("dataset_kwargs") or {})
+    filters = [f["name"] for f in config.get("filter_list") or ()]
+    return Benchmark(
+        name,
+        name,
+        metrics=(),
+        scale=1,
+        n=0,
+        dataset="" if local else config.get("dataset_path", ""),
+        config=config.get("dataset_name") or "",
+        filter=filters[0] if filters else "none",
     )
-    dataset = config.get("dataset_path") if remote else None
-    return Benchmark(name, name, (), 1, 0, dataset=dataset or "", config=config.get("dataset_name") or "")
 
 
 def _require_lmms_eval() -> None:
@@ -197,11 +204,15 @@ def _require_data(benchmark: Benchmark) -> None:
 
     try:
         datasets.load_dataset_builder(benchmark.dataset, benchmark.config or None, cache_dir=_resolve_hf_datasets_cache_dir())
-    except Exception as error:  # noqa: BLE001  hub, cache and HTTP client each have their own
+    except ConnectionError as error:
         raise ConfigError(
-            f"task '{benchmark.name}': the data set {benchmark.dataset} is not in the cache and the hub cannot be reached "
-            f"({type(error).__name__}): run `vtc tasks --prepare {benchmark.name}` on a machine with network, and copy its "
-            "Hugging Face cache (HF_HOME) here"
+            f"task '{benchmark.name}': the data set {benchmark.dataset} is not in the cache and the hub cannot be reached: run "
+            f"`vtc tasks --prepare {benchmark.name}` on a machine with network, and copy its Hugging Face cache (HF_HOME) here"
+        ) from error
+    except Exception as error:  # noqa: BLE001  gated, moved, damaged: hub, files and HTTP client each have their own
+        raise ConfigError(
+            f"task '{benchmark.name}': the data set {benchmark.dataset} cannot be opened, mend this first: "
+            f"{type(error).__name__}: {error}"
         ) from error
 
 
@@ -244,6 +255,20 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
+
+
+@contextmanager
+def own_locks() -> Iterator[None]:
+    """Undo what lmms-eval does to ``filelock``: for the rest of the process, a file lock could be taken twice."""
+    from filelock._api import FileLockMeta
+    from lmms_eval.evaluator import _enable_reentrant_filelocks
+
+    before = FileLockMeta.__call__
+    try:
+        yield
+    finally:
+        FileLockMeta.__call__ = before
+        _enable_reentrant_filelocks._patched = False
 
 
 class _Silent(tqdm):

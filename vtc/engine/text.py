@@ -33,7 +33,8 @@ from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStat
 
 _CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 _INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
-_FEATURE_ARGUMENTS = {False: ("pixel_values", "image_patches"), True: ("pixel_values_videos",)}  # by "is a video"
+# by "is a video"
+_FEATURE_ARGUMENTS = {False: ("pixel_values", "image_patches", "image_hidden_states"), True: ("pixel_values_videos",)}
 
 
 @dataclass(eq=False)

@@ -17,13 +17,16 @@ from vtc.families.probing import probe
 @functools.cache
 def adapters() -> dict[str, ModuleType]:
     """Return the adapter of every ``config.model_type``: each module here with ``TYPES`` and ``build(model)`` is one."""
-    modules = [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
-    return {kind: module for module in modules if hasattr(module, "build") for kind in getattr(module, "TYPES", ())}
+    return {kind: module for module in _modules() if hasattr(module, "build") for kind in getattr(module, "TYPES", ())}
+
+
+def _modules() -> list[ModuleType]:
+    return [importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__)]
 
 
 def list_families() -> list[str]:
-    """Return the supported values of ``config.model_type``."""
-    return sorted(adapters())
+    """Return the supported values of ``config.model_type``, with ``"timm"`` for that package's vision transformers."""
+    return sorted({kind for module in _modules() for kind in getattr(module, "TYPES", ())})
 
 
 def unwrap(model: nn.Module) -> nn.Module:

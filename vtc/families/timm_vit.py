@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vtc.core import Facts, Stage
 from vtc.errors import UnsupportedModelError
 
+TYPES = ("timm",)
 MASK = "attn_mask"
 """What a block calls its attention mask."""
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")

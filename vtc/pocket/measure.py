@@ -1,8 +1,8 @@
 """Measure a pocket model: ``python -m vtc.pocket.measure --model pocket --out measured.json``.
 
 Writes accuracy per question type with 95 % Wilson intervals, next to what the same questions yield without the right
-image: the most frequent training answer to the question's wording (the chance level), a blank (mean gray) image, and
-another scene's image. All questions about an image are packed behind it, which gives the answers of single prompts (a
+image: answering by the question's type or wording alone (the chance level), a blank (mean gray) image, and another
+scene's image. All questions about an image are packed behind it, which gives the answers of single prompts (a
 test checks that) at a twentieth of the cost.
 
 With ``--reducers`` and ``--keep`` it also asks single prompts under `vtc.patch`, which gives the pruning curves; with
@@ -28,7 +28,7 @@ from vtc.pocket.answer import answer_questions, encode_questions
 from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, validation_batches, wide_batch, wide_validation_batches
 from vtc.pocket.easyvqa import easy_vqa_questions, question_texts
 from vtc.pocket.model import arrange_crops, decode_packed, encode_images
-from vtc.pocket.scenes import QuestionText, detail_questions, render_scene, render_wide_scene, scene_questions
+from vtc.pocket.scenes import WIDE_SIZES, QuestionText, detail_questions, render_scene, render_wide_scene, scene_questions
 
 _Z = 1.959964  # 95 %
 _DETAIL = {"wide_digit": "detail_digit", "wide_lookup": "detail_lookup", "wide_word": "detail_word"}
@@ -138,11 +138,11 @@ def batches_to_ask(is_next: bool, split: str, scenes: int, wide: int, easy: int)
 
 
 def chance_levels(split: str, scenes: int = 600, wide: int = 240, learnt_from: int = 3000) -> dict[str, float]:
-    """Accuracy per type of answering by the question's wording alone, learnt from the train split, asked about `split`.
+    """Accuracy per type of the better of two strategies that never look at the image.
 
-    The answer is the most frequent one to the same prompt, or to the type where training asked that prompt fewer than
-    twenty times; so a type whose wording tells something about the answer has a higher level than its share of the most
-    frequent answer.
+    One always gives the answer most frequent among the questions of that type asked here: no constant answer does better.
+    The other gives the most frequent training answer to the same prompt (to the type, where training asked that prompt
+    fewer than twenty times), which pays where the wording tells something about the answer, as in easy-VQA.
 
     Parameters
     ----------
@@ -158,21 +158,24 @@ def chance_levels(split: str, scenes: int = 600, wide: int = 240, learnt_from: i
     for kind, prompt, answer in _texts("train", learnt_from, learnt_from // 3):
         by_prompt[kind, prompt][answer] += 1
         by_type[kind][answer] += 1
-    marks: Marks = defaultdict(list)
+    hits: Counter[str] = Counter()
+    asked: dict[str, Counter[str]] = defaultdict(Counter)
     for kind, prompt, answer in _texts(split, scenes, wide):
         counts = by_prompt[kind, prompt]
         counts = counts if counts.total() >= 20 else by_type[kind]
-        marks[kind].append(answer == min(counts, key=lambda a: (-counts[a], a)))
-    return {kind: round(sum(hits) / len(hits), 4) for kind, hits in marks.items()}
+        hits[kind] += answer == min(counts, key=lambda a: (-counts[a], a))
+        asked[kind][answer] += 1
+    return {kind: round(max(hits[kind], *answers.values()) / answers.total(), 4) for kind, answers in asked.items()}
 
 
 def _texts(split: str, scenes: int, wide: int) -> Iterator[QuestionText]:
     """Type, prompt and answer of all questions about so many scenes of a split and of easy-VQA."""
     for number in range(scenes):
         yield from render_scene(number, split).questions
-    for number in range(wide):
-        for kind, prompt, answer in render_wide_scene(number, split).questions:
-            yield _DETAIL.get(f"wide_{kind}", f"wide_{kind}"), prompt, answer
+    for size in WIDE_SIZES:  # the scenes of wide_validation_batches
+        for number in range(max(1, wide // len(WIDE_SIZES))):
+            for kind, prompt, answer in render_wide_scene(number, split, size=size).questions:
+                yield _DETAIL.get(f"wide_{kind}", f"wide_{kind}"), prompt, answer
     for _, prompt, answer in question_texts(split):
         yield "easy_yesno" if answer in ("yes", "no") else "easy_open", prompt, answer
 

@@ -62,13 +62,13 @@ def merge_once(now: Merged, r: int, *, official: bool = False) -> Merged:
     rank = rank.scatter(1, gone * 2, into)
 
     first = (t - r) * torch.arange(n, device=best.device)[:, None]
-    into, source = (into + first).flatten(), (gone * 2)[..., None]
+    into, batch = (into + first).flatten(), torch.arange(n, device=best.device)[:, None]
     count = torch.ones(n * (t - r), device=best.device).index_add(0, into, torch.ones(len(into), device=best.device))
 
     def mean(x: Tensor) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
-        total = wide.gather(1, stay[..., None].expand(-1, -1, x.shape[2])).flatten(0, 1)
-        total.index_add_(0, into, wide.gather(1, source.expand(-1, -1, x.shape[2])).flatten(0, 1))
+        total = wide[batch, stay].flatten(0, 1)
+        total.index_add_(0, into, wide[batch, gone * 2].flatten(0, 1))
         return total.div_(count[:, None]).view(n, t - r, -1).to(x.dtype)
 
     return Merged(mean(now.metric), mean(now.tokens), now.slot.gather(1, stay), rank.gather(1, now.owner))

@@ -130,13 +130,13 @@ class CoreMatching(Reducer):
     without the speed. The released code has no such decoding; the paper's two percentiles are published without their numbers,
     so ``active`` and any ``neurons`` are unconfirmed.
 
-    What that costs and saves, measured with ``python -m vtc.eval.neurons`` (batch 1, float32, one CPU core, medians of seven
-    alternations; ``results/corematching.md``): on a model 1,024 wide with random weights a decode step is 1.68 times as fast on
-    20 % of the neurons, 1.45 times on 40 %, 1.20 times on 60 % and as fast as before on 80 %, while choosing neurons and
-    cutting the projections makes a prompt of 617 tokens a third to a half longer, which 19, 30, 64 and 2,313 steps earn back;
-    on the embedded model, 128 wide, steps gain 1 to 8 %, within the noise. The cut projections take as much memory again as
+    What that costs and saves, measured with ``python -m vtc.eval.neurons`` (batch 1, float32, one CPU core, medians of five
+    alternations; ``results/corematching.md``): on a model 1,024 wide with random weights a decode step is 1.85 times as fast on
+    20 % of the neurons, 1.53 times on 40 %, 1.28 times on 60 % and 1.13 times on 80 %, while choosing neurons and cutting the
+    projections makes a prompt of 617 tokens a third to a half longer, which 17, 25, 47 and 82 steps earn back; on the embedded
+    model, 128 wide, steps gain 3 to 9 %, and 69 to 261 of them are needed. The cut projections take as much memory again as
     that share of the MLPs, for every conversation. So it pays for long answers of wide models at batch 1 only, and not for the
-    short answers most benchmarks ask for. The embedded model's greedy answers stayed the same in 142 of 150 cases on 20 % and
+    short answers most benchmarks ask for. The embedded model's greedy answers stayed the same in 144 of 150 cases on 20 % and
     in all on 40 % and more, but they are mostly one word, whose first token the prompt decides.
 
     Deviates: the released code shortens nothing: in every layer from 5 to 18 it chooses anew and overwrites the others' keys

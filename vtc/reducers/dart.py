@@ -63,7 +63,7 @@ class TextPivotPlaces:
     presets={
         "llava15-128": {"keep": 128, "layer": 2, "official": True},
         "r778": {"keep": 1 - 0.778, "layer": 2, "official": True},
-        "next-320": {"keep": 320, "layer": 2, "official": True},
+        "llavanext-320": {"keep": 320, "layer": 2, "official": True},
         "lightcompress": {"keep": 128, "layer": 5},
         "uniprunebench": {"keep": 128, "layer": 2, "image_pivots": 10, "text_pivots": 5},
     },

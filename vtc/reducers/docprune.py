@@ -182,7 +182,10 @@ class _TextBlocks:
         else:
             classifier = trained(str(blocks.device)) if self.classifier == "trained" else self.classifier
             like = next(classifier.parameters(), blocks)
-            logits = classifier(blocks.to(like.device, like.dtype)).to(blocks.device, blocks.dtype)
+            each = blocks.to(like.device, like.dtype).split(
+                high * across
+            )  # a view at a time: rounding must not depend on others
+            logits = torch.cat([classifier(view) for view in each]).to(blocks.device, blocks.dtype)
         logits = logits.view(views, 1, high, across)
         near = F.max_pool2d(logits, 3, stride=1, padding=1) if self.dilate else logits
         both = torch.cat([logits, near], 1).repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, :rows, :cols]

@@ -297,7 +297,7 @@ class FlowCutDecoder(Scorer):
     licence="Apache-2.0",
     presets={
         **{f"llava15-{k}": {"keep": k} for k in (192, 128, 64)},
-        **{f"next-{k}": {"keep": k} for k in (640, 320, 160)},
+        **{f"llavanext-{k}": {"keep": k} for k in (640, 320, 160)},
         "qwen2vl-33": {"keep": 1 / 3},
         "qwen2vl-22": {"keep": 2 / 9},
         "qwen2vl-11": {"keep": 1 / 9},

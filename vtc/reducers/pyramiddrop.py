@@ -61,7 +61,7 @@ class PyramidDropStage(Scorer):
     paper="arXiv:2410.17247",
     code="https://github.com/Cooperx521/PyramidDrop @ 6444f30",
     licence="MIT",
-    presets={"llava15": {"keep": 0.125, "layers": (8, 16, 24)}, "next": {"keep": 0.125, "layers": (8, 16, 24)}},
+    presets={"llava15": {"keep": 0.125, "layers": (8, 16, 24)}, "llavanext": {"keep": 0.125, "layers": (8, 16, 24)}},
 )
 @dataclass(frozen=True, kw_only=True)
 class PyramidDrop(Schedule):

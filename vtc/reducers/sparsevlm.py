@@ -6,13 +6,12 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import attention_rows, dot, topk_sorted
+from vtc.kernels import attention_rows, dot, smallest, topk_sorted
 from vtc.registry import register
 from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
@@ -157,7 +156,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
 
     def measured(lo: int) -> Tensor:
         if n <= 25:  # few: no products, as torch.cdist decides
-            return torch.cdist(x, x) / scale
+            return torch.cdist(x[lo : lo + block], x) / scale
         apart = torch.sub(square[lo : lo + block, None] + square, dot(x[lo : lo + block], x), alpha=2)
         return apart.clamp_(min=0).sqrt_().div_(scale)
 
@@ -170,7 +169,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
         def distances(lo: int) -> Tensor:
             return whole[lo : lo + block]
 
-    near = [_smallest(distances(lo), min(clusters, n)) for lo in range(0, n, block)]
+    near = [smallest(distances(lo), min(clusters, n)) for lo in range(0, n, block)]
     density = torch.exp(-(torch.cat(near) ** 2).mean(1))
     if noise is not None:
         density = density + noise.to(density.dtype) * NOISE
@@ -185,13 +184,6 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])  # ties: the earlier centre
     owner[centres] = torch.arange(clusters, device=owner.device)
     return centres, owner
-
-
-def _smallest(values: Tensor, k: int) -> Tensor:
-    """Return the ``k`` smallest of every row, ascending."""
-    if values.device.type != "cpu":
-        return values.topk(k, largest=False).values
-    return torch.from_numpy(np.sort(np.partition(values.numpy(), k - 1, axis=1)[:, :k], axis=1))
 
 
 def merge(tokens: Tensor, owner: Tensor, clusters: int) -> Tensor:

@@ -153,8 +153,8 @@ class ToDREExit(Reducer):
     presets={
         "r25": {"keep": 0.25},
         "r10": {"keep": 0.10},
-        "next-720": {"keep": 720},
-        "next-288": {"keep": 288},
+        "llavanext-720": {"keep": 720},
+        "llavanext-288": {"keep": 288},
         "select-r25": {"keep": 0.25, "exit": False},
         "select-r10": {"keep": 0.10, "exit": False},
         "exit-only": {"keep": 1.0},
@@ -180,10 +180,10 @@ class ToDRE(Schedule):
     layer after it (counting from 1 would be ``exit_layer`` one lower; which of the two is meant is unconfirmed); text is what
     follows the first visual token and keeps its positions; the distance of version 1 is one minus the cosine; newline tokens of
     AnyRes models are dropped. In version 2's own numbers newline tokens do not count (25 % are 720 of 2880), while a share here
-    is one of all visual slots: presets ``next-720`` and ``next-288`` give the paper's counts. Batches decide per sample. Towers
-    without a class token start at a random token (the authors' own fallback), which the statistics say. A prompt without any
-    text after its first image never takes the exit: no text row could speak for it. With a causal mask visual rows never see
-    later text, so that the second share is 0 unless text lies between images.
+    is one of all visual slots: presets ``llavanext-720`` and ``llavanext-288`` give the paper's counts. Batches decide per
+    sample. Towers without a class token start at a random token (the authors' own fallback), which the statistics say. A prompt
+    without any text after its first image never takes the exit: no text row could speak for it. With a causal mask visual rows
+    never see later text, so that the second share is 0 unless text lies between images.
 
     Parameters
     ----------

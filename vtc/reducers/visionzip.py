@@ -214,7 +214,7 @@ def zip_view(features: Tensor, score: Tensor, metric: Tensor, dominant: int, con
     patches, width = features.shape[1], features.shape[2]
 
     def take(t: Tensor, index: Tensor) -> Tensor:
-        return t.gather(1, index[..., None].expand(-1, -1, t.shape[2]))
+        return t[torch.arange(len(t), device=t.device)[:, None], index]  # copies whole rows, which gather does not
 
     with torch.no_grad():
         ranked = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :dominant]
