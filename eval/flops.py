@@ -9,6 +9,7 @@ The formula is fed with the tokens each layer really had: for the decoder from `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -74,12 +75,15 @@ class Tokens:
         Tokens the projector ran on.
     decoder : list of int
         Tokens of each decoder layer, text included.
+    tower_mlp : list of int
+        Tokens of each tower layer's MLP, where methods may merge between attention and MLP; those of the layer when empty.
     """
 
     patches: int = 0
     tower: list[int] = field(default_factory=list)
     projector: int = 0
     decoder: list[int] = field(default_factory=list)
+    tower_mlp: list[int] = field(default_factory=list)
 
 
 def language_flops(config: Any, decoder: Sequence[int]) -> Flops:
@@ -130,7 +134,8 @@ def closed_form(model: Any, tokens: Tokens) -> Flops:
     d = config.text_config.hidden_size
     dv, fv = vision.hidden_size, vision.intermediate_size
     tower = 2 * tokens.patches * dv * (vision.num_channels * vision.patch_size**2)
-    tower += sum(2 * n * dv * dv * 4 + 4 * n * n * dv + 2 * n * dv * fv * 2 for n in tokens.tower)
+    tower += sum(2 * n * dv * dv * 4 + 4 * n * n * dv for n in tokens.tower)
+    tower += sum(2 * n * dv * fv * 2 for n in tokens.tower_mlp or tokens.tower)
     layers = config.vision_feature_layer
     inputs = dv * (1 if isinstance(layers, int) else len(layers))
     projector = 2 * tokens.projector * (inputs * d + d * d)
@@ -142,16 +147,26 @@ def describes(config: Any) -> bool:
     return config.vision_config.model_type in ("clip_vision_model", "siglip_vision_model")
 
 
-def _cpu_attention() -> dict[Any, Callable[..., int]]:
-    """Formula for the CPU's flash attention, which the counter of older torch releases passes over."""
-    op = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    if op is None or op in flop_registry:
-        return {}
+def _uncounted() -> dict[Any, Callable[..., int]]:
+    """Formulas for products the counter passes over: of a matrix with a vector, of vectors, and (older torch) flash attention."""
+    aten = torch.ops.aten
 
-    def count(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
 
-    return {op: count}
+    def product(matrix: Any, vector: Any, **_: Any) -> int:
+        return 2 * math.prod(matrix)
+
+    def added(total: Any, matrix: Any, vector: Any, **_: Any) -> int:
+        return 2 * math.prod(matrix)
+
+    formulas = {
+        getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None): attention,
+        aten.mv: product,
+        aten.dot: product,
+        aten.addmv: added,
+    }
+    return {op: formula for op, formula in formulas.items() if op is not None and op not in flop_registry}
 
 
 @contextmanager
@@ -172,8 +187,13 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
     def embedding(_: nn.Module, _args: tuple[Any, ...], out: Tensor) -> None:
         seen.patches += int(out.shape[0] * out.shape[-2:].numel())
 
+    def mlp(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen.tower_mlp.append(length(args, kwargs))
+
     patch = next(m for m in family.tower.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d)))
     hooks = [m.register_forward_pre_hook(layer, with_kwargs=True) for m in family.encoder_layers]
+    branches = [b[0] for m in family.encoder_layers if (b := family.mlp_branch(m)) is not None]
+    hooks += [m.register_forward_pre_hook(mlp, with_kwargs=True) for m in branches]
     hooks.append(patch.register_forward_hook(embedding))
     if family.projector is not None:
         hooks.append(family.projector.register_forward_pre_hook(projector))
@@ -230,7 +250,7 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
         raise VtcError("FLOPs are counted on one prompt: pass inputs with a batch of one")
     family = family_of(model)
     seen = Tokens()
-    counter = FlopCounterMode(display=False, depth=None, custom_mapping=_cpu_attention())
+    counter = FlopCounterMode(display=False, depth=None, custom_mapping=_uncounted())
     parts = _Parts(model, counter)
     with torch.no_grad(), _watch(model, seen), counter, parts.observing():
         out = model(**inputs, use_cache=True, logits_to_keep=1)

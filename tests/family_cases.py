@@ -185,9 +185,9 @@ def _clips(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor],
 # ------------------------------------------------------------------------------------------------------------- PaliGemma
 def _paligemma(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
     tower = _siglip(eyes)
-    tower.projection_dim = 32
+    width = tower.projection_dim = words["hidden_size"]
     shared = IDS | dict(text_config=hf.GemmaConfig(**words | dict(head_dim=8)), vision_config=tower)
-    shared |= dict(projection_dim=32, hidden_size=32)
+    shared |= dict(projection_dim=width, hidden_size=width)
     return hf.PaliGemmaForConditionalGeneration, hf.PaliGemmaConfig(**(shared | over))
 
 
@@ -257,9 +257,9 @@ def _qwen(name: str, words: dict[str, Any], eyes: dict[str, Any], over: dict[str
     rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}
     tower = dict(depth=TOWER_LAYERS, num_heads=3, patch_size=4, temporal_patch_size=2, spatial_merge_size=2)
     if name == "Qwen2VL":
-        tower |= dict(embed_dim=24, hidden_size=32, mlp_ratio=2)
+        tower |= dict(embed_dim=24, hidden_size=words["hidden_size"], mlp_ratio=2)
     else:
-        tower |= dict(hidden_size=24, intermediate_size=32, out_hidden_size=32)
+        tower |= dict(hidden_size=24, intermediate_size=32, out_hidden_size=words["hidden_size"])
     if name == "Qwen2_5_VL":
         tower |= dict(window_size=16, fullatt_block_indexes=[1, 3], tokens_per_second=2)
     if name == "Qwen3VL":

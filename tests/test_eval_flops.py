@@ -68,10 +68,10 @@ def test_both_ways_agree_unreduced(pocket):
     for part in ("tower", "projector", "head"):
         assert getattr(found.counted, part) == getattr(found.formula, part)
     text = pocket[1]["input_ids"].shape[1]
-    assert found.tokens == flops.Tokens(196, [197] * 5, 196, [text] * 6)
+    assert found.tokens == flops.Tokens(196, [197] * 5, 196, [text] * 6, [197] * 5)
 
 
-@pytest.mark.parametrize("keep", [98, 11])
+@pytest.mark.parametrize("keep", [98, 22])
 @pytest.mark.parametrize("name", vtc.list_reducers())
 def test_both_ways_agree_for_every_reducer(pocket, name, keep):
     if name not in usable(family_of(pocket[0]).facts):
@@ -82,9 +82,13 @@ def test_both_ways_agree_for_every_reducer(pocket, name, keep):
     full = counted(pocket)
     assert found.mismatch <= 0.001 < flops.TOLERANCE
     assert found.counted.reducer >= 0
-    assert found.counted.decoder < full.counted.decoder and found.counted.model < full.counted.model
+    assert found.counted.model < full.counted.model
     # the counter looked at what ran, the formula at what the statistics say: both saw the same shorter layers
-    assert found.tokens.decoder[-1] <= full.tokens.decoder[-1] - (196 - keep)
+    if name == "skipspan":  # its tokens come back after the span of tower layers they skip
+        assert found.tokens.decoder == full.tokens.decoder and found.counted.tower < full.counted.tower
+    else:
+        assert found.counted.decoder < full.counted.decoder
+        assert found.tokens.decoder[-1] <= full.tokens.decoder[-1] - (196 - keep)
     assert kv_cache_bytes(found.cache) == sum(found.tokens.decoder) * 2 * 128 * 4
 
 
@@ -103,8 +107,8 @@ def test_the_tower_is_cheaper_only_for_reducers_in_it(pocket):
 
 
 def test_a_reducers_own_products_are_set_apart(pocket):
-    """DivPrune compares 196 tokens of width 128 with each other; fastv scores one row of 4 heads."""
-    assert counted(pocket, "divprune", keep=49).counted.reducer >= 2 * 196 * 196 * 128
+    """DivPrune compares every pick with 196 tokens of width 128; fastv scores one row of 4 heads."""
+    assert counted(pocket, "divprune", keep=49).counted.reducer >= 2 * 48 * 196 * 128
     assert counted(pocket, "uniform", keep=49).counted.reducer == 0
     text = pocket[1]["input_ids"].shape[1]
     assert counted(pocket, "fastv", keep=49, layer=2).counted.reducer == 2 * text * 128
