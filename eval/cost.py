@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from vtc import bind
 from vtc.core import Facts, Reducer, Stage
-from vtc.engine.patch import bind
 from vtc.errors import StoreError, VtcError
 from vtc.eval import flops
 from vtc.eval.config import Cell, ModelConfig

@@ -148,8 +148,8 @@ def describes(config: Any) -> bool:
 
 
 def _uncounted() -> dict[Any, Callable[..., int]]:
-    """Formulas for products the counter passes over: of a matrix with a vector, of vectors, and (older torch) flash attention."""
-    aten = torch.ops.aten
+    """Formulas for products the counter passes over: with a vector, by oneDNN, and (older torch) flash attention on the CPU."""
+    aten, onednn = torch.ops.aten, getattr(torch.ops, "mkldnn", None)
 
     def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
         return sdpa_flop_count(query, key, value)
@@ -160,7 +160,11 @@ def _uncounted() -> dict[Any, Callable[..., int]]:
     def added(total: Any, matrix: Any, vector: Any, **_: Any) -> int:
         return 2 * math.prod(matrix)
 
+    def linear(tokens: Any, weight: Any, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(tokens) * weight[0]
+
     formulas = {
+        getattr(onednn, "_linear_pointwise", None): linear,
         getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None): attention,
         aten.mv: product,
         aten.dot: product,

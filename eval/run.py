@@ -24,8 +24,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import vtc
+from vtc import bind
 from vtc.core import Facts
-from vtc.engine.patch import bind
 from vtc.errors import ConfigError, StoreError, VtcError
 from vtc.eval import env, executors
 from vtc.eval.config import BASELINES, Cell, ModelConfig, SweepConfig, TaskConfig, cells

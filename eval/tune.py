@@ -38,6 +38,7 @@ from vtc.eval.formats import MISSING, Grid, Line, csv_text, format_grids
 from vtc.eval.questions import digest, image_of, is_correct, task_questions
 from vtc.eval.store import SCHEMA, Store, cell_id, write_json
 from vtc.eval.worker import threads
+from vtc.families import family_of
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03)
 """Budgets tried where none are given, as shares of an image's tokens."""
@@ -207,6 +208,10 @@ class Tuner:
                 f"the task '{settings.task.title}' of lmms-eval cannot be searched, it is scored as a whole: use a built-in task "
                 "or your own images"
             )
+        if any(b.flops is not None for r in settings.reducers for b in r.budgets or settings.budgets):
+            raise BudgetError(
+                "budgets of equal FLOPs cannot be searched: give tokens or shares, for example --budgets 98,49,22"
+            )
         self.settings, self.store, self.say = settings, store, say
         questions = task_questions(settings.task)
         by_image: dict[str, list[Any]] = {}
@@ -243,7 +248,7 @@ class Tuner:
 
     def _search(self, reducer: ReducerConfig) -> Search:
         search = Search(reducer.title)
-        for budget in sorted(reducer.budgets or self.settings.budgets, key=_size, reverse=True):
+        for budget in sorted(reducer.budgets or self.settings.budgets, key=self._size, reverse=True):
             try:
                 made = reducer.build(budget.options, self.settings.seed)
                 with vtc.patch(self.model, made):
@@ -257,6 +262,11 @@ class Tuner:
             if trial.verdict in ("rejected", "undecided"):
                 break
         return search
+
+    def _size(self, budget: BudgetConfig) -> float:
+        """Tokens a budget stands for, to order budgets by."""
+        amount = next(iter(budget.options.values()))
+        return amount if isinstance(amount, int) else amount * (family_of(self.model).facts.tokens or 1)
 
     def _try(self, reducer: ReducerConfig, budget: BudgetConfig, run: _Run) -> Trial:
         alpha = 1 - self.settings.confidence
@@ -411,12 +421,6 @@ class _Run:
 
 def _mean(marks: Sequence[bool]) -> float:
     return sum(marks) / len(marks)
-
-
-def _size(budget: BudgetConfig) -> tuple[bool, float]:
-    """Order of budgets: shares above counts of the same list never meet, since a list is one or the other."""
-    amount = next(iter(budget.options.values()))
-    return isinstance(amount, int), float(amount)
 
 
 def default_budgets() -> tuple[BudgetConfig, ...]:

@@ -1,4 +1,4 @@
-"""Prefill of every family before and after a reduction to a quarter, interleaved in one process: ``python tests/families_speed.py``.
+"""Prefill of every family before and after a reduction to a quarter, interleaved: ``python tests/families_speed.py``.
 
 Random models with a language model of real width and few layers; 24 images in one prompt. Writes ``results/families-speed.md``.
 """
@@ -45,7 +45,8 @@ def row(name: str) -> str:
             times[1].append(after)
     before, after = map(statistics.median, times)
     tokens = int(visual_of(inputs).sum())
-    return f"| `{name}` | {tokens} of {inputs['input_ids'].shape[1]} | {before * 1e3:.0f} | {after * 1e3:.0f} | {before / after:.2f}× |"
+    length = inputs["input_ids"].shape[1]
+    return f"| `{name}` | {tokens} of {length} | {before * 1e3:.0f} | {after * 1e3:.0f} | {before / after:.2f}× |"
 
 
 def main() -> None:

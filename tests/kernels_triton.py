@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import traceback
 
 import pytest
 import torch
@@ -443,3 +444,36 @@ def test_two_calls_give_the_same_bits(name):
 
     work = calls()[name]
     assert all(torch.equal(a, b) for a, b in zip(flat(work()), flat(work()), strict=True))
+
+
+class Waits(Syncs):
+    """Notes the places in vtc that make the host wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = len(self.seen)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if len(self.seen) > before:
+            places = [f.filename.replace(os.sep, "/") for f in traceback.extract_stack()]
+            ours = [p for p in places if "/vtc/" in p or "/kernels/" in p]
+            self.seen[before:] = ours[-1:]  # the model's own are its own business
+        return out
+
+
+@pytest.mark.parametrize("reducer", ["divprune", "fastervlm", "todre", "fastv"])
+def test_a_fixed_budget_is_chosen_without_waiting_and_as_in_torch(reducer):
+    """The engine itself waits a handful of times per prompt: to find the placeholders, to check signals, to size the cut."""
+    from models import build, make_inputs
+
+    import vtc
+
+    model = build("llava", dtype=torch.float32).to(DEVICE)
+    inputs = {k: v.to(DEVICE) for k, v in make_inputs("llava", model).items()}
+    with vtc.patch(model, reducer, keep=5) as handle, torch.no_grad():
+        with use("torch"):
+            model(**inputs)
+        wanted = handle.stats.kept[0].entries
+        with Waits() as waits:
+            model(**inputs)
+    assert torch.equal(handle.stats.kept[0].entries, wanted)
+    assert not [place for place in waits.seen if "/kernels/" in place or "/reducers/" in place]
+    assert 0 < len(waits.seen) <= 10

@@ -73,7 +73,7 @@ def settings(**changes) -> Settings:
         model=tuning.ModelConfig(name="pocket"),
         task=TaskConfig(name="scenes", n=160, types=["color", "count"]),
         reducers=(ReducerConfig(name="uniform"),),
-        budgets=(BudgetConfig(keep=11), BudgetConfig(keep=147)),
+        budgets=(BudgetConfig(keep=11), BudgetConfig(keep=0.75)),
         target=0.4,
         questions=80,
     )
@@ -87,19 +87,19 @@ def test_the_search_goes_down_stops_and_resumes_without_asking_again(tmp_path, m
     monkeypatch.setattr(tuning._Run, "_ask", lambda self, q: asked.append(len(q)) or original(self, q))
     tuner = Tuner(settings(), store)
     (found,) = tuner.run()
-    assert [t.budget for t in found.trials] == ["147", "11"]  # the largest first, whatever the order given
+    assert [t.budget for t in found.trials] == ["0.75", "11"]  # the largest first, whatever the order given
     first = found.trials[0]
     assert first.verdict == "accepted" and found.best is not found.trials[1]
     assert first.high <= 0.4 + 1e-9 and first.low <= first.drop <= first.high and first.tokens == first.avg == 147
     assert all(len(image) <= 2 for image in tuner.images) and first.questions < 80  # it stopped early
     record = json.loads((store.root / "tune.json").read_text())
-    assert record["reducers"][0]["smallest"]["budget"] == "147" and record["unreduced"]["questions"] == len(tuner.full.samples)
+    assert record["reducers"][0]["smallest"]["budget"] == "0.75" and record["unreduced"]["questions"] == len(tuner.full.samples)
     before = sum(asked)
     again = Tuner(settings(), store)
     (same,) = again.run()
     assert sum(asked) == before and same == found  # every answer was in the store
     text = render_tune(again.record([same]), "md")
-    assert "147✓" in text and "| uniform | 147 |" in text and "95 %" in text
+    assert "0.75✓" in text and "| uniform | 0.75 |" in text and "95 %" in text
     with pytest.raises(StoreError, match="no sweep yet"):
         store.read_sweep()  # not a sweep's table: the cells are of another kind
 
@@ -187,5 +187,7 @@ def test_impossible_searches_are_refused_before_anything_runs(tmp_path):
     store = Store(tmp_path / "s", create=True)
     with pytest.raises(BudgetError, match="between 0 and 1"):
         Tuner(settings(target=1.5), store)
+    with pytest.raises(BudgetError, match="equal FLOPs"):
+        Tuner(settings(budgets=(BudgetConfig(flops=0.5),)), store)
     with pytest.raises(ConfigError, match="scored as a whole"):
         Tuner(settings(task=TaskConfig(name="gqa")), store)

@@ -20,6 +20,7 @@ from vtc.inspect import NOMINAL
 from vtc.reducers.evs import NO_FRAME
 from vtc.reducers.tome import match, merged_per_layer, next_step
 from vtc.stats import Clock
+from vtc.views import ask
 
 FAMILIES = pytest.mark.parametrize("family", ["llava", "llava_siglip", "llava_next"])
 
@@ -456,12 +457,12 @@ def test_every_frame_keeps_its_share(name: str, newline: bool) -> None:
     reducer = vtc.create(name, keep=4, per="frame")
     needs = {n.name: torch.rand(2, len(layout), generator=generator) for n in reducer.needs}
     signals = Signals(features, layout, torch.arange(len(layout)).expand(2, -1), 12, len(layout), needs, fingerprint=(1, 2))
-    chosen = reducer.reduce(signals).index
+    chosen = ask(reducer, signals).index
     assert chosen.shape == (2, 12)
     for row in chosen:
         assert layout.view[row].bincount(minlength=3).tolist() == [4, 4, 4]
         assert row.tolist() == sorted(set(row.tolist()))
-    alone = reducer.reduce(
+    alone = ask(reducer,
         Signals(
             features[1:], layout, signals.entries[1:], 12, len(layout), {k: t[1:] for k, t in needs.items()}, fingerprint=(2,)
         )

@@ -348,6 +348,8 @@ def within(name: str, *packages: str) -> bool:
 
 # pure helpers that reducers share
 HELPERS = ("vtc.signals", "vtc.views", "vtc.schedule")
+# the one function on plain tensors that patches use, too
+VECTORS = "vtc.retrieval"
 STANDARD = tuple(sys.stdlib_module_names)
 # who may import what of ours, and which third parties; checked for every file of the package
 LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -366,9 +368,12 @@ LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "vtc.registry",
             "vtc.families",
             "vtc.kernels",
+            "vtc.views",
+            VECTORS,
         ),
-        ("torch", "transformers"),
+        ("torch", "transformers", "safetensors"),
     ),
+    VECTORS: (("vtc.core", "vtc.errors", "vtc.registry", "vtc.views"), ("torch",)),
     "vtc.kernels": (("vtc.kernels",), ("torch", "triton", "numpy", "scipy")),
 }
 

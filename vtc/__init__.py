@@ -31,7 +31,7 @@ from vtc.errors import (
 from vtc.registry import create, info, list_reducers, register
 
 if TYPE_CHECKING:
-    from vtc.engine.patch import Handle, patch, unpatch
+    from vtc.engine.patch import Handle, bind, patch, unpatch
     from vtc.families import list_families
     from vtc.pocket import load_pocket
     from vtc.retrieval import maxsim, pool_vectors
@@ -40,6 +40,7 @@ from vtc._version import __version__
 
 # these need transformers: imported when first used, so that `import vtc` stays light
 _LAZY = {
+    "bind": "vtc.engine.patch",
     "patch": "vtc.engine.patch",
     "unpatch": "vtc.engine.patch",
     "Handle": "vtc.engine.patch",
@@ -76,6 +77,7 @@ __all__ = [
     "UnsupportedSignalError",
     "VtcError",
     "__version__",
+    "bind",
     "create",
     "info",
     "list_families",

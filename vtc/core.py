@@ -537,19 +537,13 @@ class Reducer:
         frames = layout.views if self.per == "frame" and layout.video else 1
         return frames * self.count(len(layout) // frames, facts)
 
-    def reduce(self, signals: Signals) -> Selection:
-        """Choose the survivors of images, or of every frame of clips."""
-        return self.select_frames(signals) if self.per == "frame" and signals.layout.video else self.select(signals)
-
     def select(self, signals: Signals) -> Selection:
         """Choose the survivors. Pure: depends on ``signals`` and the options only."""
         raise TypeError(f"{type(self).__name__} does not implement select()")
 
-    def select_frames(self, signals: Signals) -> Selection:
-        """Choose the survivors of every frame by itself; they share the budget evenly."""
-        from vtc.views import each_view
-
-        return each_view(signals, self.select, rows=frozenset(n.name for n in self.needs if n.axis == "row"))
+    def select_frames(self, signals: Signals) -> Selection | None:
+        """Choose the survivors of every frame of clips; ``None``: each frame is to be shown to :meth:`select` by itself."""
+        return None
 
 
 def check_bounds(budget: Budget, facts: Facts) -> None:
@@ -577,18 +571,6 @@ class Scorer(Reducer):
 
         with torch.no_grad():
             return Selection(topk_sorted(self.score(signals), signals.budget))
-
-    def select_frames(self, signals: Signals) -> Selection:
-        """Keep the highest scores of every frame; scores are those of the whole clip."""
-        if type(self).select is not Scorer.select:
-            return super().select_frames(signals)
-        from vtc.kernels import topk_per_group
-        from vtc.views import frame_quotas
-
-        with torch.no_grad():
-            frame, quota = frame_quotas(signals)
-            chosen = topk_per_group(self.score(signals), frame, quota)
-            return Selection(chosen.nonzero()[:, 1].view(signals.shape[0], -1))
 
 
 class Merger(Reducer):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtc.core import Facts, Layout, Reducer, Signals, Stage
 from vtc.errors import UnsupportedFeatureError
 from vtc.registry import resolve
+from vtc.views import ask
 
 FACTS = Facts(
     family="vectors",
@@ -101,7 +102,7 @@ def _pool(part: Reducer, vectors: Tensor, normalize: bool) -> Tensor:
     if budget == n:
         return vectors
     entries = torch.arange(n, device=vectors.device)[None]
-    chosen = part.reduce(Signals(vectors[None], layout, entries, budget, n).check(f"a document ('{part.name}')"))
+    chosen = ask(part, Signals(vectors[None], layout, entries, budget, n).check(f"a document ('{part.name}')"))
     pooled = vectors[chosen.index[0]] if chosen.features is None else chosen.features[0]
     if chosen.valid is not None:
         pooled = pooled[chosen.valid[0]]

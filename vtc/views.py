@@ -15,12 +15,30 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.core import Newlines, Positions, Reducer, Scorer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import absorb_neighbours, apportion
+from vtc.kernels import absorb_neighbours, apportion, topk_per_group
 
 NO_CLS = "no class token in this tower: patches are scored by the attention they receive"
 """Note of a method that had to do without the class token."""
+
+
+def ask(part: Reducer, signals: Signals) -> Selection:
+    """Ask a reducer for the survivors of images or clips, or of every frame of clips where its budget is one of frames.
+
+    Frames share the budget evenly. A scorer's scores are those of the whole clip.
+    """
+    if part.per != "frame" or not signals.layout.video:
+        return part.select(signals)
+    chosen = part.select_frames(signals)
+    if chosen is not None:
+        return chosen
+    if isinstance(part, Scorer) and type(part).select is Scorer.select:
+        with torch.no_grad():
+            frame, quota = frame_quotas(signals)
+            marked = topk_per_group(part.score(signals), frame, quota)
+            return Selection(marked.nonzero()[:, 1].view(signals.shape[0], -1))
+    return each_view(signals, part.select, rows=frozenset(n.name for n in part.needs if n.axis == "row"))
 
 
 def each_view(

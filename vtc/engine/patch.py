@@ -27,10 +27,7 @@ from vtc.engine.tower import MADE, TowerSide, replace_attribute
 from vtc.engine.vit import VitHandle, bind_vit
 from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
 from vtc.families import family_of, unwrap
-from vtc.families.base import Family
-from vtc.families.retriever import Retriever, is_retriever
-from vtc.families.timm_vit import build as build_timm
-from vtc.families.timm_vit import is_timm
+from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
 
@@ -175,7 +172,7 @@ def patch(
     *,
     strict: bool = True,
     **options: Any,
-) -> Handle | BaseHandle:
+) -> BaseHandle:
     """Attach a visual-token reducer to one model instance.
 
     The model keeps its interface: prompts, ``generate``, logits and labels stay as they are; only the decoder layers (and, for
@@ -212,16 +209,15 @@ def patch(
     """
     model = unwrap(model)
     wanted = resolve(reducer, **options)  # type: ignore[arg-type]
-    old: Handle | BaseHandle | None = vars(model).get(ATTRIBUTE)
+    old: BaseHandle | None = vars(model).get(ATTRIBUTE)
     if old is not None:
         old.check_idle()
-    if is_timm(model):
-        transformer = build_timm(model)
-        handle: Handle | BaseHandle = VitHandle(model, transformer, bind_vit(wanted, transformer), strict)
-    elif is_retriever(model):
-        handle = RetrieverHandle(model, Retriever(model.config.model_type), check_vector_reducer(wanted), strict)
+    family = family_of(model)
+    if isinstance(family, Transformer):
+        handle: BaseHandle = VitHandle(model, family, bind_vit(wanted, family), strict)
+    elif isinstance(family, Retriever):
+        handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
-        family = family_of(model)
         bound = bind(wanted, family.facts)
         check_implementation(family.text.config)
         handle = Handle(model, family, bound, strict)

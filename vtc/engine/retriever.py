@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.engine.handle import BaseHandle
-from vtc.families.retriever import Retriever
+from vtc.families.base import Retriever
 from vtc.retrieval import pool_vectors
 from vtc.stats import CallStats, Clock, ImageStats, StageStats
 

@@ -30,6 +30,7 @@ from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.signals import AttentionTap, StateTap
 from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStats, StatsLog
+from vtc.views import ask
 
 _CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 _INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
@@ -433,7 +434,7 @@ class TextSide:
                 text_mask=self.text_of(ctx, hidden)[1][rows] if part.wants_text else None,
                 fingerprint=tuple(it.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
             )
-            selection = part.reduce(signals.check(where_of(part, layer))) if n else Selection(entries[:, :0])
+            selection = ask(part, signals.check(where_of(part, layer))) if n else Selection(entries[:, :0])
             for j, it in enumerate(members):
                 at = selection.index[j]
                 if selection.valid is not None:

@@ -28,6 +28,7 @@ from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
 from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
+from vtc.views import ask
 
 Key = tuple[str, str, int]
 _RUN: contextvars.ContextVar[TowerRun | None] = contextvars.ContextVar("vtc_tower_run", default=None)
@@ -361,7 +362,7 @@ class TowerSide:
                     fingerprint=tuple(fingerprint(run.call, m) for m in members) if part.wants_fingerprint else (),
                 )
                 if not whole:
-                    selection = part.reduce(signals.check(f"the vision tower's output ('{part.name}')"))
+                    selection = ask(part, signals.check(f"the vision tower's output ('{part.name}')"))
             merged = selection.features
             if merged is None:
                 merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))

@@ -15,9 +15,10 @@ from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.handle import BaseHandle
 from vtc.engine.tower import replace_attribute
 from vtc.errors import NotReducedError, UnsupportedFeatureError
-from vtc.families.timm_vit import VisionTransformer
+from vtc.families.base import Transformer
 from vtc.signals import AttentionTap
 from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStats
+from vtc.views import ask
 
 _PASS: contextvars.ContextVar[tuple[object, EncoderRun] | None] = contextvars.ContextVar("vtc_vit_pass", default=None)
 
@@ -25,7 +26,7 @@ _PASS: contextvars.ContextVar[tuple[object, EncoderRun] | None] = contextvars.Co
 class VitHandle(BaseHandle):
     """One patch on one vision transformer."""
 
-    family: VisionTransformer
+    family: Transformer
 
     def attach(self, model: nn.Module) -> None:
         """Wrap ``forward_features`` of the instance, and hook the blocks."""
@@ -125,7 +126,7 @@ class VitHandle(BaseHandle):
         with run.clock.span(hidden.device):
             entries = torch.arange(n, device=hidden.device).expand(hidden.shape[0], -1)
             signals = Signals(patches, layout, entries, budget, n, run.taps, cls=hidden[:, None, 0] if head else None)
-            chosen: Selection = part.reduce(signals.check(f"block {part.tower_layer} ('{part.name}')"))
+            chosen: Selection = ask(part, signals.check(f"block {part.tower_layer} ('{part.name}')"))
             if chosen.valid is not None:
                 raise UnsupportedFeatureError(
                     f"'{part.name}' keeps different numbers of tokens of a batch's pictures here: use another option or batch 1"
@@ -168,7 +169,7 @@ class VitHandle(BaseHandle):
             )
 
 
-def bind_vit(reducer: Reducer, family: VisionTransformer) -> Reducer:
+def bind_vit(reducer: Reducer, family: Transformer) -> Reducer:
     """Resolve a reducer for a vision transformer; raise where it cannot act there."""
     facts = family.facts
     stages = getattr(reducer, "stages", None) or (getattr(reducer, "stage", Stage.DECODER),)

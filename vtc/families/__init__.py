@@ -10,7 +10,7 @@ from types import ModuleType
 from torch import nn
 
 from vtc.errors import UnsupportedModelError
-from vtc.families.base import Family
+from vtc.families.base import Family, Retriever, Transformer
 from vtc.families.probing import probe
 
 
@@ -40,8 +40,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
-def family_of(model: nn.Module) -> Family:
-    """Return the adapter's description of ``model``.
+def family_of(model: nn.Module) -> Family | Transformer | Retriever:
+    """Return the adapter's description of ``model``: a :class:`Family`, unless it has no language model that generates.
 
     A model whose ``config.model_type`` no adapter knows is looked at, and a warning names what was assumed: see
     :mod:`vtc.families.probing`.
@@ -52,6 +52,8 @@ def family_of(model: nn.Module) -> Family:
         If nothing is known of it and its structure is none that vtc can hook into.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
+    if any(cls.__module__.partition(".")[0] == "timm" for cls in type(model).__mro__):
+        kind = "timm"
     if kind is None:
         raise UnsupportedModelError(
             f"a {type(model).__name__} is not a transformers vision-language model (no config.model_type): pass the model that "

@@ -19,6 +19,9 @@ NO_BRANCH = "which vtc does not know how to reach between attention and MLP here
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
 
 
+Observe = Callable[[Tensor, Tensor, Tensor, float], None]
+
+
 @dataclass(eq=False)
 class VisionCall:
     """Geometry of one call of ``get_image_features``.
@@ -131,6 +134,58 @@ class Family:
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
     notes: list[str] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Transformer:
+    """A vision transformer without language model.
+
+    Attributes
+    ----------
+    name : str
+        Family name.
+    model : Module
+        The model; ``forward_features`` runs its blocks.
+    layers, attention : list of Module
+        Blocks and their attention modules.
+    facts : Facts
+        Numbers reducers may see. ``layers`` is 0: there is no language model.
+    mask : str or None
+        The blocks' argument for an additive attention mask; ``None`` where they take none.
+    mlp_branch : callable
+        A block to the first and the last module of its second residual branch.
+    tap : callable
+        ``tap(attention, observe)`` calls ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, whenever the attention module runs,
+        and returns what ends it.
+    """
+
+    name: str
+    model: nn.Module
+    layers: list[nn.Module]
+    attention: list[nn.Module]
+    facts: Facts
+    mask: str | None
+    mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
+    tap: Callable[[nn.Module, Observe], list[Callable[[], None]]]
+
+
+@dataclass(eq=False)
+class Retriever:
+    """A model that turns documents and queries into vectors, several each.
+
+    Attributes
+    ----------
+    name : str
+        Family name.
+    vectors : str
+        Attribute of the output with the vectors ``(B, S, d)``, zeros where ``attention_mask`` is 0.
+    pixels : str
+        Argument whose presence makes a call one with documents; queries have none.
+    """
+
+    name: str
+    vectors: str = "embeddings"
+    pixels: str = "pixel_values"
 
 
 def find(root: nn.Module, names: tuple[str, ...]) -> Any:

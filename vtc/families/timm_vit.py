@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from vtc.core import Facts, Stage
 from vtc.errors import UnsupportedModelError
+from vtc.families.base import Observe, Transformer
 
 TYPES = ("timm",)
 MASK = "attn_mask"
@@ -19,48 +19,10 @@ _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_pat
 _NO_TEXT = "a vision transformer has no language model"
 
 
-@dataclass(eq=False)
-class VisionTransformer:
-    """Where things are in one model.
-
-    Attributes
-    ----------
-    name : str
-        ``"timm"``.
-    model : Module
-        The model; ``forward_features`` runs its blocks.
-    layers, attention : list of Module
-        Blocks and their attention modules.
-    facts : Facts
-        Numbers reducers may see. ``layers`` is 0: there is no language model.
-    mask : str or None
-        The blocks' argument for an additive attention mask; ``None`` where they take none.
-    """
-
-    name: str
-    model: nn.Module
-    layers: list[nn.Module]
-    attention: list[nn.Module]
-    facts: Facts
-    mask: str | None
-
-    @staticmethod
-    def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-        """Return the first and the last module of a block's second residual branch."""
-        return layer.norm2, layer.drop_path2
-
-    @staticmethod
-    def tap(attention: nn.Module, observe: Callable[[Tensor, Tensor, Tensor, float], None]) -> list[Callable[[], None]]:
-        """Call ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, whenever the module runs; return what ends it."""
-        tap = _Tap(attention, observe)
-        places = ((attention.qkv, tap.values), (attention.q_norm, tap.queries), (attention.k_norm, tap.keys))
-        return [module.register_forward_hook(hook).remove for module, hook in places]
-
-
 class _Tap:
     """Collects what one attention module computes on its way (an object: closures would not follow a copied model)."""
 
-    def __init__(self, attention: nn.Module, observe: Callable[[Tensor, Tensor, Tensor, float], None]) -> None:
+    def __init__(self, attention: nn.Module, observe: Observe) -> None:
         self.attention, self.observe = attention, observe
         self.seen: dict[str, Tensor] = {}
 
@@ -75,12 +37,19 @@ class _Tap:
         self.observe(self.seen.pop("q"), out, self.seen.pop("v"), self.attention.scale)
 
 
-def is_timm(model: nn.Module) -> bool:
-    """Whether a model comes from timm (which need not be installed for the question)."""
-    return any(cls.__module__.partition(".")[0] == "timm" for cls in type(model).__mro__)
+def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """Return the first and the last module of a block's second residual branch."""
+    return layer.norm2, layer.drop_path2
 
 
-def build(model: nn.Module) -> VisionTransformer:
+def tap(attention: nn.Module, observe: Observe) -> list[Callable[[], None]]:
+    """Call ``observe`` whenever the attention module runs; return what ends it."""
+    collector = _Tap(attention, observe)
+    places = ((attention.qkv, collector.values), (attention.q_norm, collector.queries), (attention.k_norm, collector.keys))
+    return [module.register_forward_hook(hook).remove for module, hook in places]
+
+
+def build(model: nn.Module) -> Transformer:
     """Describe a ``timm.models.VisionTransformer``.
 
     Raises
@@ -121,4 +90,4 @@ def build(model: nn.Module) -> VisionTransformer:
         stages=stages,
     )
     mask = MASK if MASK in inspect.signature(type(blocks[0]).forward).parameters else None
-    return VisionTransformer("timm", model, blocks, [b.attn for b in blocks], facts, mask)
+    return Transformer("timm", model, blocks, [b.attn for b in blocks], facts, mask, mlp_branch, tap)
