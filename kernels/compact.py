@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from vtc.kernels.linear import widened
+from vtc.kernels.ref import topk_sorted
 
 
 def select_compact(
@@ -15,8 +16,8 @@ def select_compact(
 ) -> tuple[Tensor, list[Tensor]]:
     """Choose the ``k`` best tokens of every row and gather their hidden states, RoPE tables, masks, keys and values.
 
-    O(N + k) per row and O(k) per gathered column; no host synchronisation. Among equal scores the lowest index wins; NaN is above
-    everything. Rows may keep different numbers of tokens: shorter ones are padded on the left, so that the last token stays last.
+    O(N + k) per row and O(k) per gathered column; no host synchronisation. Among equal scores the lowest index wins. Rows may
+    keep different numbers of tokens: shorter ones are padded on the left, so that the last token stays last.
 
     Parameters
     ----------
@@ -38,18 +39,19 @@ def select_compact(
     gathered : list of Tensor
         The states of these tokens ``(B, ..., k, ...)``; zeros on padding.
     """
-    order = torch.sort(widened(scores), dim=-1, descending=True, stable=True).indices[:, :k]
-    if count is not None:
-        order = torch.where(torch.arange(k, device=order.device) < count[:, None], order, -1)
-    index = order.sort(dim=-1).values
+    if count is None:
+        index = topk_sorted(scores, k)
+    else:
+        order = torch.sort(widened(scores), dim=-1, descending=True, stable=True).indices[:, :k]
+        index = torch.where(torch.arange(k, device=order.device) < count[:, None], order, -1).sort(dim=-1).values
     gathered = []
     for t, dim in zip(states, dims or [1] * len(states), strict=True):
-        full = t.expand(len(index), *t.shape[1:])
-        view = [len(index), *[1] * (t.dim() - 1)]
-        view[dim] = k
-        at = index.view(view)
-        taken = full.gather(dim, at.clamp(min=0).expand(*full.shape[:dim], k, *full.shape[dim + 1 :]))
-        gathered.append(taken if count is None else torch.where(at >= 0, taken, torch.zeros_like(taken)))
+        rows = zip(t.expand(len(index), *t.shape[1:]), index.clamp(min=0), strict=True)
+        taken = torch.stack([row.index_select(dim - 1, at) for row, at in rows])
+        if count is not None:
+            kept = (index >= 0).view(len(index), *[1] * (dim - 1), k, *[1] * (t.dim() - dim - 1))
+            taken = torch.where(kept, taken, torch.zeros_like(taken))
+        gathered.append(taken)
     return index, gathered
 
 
@@ -71,9 +73,10 @@ def transition_score(before: Tensor, after: Tensor, valid: Tensor | None = None,
         ``(B, S)``, at least float32; 0 where ``before`` is zero.
     """
     x, y = widened(before), widened(after)
-    turned = torch.exp(1 - torch.cosine_similarity(x, y, dim=-1))
+    length, after_length = x.norm(dim=-1), y.norm(dim=-1)
+    cosine = torch.linalg.vecdot(x, y) / (length.clamp(min=1e-8) * after_length.clamp(min=1e-8))
+    turned = torch.exp(1 - cosine)
     if valid is not None:
         turned = turned * valid
-    length = x.norm(dim=-1)
-    grown = torch.where(length > 0, y.norm(dim=-1) / torch.where(length > 0, length, 1.0), 0.0)
+    grown = torch.where(length > 0, after_length / torch.where(length > 0, length, 1.0), 0.0)
     return grown * turned / (turned.sum() if shared else turned.sum(1, keepdim=True))

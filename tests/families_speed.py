@@ -31,8 +31,8 @@ def row(name: str) -> str:
     """One line of the table."""
     text = dict(hidden_size=WIDTH, intermediate_size=2816, num_attention_heads=128, num_key_value_heads=128)
     text |= dict(num_hidden_layers=LAYERS, max_position_embeddings=4096)
-    if name == "gemma3":
-        text |= dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=512)
+    kinds = getattr(build(name).config.get_text_config(), "layer_types", None) or ()
+    text |= dict(sliding_window=512) if "sliding_attention" in kinds else {}  # wider than the prompt
     model = build(name, dtype=torch.float32, text=text)
     inputs = make_inputs(name, model, images=[IMAGES])
     times: tuple[list[float], list[float]] = ([], [])

@@ -224,7 +224,7 @@ def _one_tile(inputs: dict[str, Tensor], model: nn.Module, i: int) -> dict[str, 
 
 def _gemma3(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    words = dict(head_dim=8, sliding_window=12, layer_types=kinds) | words
+    words = dict(head_dim=8, sliding_window=12, layer_types=kinds[: words["num_hidden_layers"]]) | words
     shared = IDS | dict(text_config=hf.Gemma3TextConfig(**words), vision_config=_siglip(eyes | dict(image_size=56)))
     return hf.Gemma3ForConditionalGeneration, hf.Gemma3Config(**(shared | dict(mm_tokens_per_image=16) | over))
 

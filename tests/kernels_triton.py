@@ -476,4 +476,4 @@ def test_a_fixed_budget_is_chosen_without_waiting_and_as_in_torch(reducer):
             model(**inputs)
     assert torch.equal(handle.stats.kept[0].entries, wanted)
     assert not [place for place in waits.seen if "/kernels/" in place or "/reducers/" in place]
-    assert 0 < len(waits.seen) <= 10
+    assert 0 < len(waits.seen) <= 12

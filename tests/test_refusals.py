@@ -269,7 +269,11 @@ def test_unsupported_models():
             vtc.patch(model, "uniform", keep=5)
         assert snapshot(model) == before
     model = build("llava")
-    model.config.model_type = "lava"
+    model.config.model_type = "lava"  # its structure is looked at
+    with pytest.warns(UserWarning, match="did you mean 'llava'"):
+        vtc.patch(model, "uniform", keep=5)
+    vtc.unpatch(model)
+    model.config.image_token_id = None
     with pytest.raises(UnsupportedModelError, match="did you mean 'llava'"):
         vtc.patch(model, "uniform", keep=5)
     assert vtc.unpatch(text) is text  # a model that is not patched is returned as it is

@@ -37,7 +37,7 @@ from vtc.registry import create, entries
 TEXT = 60
 """Text tokens of the prompt."""
 
-_SMALL = {"vocab_size": 32064, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 3, "num_attention_heads": 8}
+_SMALL = {"vocab_size": 32064, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8}
 _EYES = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
 _EYES |= {"num_attention_heads": 4, "image_size": 336, "patch_size": 14, "projection_dim": 256}
 

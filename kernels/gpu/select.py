@@ -19,7 +19,7 @@ from vtc.kernels.gpu.common import check, power
 
 @triton.jit
 def _ordered(scores, at, n, stride):
-    """Scores as uint32 of the same order (NaN highest, both zeros equal); 0, below all of them, behind the end."""
+    """Scores as uint32 of the same order (both zeros equal); 0, below all of them, behind the end."""
     x = tl.load(scores + at.to(tl.int64) * stride, mask=at < n, other=0.0).to(tl.float32)
     bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)
     bits = tl.where(x != x, 0x7FFFFFFF, bits)
