@@ -583,7 +583,7 @@ def test_sensitivity_in_a_model_is_that_of_its_projector() -> None:
         hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _m, a, seen=seen: seen.append(a[0]))
         with vtc.patch(model, "zooprune", keep=4, directions=2) as handle, torch.no_grad():
             inner = handle.family.text.register_forward_hook(
-                lambda _m, _a, k, _o, seen=seen: seen.append(k["_vtc"].record.signals), with_kwargs=True
+                lambda _m, _a, k, _o, seen=seen: seen.append(k["_vtc"].records[False].signals), with_kwargs=True
             )
             model(**inputs)
             inner.remove()
