@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
-from vtc import Handle
+from vtc import Handle, kernels
 from vtc.errors import VtcError
 from vtc.families import family_of
 from vtc.stats import Clock
@@ -256,7 +256,8 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
     seen = Tokens()
     counter = FlopCounterMode(display=False, depth=None, custom_mapping=_uncounted())
     parts = _Parts(model, counter)
-    with torch.no_grad(), _watch(model, seen), counter, parts.observing():
+    # torch's counter sees torch's products only: the reducer's are counted as its torch twins make them, on every device
+    with torch.no_grad(), kernels.use("torch"), _watch(model, seen), counter, parts.observing():
         out = model(**inputs, use_cache=True, logits_to_keep=1)
     total = inputs["input_ids"].shape[1]
     if handle is None or not handle.stats.last.images:

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import vtc.kernels as kernels
+from vtc import doctor
 from vtc.kernels import KernelError, dispatch
 
 HERE = Path(__file__).parent
@@ -119,6 +120,27 @@ def test_a_choice_that_does_not_exist_is_refused(monkeypatch, chosen):
         kernels.topk_sorted(X[..., 0], 2)
     with pytest.raises(KernelError, match="auto, torch, triton"), kernels.use(chosen):
         pass
+
+
+@pytest.mark.parametrize(
+    "chosen, gpu, broken, state, said",
+    [
+        ("auto", False, "", "ok", "torch \\(no GPU"),
+        ("triton", False, "", "problem", "there is no GPU: unset it"),
+        ("auto", True, "", "ok", "Triton for 15 ops"),
+        ("torch", True, "", "note", "since VTC_KERNELS=torch"),
+        ("auto", True, "Triton is not installed", "note", "torch on the GPU, too: Triton is not installed"),
+        ("triton", True, "Triton is not installed", "problem", "Triton is not installed"),
+    ],
+)
+def test_doctor_says_what_serves(monkeypatch, chosen, gpu, broken, state, said):
+    monkeypatch.setenv("VTC_KERNELS", chosen)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(kernels, "unavailable", lambda: broken)
+    monkeypatch.setattr(kernels, "fallbacks", lambda: {("ward", "no reason"): 3})
+    serves, fell_back = doctor._kernels()
+    assert serves.state == state and re.search(said, serves.text)
+    assert fell_back.state == "note" and fell_back.text == "'ward' ran in torch on the GPU 3 times: no reason"
 
 
 def test_an_op_is_its_twin_to_the_eye_and_to_a_compiler():

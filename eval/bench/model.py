@@ -27,10 +27,7 @@ import vtc
 from vtc.errors import UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval.bench.kernels import write
 from vtc.eval.env import commit, machine, versions
-from vtc.eval.flops import count
 from vtc.eval.models import KNOWN
-from vtc.eval.speed import measure
-from vtc.families import family_of
 from vtc.inspect import visual_tokens
 from vtc.registry import create, entries
 
@@ -40,6 +37,9 @@ TEXT = 60
 _SMALL = {"vocab_size": 32064, "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 3, "num_attention_heads": 8}
 _EYES = {"model_type": "clip_vision_model", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2}
 _EYES |= {"num_attention_heads": 4, "image_size": 336, "patch_size": 14, "projection_dim": 256}
+_ROPE = {"rope_type": "default", "type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1_000_000.0}
+_QWEN = KNOWN["Qwen/Qwen2.5-VL-7B-Instruct"]  # sizes alone do not say how its positions are rotated; the key has two names
+_QWEN = {**_QWEN, "text_config": {**_QWEN["text_config"], "rope_scaling": _ROPE, "rope_parameters": _ROPE}}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Shape:
 MODELS = {
     "llava-1.5-7b": Shape(KNOWN["llava-hf/llava-1.5-7b-hf"], (336, 336), (64, 128)),
     "llava-next-7b": Shape(KNOWN["llava-hf/llava-v1.6-vicuna-7b-hf"], (672, 672), (160, 320)),
-    "qwen2.5-vl-7b": Shape(KNOWN["Qwen/Qwen2.5-VL-7B-Instruct"], (1008, 1008), (130, 324)),
+    "qwen2.5-vl-7b": Shape(_QWEN, (1008, 1008), (130, 324)),
     "wide-and-flat": Shape(
         {"model_type": "llava", "text_config": {"model_type": "llama", **_SMALL}, "vision_config": _EYES}, (336, 336), (144, 64)
     ),
@@ -126,6 +126,8 @@ def prompt(model: nn.Module, shape: Shape, batch: int) -> dict[str, Tensor]:
         around = ([config.vision_start_token_id], [config.vision_end_token_id])
     else:
         side, anyres = config.vision_config.image_size, config.model_type != "llava"
+        from vtc.families import family_of
+
         slots, _ = visual_tokens(family_of(model), (width, height), {})
         views = (1 + (height // side) * (width // side),) if anyres else ()
         pixels = {"pixel_values": torch.randn(batch, *views, 3, side, side, generator=generator)}
@@ -187,6 +189,8 @@ class Bench:
     """All measurements on one model."""
 
     def __init__(self, name: str, preset: Preset, device: torch.device, repeats: int) -> None:
+        from vtc.eval.flops import count  # needs transformers, which the command line imports only where it must
+
         self.name, self.preset, self.repeats = name, preset, repeats
         self.shape = MODELS[name]
         self.model = build(self.shape, device, preset.dtype)
@@ -208,6 +212,9 @@ class Bench:
         return out
 
     def _fill(self, out: Row) -> None:
+        from vtc.eval.flops import count
+        from vtc.eval.speed import measure
+
         part = None if out.reducer == "none" else create(out.reducer, keep=out.keep)
         token = getattr(self.model.config, "image_token_id", None) or self.model.config.image_token_index
         out.prompt_tokens = int(self.inputs["input_ids"].shape[1])
