@@ -18,6 +18,8 @@ from vtc.kernels.linear import Cosines, dot, lengths, own_images, widened
 
 _FEWEST, _MOST = 4, 64
 """Rows of cosines made at a time. One would be a matrix-vector product, which rounds equal tokens differently."""
+_WHOLE = 1 << 26
+"""Multiplications that all cosines of an image may cost to be made at once."""
 
 
 @dataclass
@@ -56,6 +58,9 @@ class _Rule:
 def _run(rule: _Rule, cosines: Cosines, k: int, first: int | None = None) -> list[int]:
     """Return ``k`` picks, in order."""
     n, picks, place, served, ahead = len(cosines), [], {}, 0, _FEWEST
+    if cosines.cost <= _WHOLE:  # cheaper than guessing
+        of = torch.arange(n, device=rule.taken.device)
+        rows, place = rule.reduced(of, cosines.rows(of), slice(None)), {i: i for i in range(n)}
     for step in range(k):
         pick = first if step == 0 and first is not None else rule.best()
         if pick not in place:

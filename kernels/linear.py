@@ -69,6 +69,11 @@ class Cosines:
         """Number of tokens."""
         return len(self.tokens)
 
+    @property
+    def cost(self) -> int:
+        """Multiplications that all of them take."""
+        return self.tokens.shape[0] * self.tokens.numel()
+
     def rows(self, of: Tensor) -> Tensor:
         """Return ``(M, N)``: cosines of the tokens ``of (M,)`` with all tokens."""
         return dot(self.tokens, self.tokens[of]).mul_(self.scale[of]).mul_(self.scale[:, None]).T.contiguous()
