@@ -462,10 +462,11 @@ def test_every_frame_keeps_its_share(name: str, newline: bool) -> None:
     for row in chosen:
         assert layout.view[row].bincount(minlength=3).tolist() == [4, 4, 4]
         assert row.tolist() == sorted(set(row.tolist()))
-    alone = ask(reducer,
+    alone = ask(
+        reducer,
         Signals(
             features[1:], layout, signals.entries[1:], 12, len(layout), {k: t[1:] for k, t in needs.items()}, fingerprint=(2,)
-        )
+        ),
     )
     assert torch.equal(alone.index[0], chosen[1])
 

@@ -101,7 +101,9 @@ def equal_to_reference(family, batch, kind, positions, impl, newlines=None, reco
         got_tokens, got, out = patched_generate(model, inputs)
     limit = TOLERANCE
     if dtype is torch.float32:  # what rounding alone does to the unpatched model
-        plain = reference_of(family, batch, Plan(), 1)[1] if case.float32 else unpatched(family, batch, "sdpa", torch.float64)[1]
+        plain = (
+            reference_of(family, batch, Plan(), 1)[1] if case.float32 else unpatched(family, batch, "sdpa", torch.float64)[1]
+        )
         limit = max(limit, 8 * (base - plain)[:, 0].abs().max().item())
     error = (got - logits)[:, : case.steps].abs().max().item()
     effect = (got[:, 0] - base[:, 0]).abs().max().item()
