@@ -42,7 +42,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     """
     a, b = a.detach(), b.detach()
     wide = _ONEDNN and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
-    if wide and min(len(a), len(b), a.shape[1]) > 0 and not torch.compiler.is_compiling():  # Inductor wants constant weights there
+    if (
+        wide and min(len(a), len(b), a.shape[1]) > 0 and not torch.compiler.is_compiling()
+    ):  # Inductor wants constant weights there
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
     return a @ b.T
 
