@@ -61,3 +61,8 @@ def checkpoint_repeats_hooks() -> bool:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     return "__init_subclass__" not in vars(GradientCheckpointingLayer)
+
+
+def records_before_hooks(tower: Any) -> bool:
+    """Whether the outputs of a tower's layers are recorded inside their ``forward``, where no hook can change them (4.57)."""
+    return transformers_version() < (5, 0, 0) and any(getattr(m, "_can_record_outputs", None) for m in tower.modules())

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtc import compat
 from vtc.core import Facts, Kind, Layout, Stage
 from vtc.errors import UnsupportedModelError
 
 SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on all of them"
 NO_BRANCH = "which vtc does not know how to reach between attention and MLP here"
+RECORDED = "whose outputs this release of transformers records before hooks can change them (upgrade transformers to 5)"
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
 
 
@@ -307,6 +309,7 @@ def assemble(
     """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
     config = model.config
     base, text = multimodal_parts(model)
+    no_merging = RECORDED if compat.records_before_hooks(tower) else "" if all(map(mlp_branch, layers)) else NO_BRANCH
     return Family(
         name=config.model_type,
         base=base,
@@ -322,7 +325,7 @@ def assemble(
             family=config.model_type,
             layers=len(text.layers),
             encoder_layers=len(layers),
-            **{"no_merging": "" if all(map(mlp_branch, layers)) else NO_BRANCH, **facts},
+            **{"no_merging": no_merging, **facts},
         ),
         describe=describe,
         video_token_ids=placeholder(config, "video"),
