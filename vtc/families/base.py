@@ -309,7 +309,9 @@ def assemble(
     """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
     config = model.config
     base, text = multimodal_parts(model)
-    no_merging = RECORDED if compat.records_before_hooks(tower) else "" if all(map(mlp_branch, layers)) else NO_BRANCH
+    no_merging = RECORDED if compat.records_before_hooks(tower) else ""
+    if not all(map(mlp_branch, layers)):
+        no_merging = NO_BRANCH
     return Family(
         name=config.model_type,
         base=base,
