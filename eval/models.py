@@ -15,7 +15,7 @@ from vtc.core import Facts
 from vtc.errors import ConfigError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.config import ModelConfig
-from vtc.inspect import SIDE, InputFileError, load_config, locate, processor_settings, skeleton, visual_tokens
+from vtc.inspect import SIDE, InputFileError, device_named, load_config, locate, processor_settings, skeleton, visual_tokens
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
@@ -202,16 +202,10 @@ def device_of(model: ModelConfig) -> torch.device:
     VtcError
         It is not there.
     """
-    import torch
-
-    if model.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(model.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
+        return device_named(model.device)
+    except VtcError:
         raise ConfigError(f"the device '{model.device}' of the model '{model.title}' is not available here: use auto") from None
-    return device
 
 
 def load(model: ModelConfig) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ there already.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ _WHOLE = 1 << 26
 
 
 @dataclass
-class _Rule:
+class _Rule(abc.ABC):
     """What is chosen next, and what a pick changes.
 
     Attributes
@@ -34,9 +35,9 @@ class _Rule:
 
     taken: Tensor
 
+    @abc.abstractmethod
     def score(self) -> Tensor:
         """Return ``(N,)``: the larger, the sooner chosen."""
-        raise NotImplementedError
 
     def reduced(self, picks: Tensor, cosine: Tensor, at: Tensor | slice) -> Tensor:
         """Turn cosines ``(M, n)`` of some tokens with those ``at`` into what :meth:`add` takes, row by row."""

@@ -166,7 +166,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[A
     import torch
 
     kind = _dtype(dtype)
-    where = _device(device)
+    where = device_named(device)
     if model == POCKET:
         from vtc.pocket import load_pocket
 
@@ -199,7 +199,14 @@ def _dtype(name: str) -> torch.dtype | None:
     return value
 
 
-def _device(name: str) -> torch.device:
+def device_named(name: str) -> torch.device:
+    """Return the device a user asked for; ``"auto"`` is a GPU where there is one.
+
+    Raises
+    ------
+    VtcError
+        It is not there.
+    """
     import torch
 
     if name == "auto":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import copy
 import threading
 import weakref
@@ -18,7 +19,7 @@ from vtc.stats import StatsLog
 ATTRIBUTE = "_vtc_handle"
 
 
-class BaseHandle:
+class BaseHandle(abc.ABC):
     """One patch on one model; also a context manager that removes it on exit.
 
     Attributes
@@ -41,9 +42,9 @@ class BaseHandle:
         self._lock = threading.Lock()
         self._running = 0
 
+    @abc.abstractmethod
     def attach(self, model: nn.Module) -> None:
         """Put the hooks on; a subclass adds what undoes them to ``_undo``."""
-        raise NotImplementedError
 
     def install(self, model: nn.Module) -> None:
         """Put everything on the model, or nothing."""

@@ -36,19 +36,9 @@ _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_
 
 
 class Handle(BaseHandle):
-    """A patch on a vision-language model. Also a context manager that removes it on exit.
+    """A patch on a vision-language model: :attr:`reducer`, :attr:`stats`, :meth:`remove`, as every patch has them."""
 
-    Attributes
-    ----------
-    reducer : Reducer
-        The reducer in force, resolved for this model.
-    family : Family
-        What vtc knows about the model.
-    stats : StatsLog
-        What every call did.
-    strict : bool
-        Whether a reducer that did not act raises :class:`vtc.errors.NotReducedError`.
-    """
+    family: Family
 
     def __init__(self, model: nn.Module, family: Family, reducer: Reducer, strict: bool) -> None:
         super().__init__(model, family, reducer, strict)
