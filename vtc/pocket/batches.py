@@ -6,9 +6,10 @@ A batch is a function of (seed, stage, step) alone, so a resumed run sees exactl
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ from vtc.pocket.model import (
     RELATION_TARGETS,
     build_vocabulary,
 )
-from vtc.pocket.scenes import (
+from vtc.pocket.objects import (
     IMAGE_SIZE,
     N_COMBINATIONS,
     SHAPES,
@@ -39,9 +40,8 @@ from vtc.pocket.scenes import (
     Scene,
     SceneObject,
     Split,
-    render_scene,
-    render_wide_scene,
 )
+from vtc.pocket.scenes import render_scene, render_wide_scene
 
 IGNORE = -100
 """Target value that no loss counts."""
@@ -110,6 +110,18 @@ class Batch:
     relation_targets: Tensor
     question_types: tuple[tuple[str, ...], ...]
     grid: tuple[int, int] | None = None
+
+    def pixels(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Images (thumbnails and crops in a row) in -1..1 as the vision tower takes them, [n, 3, 112, 112]."""
+        return (self.images.flatten(0, -4).permute(0, 3, 1, 2).to(dtype) / 127.5 - 1).contiguous()
+
+    def marks(self, predicted: Tensor) -> Iterator[tuple[str, bool]]:
+        """For every packed question its type, and whether the token predicted for its answer, of [b, t], is right."""
+        for row, types in enumerate(self.question_types):
+            # Two targets per question: the answer, and the end after it.
+            places = (self.answer_targets[row] != IGNORE).nonzero()[::2, 0]
+            right = predicted[row, places] == self.answer_targets[row, places]
+            yield from zip(types, right.tolist(), strict=True)
 
 
 @lru_cache(maxsize=1)
@@ -244,6 +256,17 @@ def pack_questions(
     return packed, tuple(types)
 
 
+def _text_fields(packs: Sequence[tuple[np.ndarray, tuple[str, ...]]], prefix: str = "") -> dict[str, Any]:
+    """Fields of a `Batch` from the packed questions of its images; `prefix` goes in front of their types."""
+    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
+    return {
+        **dict(zip(("tokens", "segments", "positions", "answer_targets"), text[:4], strict=True)),
+        "mention_targets": text[4:-RELATION_TARGETS].permute(1, 2, 0).contiguous(),
+        "relation_targets": text[-RELATION_TARGETS:].permute(1, 2, 0).contiguous(),
+        "question_types": tuple(tuple(prefix + kind for kind in types) for _, types in packs),
+    }
+
+
 def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequence[QuestionText]]] = ()) -> Batch:
     """Stack scenes and easy-VQA images (with their questions) into one batch, scenes first."""
     images = [np.asarray(scene.image) for scene in scenes] + [image for image, _ in easy]
@@ -251,24 +274,14 @@ def make_batch(scenes: Sequence[Scene], easy: Sequence[tuple[np.ndarray, Sequenc
     targets = [patch_targets(scene) for scene in scenes] + [unknown_patches] * len(easy)
     contents = [content_vector(scene) for scene in scenes] + [np.full(N_CONTENTS, -1, np.float32)] * len(easy)
     packs = [pack_questions(scene.questions, scene) for scene in scenes] + [pack_questions(asked) for _, asked in easy]
-    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
-    return Batch(
-        torch.from_numpy(np.stack(images)),
-        torch.from_numpy(np.stack(targets)),
-        torch.from_numpy(np.stack(contents)),
-        *text[:4],
-        mention_targets=text[4:-RELATION_TARGETS].permute(1, 2, 0).contiguous(),
-        relation_targets=text[-RELATION_TARGETS:].permute(1, 2, 0).contiguous(),
-        question_types=tuple(types for _, types in packs),
-    )
+    return Batch(*(torch.from_numpy(np.stack(field)) for field in (images, targets, contents)), **_text_fields(packs))
 
 
 @lru_cache(maxsize=3)
 def _easy_by_image(split: str) -> dict[int, list[QuestionText]]:
     grouped: dict[int, list[QuestionText]] = {}
-    for number, prompt, answer in easyvqa.question_texts(split):
-        kind = "easy_yesno" if answer in ("yes", "no") else "easy_open"
-        grouped.setdefault(number, []).append((kind, prompt, answer))
+    for number, text in easyvqa.question_texts(split):
+        grouped.setdefault(number, []).append(text)
     return grouped
 
 
@@ -335,16 +348,11 @@ def wide_batch(scenes: Sequence[Scene], prefix: str = "wide_") -> Batch:
         images.append(np.concatenate([thumbnail[None], pixels.reshape(-1, IMAGE_SIZE, IMAGE_SIZE, 3)]))
     context = _CONTEXT + rows * GRID * (columns * GRID + 1)
     packs = [pack_questions(scene.questions, scene, context=context) for scene in scenes]
-    text = torch.from_numpy(np.stack([pack for pack, _ in packs], axis=1))
-    unknown = torch.full((len(scenes), N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE)
     return Batch(
         torch.from_numpy(np.stack(images)),
-        unknown,
+        torch.full((len(scenes), N_PATCHES, len(PATCH_TARGET_SIZES)), IGNORE),
         torch.full((len(scenes), N_CONTENTS), -1.0),
-        *text[:4],
-        mention_targets=text[4:-RELATION_TARGETS].permute(1, 2, 0).contiguous(),
-        relation_targets=text[-RELATION_TARGETS:].permute(1, 2, 0).contiguous(),
-        question_types=tuple(tuple(prefix + kind for kind in types) for _, types in packs),
+        **_text_fields(packs, prefix),
         grid=(rows, columns),
     )
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from PIL import Image
 
 from vtc.pocket.errors import MissingPocketDataError, PocketError
+from vtc.pocket.objects import IMAGE_SIZE, QuestionText
 from vtc.pocket.questions import Question
-from vtc.pocket.scenes import IMAGE_SIZE
 
 _IMAGES = {"train": range(3500), "val": range(3500, 4000), "test": range(1000)}
 
@@ -46,11 +46,15 @@ def load_image(split: str, number: int) -> Image.Image:
 
 
 @lru_cache(maxsize=3)
-def question_texts(split: str) -> tuple[tuple[int, str, str], ...]:
-    """(image number, prompt, answer) of every question of a split, in the package's order."""
+def question_texts(split: str) -> tuple[tuple[int, QuestionText], ...]:
+    """Image number and text of every question of a split, in the package's order."""
     numbers = _IMAGES.get(split, range(0))
     stored = json.loads((_data_folder(split) / "questions.json").read_text(encoding="utf-8"))
-    return tuple((number, prompt, answer) for prompt, answer, number in stored if number in numbers)
+    return tuple(
+        (number, ("easy_yesno" if answer in ("yes", "no") else "easy_open", prompt, answer))
+        for prompt, answer, number in stored
+        if number in numbers
+    )
 
 
 def easy_vqa_questions(split: str = "test", n: int | None = None) -> list[Question]:
@@ -82,7 +86,6 @@ def easy_vqa_questions(split: str = "test", n: int | None = None) -> list[Questi
     random.Random(0).shuffle(order)
     questions = []
     for row in order[:n]:
-        number, prompt, answer = texts[row]
-        kind = "easy_yesno" if answer in ("yes", "no") else "easy_open"
+        number, (kind, prompt, answer) = texts[row]
         questions.append(Question(load_image(split, number), prompt, answer, kind, f"easy/{split}/{number}/{row}"))
     return questions

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from vtc.pocket.answer import answer_questions, encode_questions
-from vtc.pocket.batches import IGNORE, Batch, prefix_tokens, validation_batches, wide_batch, wide_validation_batches
+from vtc.pocket.batches import Batch, prefix_tokens, validation_batches, wide_batch, wide_validation_batches
 from vtc.pocket.easyvqa import easy_vqa_questions, question_texts
-from vtc.pocket.model import arrange_crops, decode_packed, encode_images
-from vtc.pocket.scenes import WIDE_SIZES, QuestionText, detail_questions, render_scene, render_wide_scene, scene_questions
+from vtc.pocket.model import GRID, decode_packed, encode_images, project
+from vtc.pocket.objects import WIDE_SIZES, QuestionText
+from vtc.pocket.scenes import detail_questions, render_scene, render_wide_scene, scene_questions
 
 _Z = 1.959964  # 95 %
 _DETAIL = {"wide_digit": "detail_digit", "wide_lookup": "detail_lookup", "wide_word": "detail_word"}
@@ -100,30 +101,23 @@ def packed_marks(model: Any, batches: Iterable[Batch], change: Callable[[Tensor]
     marks: Marks = defaultdict(list)
     prefix = prefix_tokens()
     for batch in batches:
-        images = batch.images if change is None else change(batch.images)
-        pixels = images.flatten(0, -4).permute(0, 3, 1, 2).to(model.dtype) / 127.5 - 1
-        features, _ = encode_images(model, pixels)
-        visual = model.model.multi_modal_projector(features)
-        if batch.grid is not None:
-            visual = arrange_crops(model, visual.unflatten(0, (len(batch.images), -1)), *batch.grid)
+        if change is not None:
+            batch = replace(batch, images=change(batch.images))
+        visual = project(model, encode_images(model, batch.pixels(model.dtype))[0], batch.grid)
         hidden, _ = decode_packed(model, visual, prefix, batch.tokens, batch.segments, batch.positions)
         predicted = model.lm_head(hidden).argmax(-1)
-        for row, types in enumerate(batch.question_types):
-            # Two targets per question: the answer, and the end after it.
-            places = (batch.answer_targets[row] != IGNORE).nonzero()[::2, 0].tolist()
-            for place, kind in zip(places, types, strict=True):
-                marks[_DETAIL.get(kind, kind)].append(bool(predicted[row, place] == batch.answer_targets[row, place]))
+        for kind, is_right in batch.marks(predicted):
+            marks[_DETAIL.get(kind, kind)].append(is_right)
     return marks
 
 
 def scaled_down(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Wide scenes as a LLaVA-1.5 model sees them: the thumbnail without the crops."""
     for batch in batches:
-        shift = batch.images.shape[1] - 1
         assert batch.grid is not None
         rows, columns = batch.grid
-        text = 14 * rows * (14 * columns + 1) if shift else 0
-        yield replace(batch, images=batch.images[:, 0], positions=(batch.positions - text).clamp(min=0), grid=None)
+        crops = GRID * rows * (GRID * columns + 1)  # visual tokens that are left out
+        yield replace(batch, images=batch.images[:, 0], positions=(batch.positions - crops).clamp(min=0), grid=None)
 
 
 def batches_to_ask(is_next: bool, split: str, scenes: int, wide: int, easy: int) -> list[Batch]:
@@ -176,8 +170,8 @@ def _texts(split: str, scenes: int, wide: int) -> Iterator[QuestionText]:
         for number in range(max(1, wide // len(WIDE_SIZES))):
             for kind, prompt, answer in render_wide_scene(number, split, size=size).questions:
                 yield _DETAIL.get(f"wide_{kind}", f"wide_{kind}"), prompt, answer
-    for _, prompt, answer in question_texts(split):
-        yield "easy_yesno" if answer in ("yes", "no") else "easy_open", prompt, answer
+    for _, text in question_texts(split):
+        yield text
 
 
 # ---------------------------------------------------------------------------------------------- command

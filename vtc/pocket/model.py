@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.pocket.errors import PocketError
-from vtc.pocket.scenes import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WIDE_SIZES, WORDS
+from vtc.pocket.objects import COLOR_NAMES, IMAGE_SIZE, N_COMBINATIONS, PLURALS, SHAPES, WIDE_SIZES, WORDS
 
 PATCH_SIZE = 8
 GRID = IMAGE_SIZE // PATCH_SIZE
@@ -319,6 +319,11 @@ class MentionHeads(nn.Module):
         return self.classify(self.norm(hidden)).float()
 
 
+def half_way(states: Sequence[Tensor]) -> int:
+    """Which of the decoder's states, from the embeddings on, noun phrases are read from: the one after half of the layers."""
+    return (len(states) - 1) // 2
+
+
 class RelationHead(nn.Module):
     """Linear read-outs at the second noun phrase of a spatial question, during training only.
 
@@ -335,7 +340,7 @@ class RelationHead(nn.Module):
 
     def forward(self, states: Sequence[Tensor]) -> Tensor:
         """Map the decoder's states [b, t, width], from the embeddings on, to float32 logits [b, t, 5]."""
-        half = (len(states) - 1) // 2
+        half = half_way(states)
         sides, agree = (states[min(half + further, len(states) - 1)] for further in (1, 2))
         return torch.cat([self.sides(self.norms[0](sides)), self.agree(self.norms[1](agree))], dim=-1).float()
 
@@ -403,6 +408,30 @@ def arrange_crops(model: nn.Module, visual: Tensor, rows: int, columns: int) -> 
     lines = lines.reshape(batch, rows * GRID, columns * GRID, width)
     ends = model.model.image_newline.expand(batch, rows * GRID, 1, width).to(lines.dtype)
     return torch.cat([visual[:, 0], torch.cat([lines, ends], dim=2).flatten(1, 2)], dim=1)
+
+
+def project(model: nn.Module, features: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+    """Turn patch features into visual tokens.
+
+    Parameters
+    ----------
+    model
+        The pocket model.
+    features
+        Of `encode_images`, [b, 196, width], or [b (1 + rows * columns), 196, width] for thumbnails and crops.
+    grid
+        Rows and columns of crops, for a pocket-next model.
+
+    Returns
+    -------
+    Tensor
+        Visual tokens [b, n, width]; see `arrange_crops`.
+    """
+    visual = model.model.multi_modal_projector(features)
+    if grid is None:
+        return visual
+    rows, columns = grid
+    return arrange_crops(model, visual.unflatten(0, (-1, 1 + rows * columns)), rows, columns)
 
 
 def decode_packed(
