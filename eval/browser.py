@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtc.errors import VtcError
 from vtc.eval.config import UNREDUCED
-from vtc.eval.results import Listed, listed_cells, score_of, version_of
+from vtc.eval.scores import Listed, listed_cells, score_of, version_of
 from vtc.eval.store import CellResult, Store
 
 if TYPE_CHECKING:
@@ -290,7 +290,8 @@ def _embedded(sweep: Mapping[str, Any], title: str) -> str | None:
 
 def _reducers(sweep: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     """Build the reducers of a sweep again, by label and budget."""
-    from vtc.eval.config import SweepConfig, cells
+    from vtc.eval.cells import cells
+    from vtc.eval.config import SweepConfig
 
     try:
         return {

@@ -1,23 +1,15 @@
-"""Sweep files: what a YAML file may say, checked before anything runs.
-
-Every problem becomes one :class:`vtc.errors.ConfigError` that names the file, the line, the key and the fix.
-"""
+"""Sweep files: what a YAML file may say, key by key. :mod:`vtc.eval.sweepfile` reads one, :mod:`vtc.eval.cells` expands it."""
 
 from __future__ import annotations
 
-import difflib
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 import vtc
 from vtc.core import Reducer, check_amount
-from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
+from vtc.errors import UnknownArgumentError
 from vtc.registry import resolve
 
 UNREDUCED = "none"
@@ -38,7 +30,16 @@ DATA = "questions"
 _QUESTIONS = 300
 """Questions of a generated task that does not say how many."""
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
+"""Where in a sweep file something is: ``("reducers", 2, "name")``."""
+
+
+def dotted(key: KeyPath) -> str:
+    """Return a key path as text: ``reducers[2].name``."""
+    out = ""
+    for step in key:
+        out += f"[{step}]" if isinstance(step, int) else f".{step}" if out else step
+    return out
 
 
 def _amount(value: Any) -> Any:
@@ -51,6 +52,17 @@ Amount = Annotated[int | float, BeforeValidator(_amount)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class _Named(_Strict):
+    """Something with a name and settings; the bare name will do."""
+
+    name: str = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class SceneData(_Strict):
@@ -111,7 +123,7 @@ class DataConfig(_Strict):
         return self
 
 
-class ModelConfig(_Strict):
+class ModelConfig(_Named):
     """One model: a bare name, or a mapping.
 
     Attributes
@@ -132,7 +144,6 @@ class ModelConfig(_Strict):
         Arguments of ``AutoProcessor.from_pretrained``, such as ``max_pixels``.
     """
 
-    name: str = Field(min_length=1)
     label: str | None = Field(default=None, min_length=1, max_length=60)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
@@ -140,18 +151,13 @@ class ModelConfig(_Strict):
     revision: str | None = None
     processor: dict[str, Any] = Field(default_factory=dict)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
-
     @property
     def title(self) -> str:
         """Name in tables."""
         return self.label or self.name
 
 
-class TaskConfig(_Strict):
+class TaskConfig(_Named):
     """One task: a bare name, or a mapping.
 
     Attributes
@@ -176,7 +182,6 @@ class TaskConfig(_Strict):
         Metric that tables show, where a task of lmms-eval has several; its main one when None.
     """
 
-    name: str = Field(min_length=1)
     label: str | None = Field(default=None, min_length=1, max_length=60)
     n: int | None = Field(default=None, ge=1)
     split: Literal["test", "val"] = "test"
@@ -187,11 +192,6 @@ class TaskConfig(_Strict):
     questions: str | None = None
     max_new_tokens: int | None = Field(default=None, ge=1, le=32768)
     metric: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one(self) -> TaskConfig:
@@ -296,7 +296,7 @@ class BudgetConfig(_Strict):
         return f"{self.keep}" if self.keep is not None else f"avg {self.avg_tokens}"
 
 
-class MemberConfig(_Strict):
+class MemberConfig(_Named):
     """One member of a composition: a bare name, or a mapping.
 
     Attributes
@@ -307,13 +307,7 @@ class MemberConfig(_Strict):
         The member's own options; with ``keep`` or ``avg_tokens`` among them, the sweep's budgets pass it by.
     """
 
-    name: str
     options: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare(cls, value: Any) -> Any:
-        return {"name": value} if isinstance(value, str) else value
 
 
 class ReducerConfig(_Strict):
@@ -481,7 +475,11 @@ class SweepConfig(_Strict):
     threads: int | None = Field(default=None, ge=1, le=1024)
     bootstrap: BootstrapConfig = BootstrapConfig()
     speed: SpeedConfig | Literal[False] = SpeedConfig()
-    _place: Any = PrivateAttr(default=None)  # where in the file a key is, for messages
+    _place: Callable[[KeyPath], str] = PrivateAttr(default_factory=lambda: dotted)
+
+    def place(self, key: KeyPath) -> str:
+        """Return where a key is, for messages; with file and line where the sweep was read from a file."""
+        return self._place(key)
 
     @property
     def all_models(self) -> list[ModelConfig]:
@@ -497,373 +495,3 @@ class SweepConfig(_Strict):
     def all_seeds(self) -> list[int]:
         """Every seed of the sweep."""
         return self.seeds or [self.seed]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One row of the table: a reducer at a budget.
-
-    Attributes
-    ----------
-    label : str
-        Name in tables.
-    reducer : Reducer or None
-        ``None`` for the unreduced run. Where ``flops`` is given, its budget is still to be found.
-    name : str
-        Registered name (without preset), ``"none"`` for the unreduced run.
-    budget : str
-        The budget as tables print it, ``""`` for the unreduced run.
-    key, budget_key : str
-        Where in the file reducer and budget come from, for error messages.
-    flops : float or None
-        Share of the unreduced prefill's FLOPs that the budget stands for.
-    spec : ReducerConfig or None
-        What the reducer is built from.
-    amount : tuple
-        Budget given to it, ``(("keep", 49),)``.
-    seed : int or None
-        Seed given to it.
-    optional : bool
-        Comes from ``all``: left out where the model refuses it.
-    """
-
-    label: str
-    reducer: Reducer | None
-    name: str
-    budget: str
-    key: str = ""
-    budget_key: str = ""
-    flops: float | None = None
-    spec: ReducerConfig | None = None
-    amount: tuple[tuple[str, int | float], ...] = ()
-    seed: int | None = None
-    optional: bool = False
-
-    def seeded(self, seed: int) -> Cell:
-        """Return this cell with another seed for reducers that draw."""
-        if self.spec is None:
-            return self
-        return replace(self, seed=seed, reducer=self.spec.build(dict(self.amount), seed))
-
-    def keeping(self, keep: int | float) -> Cell:
-        """Return this cell with another number of tokens (for equal FLOPs)."""
-        assert self.spec is not None
-        return replace(self, amount=(("keep", keep),), reducer=self.spec.build({"keep": keep}, self.seed))
-
-
-# ----------------------------------------------------------------------------------------------------------- reading
-def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
-    """Read and check a sweep file.
-
-    Parameters
-    ----------
-    path : Path or str
-        YAML file.
-    overrides : sequence of str
-        ``a.b=value`` each; the value is YAML. List items are addressed by number (``reducers.0.name=divprune``).
-
-    Returns
-    -------
-    SweepConfig
-        With every reducer and budget known to be valid (bounds of the model apart).
-
-    Raises
-    ------
-    ConfigError
-        With file, line, key path and what to write instead.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"there is no sweep file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): give the path of a YAML file") from None
-    return parse_sweep(text, overrides, source=str(path), folder=path.parent)
-
-
-def parse_sweep(
-    text: str, overrides: Sequence[str] = (), source: str = "the sweep file", folder: Path | None = None
-) -> SweepConfig:
-    """Check the text of a sweep file whose relative paths start at ``folder``; see :func:`load_sweep`."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "syntax error"
-        raise ConfigError(
-            f"{source}{where}: this is not valid YAML ({problem}): check indentation, quotes and brackets"
-        ) from None
-    _refuse_duplicates(node, source)
-    if data is None:
-        raise ConfigError(f"{source} is empty: write at least the keys data, budgets and reducers (see configs/smoke.yaml)")
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source} holds a {type(data).__name__}: write a mapping with the keys data, budgets and reducers")
-    for item in overrides:
-        _override(data, item)
-    _absolute(data, folder)
-    try:
-        config = SweepConfig.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(_explain(error, node, source)) from None
-
-    config._place = place = functools.partial(_place, node, source)
-    _check_whole(config, place)
-    cells(config)
-    return config
-
-
-def _absolute(data: dict[str, Any], folder: Path | None) -> None:
-    """Make the paths of a user's own data absolute: they are relative to the sweep file."""
-    for task in data.get("tasks") or () if isinstance(data.get("tasks"), list) else ():
-        for name in ("folder", "questions"):
-            if isinstance(task, dict) and isinstance(task.get(name), str):
-                task[name] = str((folder or Path()).resolve() / Path(task[name]).expanduser())
-
-
-def _check_whole(config: SweepConfig, place: Any) -> None:
-    """Refuse what no single key is to blame for, and names that nothing has."""
-    if config.data is not None and config.tasks is not None:
-        raise ConfigError(f"{place(('tasks',))}: give `data` (one task) or `tasks` (a list), not both")
-    if config.data is None and config.tasks is None:
-        raise ConfigError(
-            f"{place(('data',))}: the questions are missing: add `data` (one task) or `tasks` (a list), see configs/smoke.yaml "
-            "for a complete file"
-        )
-    if config.model is not None and config.models is not None:
-        raise ConfigError(f"{place(('models',))}: give `model` or `models`, not both")
-    if config.seeds is not None and len(set(config.seeds)) != len(config.seeds):
-        raise ConfigError(f"{place(('seeds',))}: a seed appears twice: remove it")
-    for name, items in (("models", config.models), ("tasks", config.tasks)):
-        seen: set[str] = set()
-        for i, item in enumerate(items or ()):
-            if item.title in seen:
-                raise ConfigError(f"{place((name, i))}: two {name} are called '{item.title}': give one of them a `label`")
-            seen.add(item.title)
-    from vtc.eval.models import check_model
-
-    for i, model in enumerate(config.all_models):
-        key: Path_ = ("model",) if config.models is None else ("models", i)
-        try:
-            check_model(model)
-        except VtcError as error:
-            raise ConfigError(f"{place(key)}: {error}") from None
-    from vtc.eval.questions import check_task
-
-    for i, task in enumerate(config.tasks or ()):
-        try:
-            check_task(task)
-        except VtcError as error:
-            raise ConfigError(f"{place(('tasks', i))}: {error}") from None
-
-
-def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
-    for mapping in _mappings(node):
-        seen: dict[str, int] = {}
-        for key, _ in mapping.value:
-            line = key.start_mark.line + 1
-            if key.value in seen:
-                raise ConfigError(
-                    f"{source} line {line}: the key '{key.value}' appears a second time (first on line {seen[key.value]}): "
-                    "remove one of them"
-                )
-            seen[key.value] = line
-
-
-def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
-    if isinstance(node, yaml.MappingNode):
-        yield node
-        for key, value in node.value:
-            yield from _mappings(key)
-            yield from _mappings(value)
-    elif isinstance(node, yaml.SequenceNode):
-        for value in node.value:
-            yield from _mappings(value)
-
-
-def _override(data: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    steps = key.split(".")
-    if not equals or not all(steps):
-        raise ConfigError(f"--set {item!r} is not of the form KEY=VALUE: write for example --set data.scenes.n=110")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from None
-    at: Any = data
-    for i, step in enumerate(steps):
-        last = i == len(steps) - 1
-        if isinstance(at, list):
-            if not step.isdecimal() or int(step) >= len(at):
-                raise ConfigError(
-                    f"--set {item!r}: '{'.'.join(steps[:i])}' is a list of {len(at)}, so '{step}' must be a number below that"
-                )
-            index: Any = int(step)
-        elif isinstance(at, dict):
-            index = step
-            if not last and at.get(step) is None:
-                at[step] = {}
-        else:
-            raise ConfigError(f"--set {item!r}: '{'.'.join(steps[:i])}' is a plain value and has no key '{step}'")
-        if last:
-            at[index] = value
-        else:
-            at = at[index]
-
-
-# ---------------------------------------------------------------------------------------------------- error messages
-def _dotted(key: Path_) -> str:
-    out = ""
-    for step in key:
-        out += f"[{step}]" if isinstance(step, int) else f".{step}" if out else step
-    return out
-
-
-def _place(node: yaml.Node | None, source: str, key: Path_) -> str:
-    """``"file line 7: reducers[2].name"``; the line is that of the deepest part of the key that is in the file."""
-    line = None
-    at = node
-    for step in key:
-        if isinstance(at, yaml.MappingNode):
-            pair = next(((k, v) for k, v in at.value if k.value == str(step)), None)
-            if pair is None:
-                break
-            line, at = pair[0].start_mark.line + 1, pair[1]
-        elif isinstance(at, yaml.SequenceNode) and isinstance(step, int) and step < len(at.value):
-            at = at.value[step]
-            line = at.start_mark.line + 1
-        else:
-            break
-    return f"{source}{f' line {line}' if line else ''}: {_dotted(key)}"
-
-
-_SECTIONS: dict[str, type[BaseModel]] = {
-    "": SweepConfig,
-    "model": ModelConfig,
-    "models[]": ModelConfig,
-    "data": DataConfig,
-    "tasks[]": TaskConfig,
-    "reducers[]": ReducerConfig,
-    "bootstrap": BootstrapConfig,
-    "speed": SpeedConfig,
-}
-_NESTED: dict[str, type[BaseModel]] = {
-    "scenes": SceneData,
-    "details": SceneData,
-    "easy_vqa": EasyVqaData,
-    "data": DataConfig,
-    "budgets[]": BudgetConfig,
-    "members[]": MemberConfig,
-}
-
-
-def _fields_at(key: Path_) -> list[str]:
-    """Names of the fields allowed at a key."""
-    steps = [str(s) if isinstance(s, str) else "[]" for s in key]
-    path = ".".join(steps).replace(".[]", "[]")
-    kind = _SECTIONS.get(path) or _NESTED.get(path.rpartition(".")[2])
-    return list(kind.model_fields) if kind is not None else []
-
-
-def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
-    """One sentence for the first problem of a validation."""
-    # members of a union report under the union's branch; those names are not part of the file
-    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] != "missing"))
-    key = tuple(s for s in first["loc"] if not (isinstance(s, str) and (s in ("SpeedConfig", "int", "float") or "[" in s)))
-    where = _place(node, source, key)
-    if first["type"] == "extra_forbidden":
-        known = _fields_at(key[:-1])
-        name = str(key[-1])
-        inside = f" in '{_dotted(key[:-1])}'" if len(key) > 1 else ""
-        listed = f" (known: {', '.join(known)})" if known else ""
-        return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
-    if first["type"] == "missing":
-        return f"{where}: the key '{key[-1]}' is missing: add it (see configs/smoke.yaml for a complete file)"
-    if key == ("speed",):
-        return f"{where}: give a mapping such as {{repeats: 10}}, or false to leave the speed pass out"
-    if first["type"] == "model_type" and key[0] in ("model", "models"):
-        return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
-    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[0].lower() + message[1:]
-    given = first.get("input")
-    shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {given!r})"
-    return f"{where}: {message}{shown}"
-
-
-# ------------------------------------------------------------------------------------------------------------- cells
-def cells(config: SweepConfig) -> list[Cell]:
-    """Expand a sweep into its cells, unreduced first, then by budget: mandatory baselines, then the file's reducers.
-
-    Raises
-    ------
-    ConfigError
-        For an unknown reducer or option, an impossible budget, or two rows with one name.
-    """
-    place = config._place or _dotted
-    wanted: list[tuple[ReducerConfig, Path_]] = []
-    listed = {r.name for r in config.reducers}
-    for i, r in enumerate(config.reducers):
-        if r.name == ALL:
-            if r.options or r.members:
-                raise ConfigError(f"{place(('reducers', i))}: '{ALL}' takes no options: list the reducer that should have them")
-            rest = [n for n in vtc.list_reducers() if n not in listed and n not in BASELINES]
-            wanted += [(ReducerConfig(name=n, budgets=r.budgets), ("reducers", i)) for n in rest]
-        else:
-            wanted.append((r, ("reducers", i)))
-    used = {b.text: b for b in config.budgets} | {b.text: b for r in config.reducers for b in r.budgets or ()}
-    budgets = list(used)
-    asked: dict[str, Path_] = {b.text: ("budgets", j) for j, b in enumerate(config.budgets)}
-    for r, key in wanted:
-        for j, b in enumerate(r.budgets or ()):
-            asked.setdefault(b.text, (*key, "budgets", j))
-    for name in BASELINES:  # every budget in use gets its floors
-        there = {b.text for r, _ in wanted if r.name == name and not r.options for b in r.budgets or config.budgets}
-        if added := [b for text, b in used.items() if text not in there]:
-            wanted.append((ReducerConfig(name=name, budgets=added), ()))
-    ordered = sorted(wanted, key=lambda item: BASELINES.index(item[0].name) if item[0].name in BASELINES else len(BASELINES))
-    found: dict[tuple[str, str], Cell] = {}
-    for reducer, key in ordered:
-        if reducer.name == UNREDUCED:
-            raise ConfigError(f"{place((*key, 'name'))}: the unreduced row '{UNREDUCED}' is always there: remove it")
-        forbidden = sorted({"keep", "avg_tokens"} & set(reducer.options))
-        if forbidden:
-            raise ConfigError(f"{place((*key, 'options', forbidden[0]))}: a budget is not an option: write it under 'budgets'")
-        optional = bool(key) and config.reducers[key[1]].name == ALL  # type: ignore[index]
-        for budget in reducer.budgets or config.budgets:
-            leaf: Path_ = key
-            try:
-                made = reducer.build(budget.options)
-            except VtcError as error:
-                if isinstance(error, vtc.UnknownReducerError):
-                    leaf = (*key, "name")
-                elif isinstance(error, vtc.BudgetError):
-                    leaf = asked[budget.text]
-                elif reducer.options:
-                    leaf = (*key, "options")
-                raise ConfigError(f"{place(leaf)}: {error}") from None
-            except (TypeError, ValueError) as error:
-                raise ConfigError(f"{place((*key, 'options'))}: '{reducer.name}' refuses these options: {error}") from None
-            name = (reducer.title, budget.text)
-            if name in found:
-                raise ConfigError(
-                    f"{place(key)}: two rows are called '{reducer.title}' at budget {budget.text}: give one of them a `label`"
-                )
-            found[name] = Cell(
-                reducer.title,
-                made,
-                reducer.method,
-                budget.text,
-                place(key or asked[budget.text]),
-                place(asked[budget.text]),
-                budget.flops,
-                reducer,
-                tuple(budget.options.items()),
-                None,
-                optional,
-            )
-    rows = sorted(found.values(), key=lambda c: budgets.index(c.budget))  # stable: keeps the order of the reducers
-    return [Cell(UNREDUCED, None, UNREDUCED, "", "the unreduced row"), *rows]

@@ -20,7 +20,8 @@ from vtc import bind
 from vtc.core import Facts, Reducer, Stage
 from vtc.errors import StoreError, VtcError
 from vtc.eval import flops
-from vtc.eval.config import Cell, ModelConfig
+from vtc.eval.cells import Cell
+from vtc.eval.config import ModelConfig
 from vtc.eval.models import KNOWN, Outline, outline
 from vtc.eval.questions import clips
 from vtc.eval.run import Planned, Sweep

@@ -22,8 +22,6 @@ _ENGINE_MODULES = ("vtc.core", "vtc.signals", "vtc.compat", "vtc.stats")
 _ENGINE_PACKAGES = ("vtc.engine", "vtc.families", "vtc.kernels")
 _APART = ("builtins", "vtc.registry", "vtc.errors")
 """Modules a reducer's file mentions and no result depends on."""
-_APART = ("builtins", "vtc.registry", "vtc.errors")
-"""Modules a reducer's file mentions and no result depends on."""
 
 
 def describe(seed: int) -> dict[str, Any]:
@@ -86,9 +84,7 @@ def versions() -> dict[str, str]:
 
 
 _EDGE = 2**20
-
-
-_EDGE = 2**20
+"""Bytes at either end of a large file that its digest covers."""
 
 
 def digest(paths: Iterable[Path], whole: int | None = None) -> str:

@@ -7,14 +7,13 @@ import io
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-Format = Literal["terminal", "md", "csv", "latex"]
 FORMATS: tuple[str, ...] = ("terminal", "md", "csv", "latex")
 MISSING = "–"
 RANKS = ("", "¹", "²")

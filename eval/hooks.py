@@ -60,24 +60,40 @@ class Cost:
     step_ms_for_2_percent: float
 
 
-def toy_model() -> torch.nn.Module:
-    """Return a LLaVA whose layers cost as little as possible beside the hooks."""
+def random_llava(image_size: int, image_token: int, vision_width: int, **text: int) -> torch.nn.Module:
+    """Return a LLaVA with random weights: a CLIP tower of two layers, and a Llama decoder with these settings."""
     import transformers
 
     vision = transformers.CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=84, patch_size=14
+        hidden_size=vision_width,
+        intermediate_size=vision_width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=image_size,
+        patch_size=14,
     )
-    text = transformers.LlamaConfig(
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**text, pad_token_id=0),
+        vision_config=vision,
+        image_token_id=image_token,
+        image_token_index=image_token,
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+def toy_model() -> torch.nn.Module:
+    """Return a LLaVA whose layers cost as little as possible beside the hooks."""
+    return random_llava(
+        image_size=84,
+        image_token=100,
+        vision_width=16,
         vocab_size=128,
         hidden_size=16,
         intermediate_size=16,
         num_hidden_layers=LAYERS,
         num_attention_heads=2,
         num_key_value_heads=2,
-        pad_token_id=0,
     )
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=100, image_token_index=100)
-    return transformers.LlavaForConditionalGeneration(config).eval()
 
 
 def toy_inputs(batch: int) -> dict[str, torch.Tensor]:

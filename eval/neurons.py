@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +20,7 @@ import typer
 
 import vtc
 from vtc.eval.env import machine, versions
-from vtc.eval.hooks import markdown
+from vtc.eval.hooks import markdown, random_llava
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of the neurons that decode steps run on; those of the paper's table."""
@@ -67,22 +67,17 @@ class Row:
 
 def wide_model() -> torch.nn.Module:
     """Return a LLaVA whose decoder layers are wide enough for the MLP's weights to leave the caches."""
-    import transformers
-
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
-    )
-    text = transformers.LlamaConfig(
+    return random_llava(
+        image_size=336,
+        image_token=200,
+        vision_width=32,
         vocab_size=256,
         hidden_size=1024,
         intermediate_size=2816,
         num_hidden_layers=4,
         num_attention_heads=8,
         num_key_value_heads=8,
-        pad_token_id=0,
     )
-    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_id=200, image_token_index=200)
-    return transformers.LlavaForConditionalGeneration(config).eval()
 
 
 def wide_inputs() -> dict[str, torch.Tensor]:
@@ -154,8 +149,6 @@ def answers(model: torch.nn.Module, processor: Any, count: int) -> Callable[[dic
 
 def measure(pairs: int = 7, questions: int = 150) -> list[Row]:
     """Measure both models."""
-    from dataclasses import replace
-
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model, processor = vtc.load_pocket()

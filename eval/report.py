@@ -21,8 +21,9 @@ from vtc.eval.browser import SAMPLES, Browser, browse
 from vtc.eval.config import BASELINES, UNREDUCED
 from vtc.eval.formats import Grid, Line, clean
 from vtc.eval.plots import NoMatplotlibError, available, draw, inline_svg
+from vtc.eval.results import Results, Row, collect
 from vtc.eval.store import Store
-from vtc.eval.tables import Results, Row, collect, columns, conditions, grid, guesses, type_columns
+from vtc.eval.tables import columns, conditions, grid, guesses, type_columns
 
 _PLOTS = {
     "tokens": (

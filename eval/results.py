@@ -1,13 +1,11 @@
 """What a store says: one row per method and budget, compared with the unreduced run and with random tokens.
 
-Cells are read one after the other and only their scores are kept: a store of ten thousand cells takes seconds and megabytes.
 Cells of different code versions never end up in one row, and are never compared with one another.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,8 +16,9 @@ import numpy as np
 
 from vtc.errors import StoreError
 from vtc.eval.config import UNREDUCED
-from vtc.eval.stats import Bootstrap, Draws, Interval, Paired, compare, holm
-from vtc.eval.store import CellResult, Store
+from vtc.eval.scores import Listed, Questions, Reader, Scored, listed_cells
+from vtc.eval.stats import Draws, Interval, Paired, compare, holm
+from vtc.eval.store import Store
 
 NOTHING = "it holds no question that is scored by itself"
 """Error of a row without anything to compare."""
@@ -184,188 +183,6 @@ class Results:
         return replace(self, rows=[r for r in self.rows if r.model == model])
 
 
-# ------------------------------------------------------------------------------------------------------------ reading
-@dataclass(frozen=True)
-class Listed:
-    """A cell of ``sweep.json``; one without model, task or seed belongs to a sweep over one of each."""
-
-    id: str
-    label: str
-    reducer: str
-    budget: str
-    model: str
-    task: str
-    seed: int
-
-
-def listed_cells(store: Store) -> tuple[dict[str, Any], list[Listed]]:
-    """Return ``sweep.json`` and its cells.
-
-    Raises
-    ------
-    StoreError
-        If it is absent or damaged.
-    """
-    sweep = store.read_sweep()
-    try:
-        seed = sweep["config"].get("seed", 0)
-        sweep["config"]["bootstrap"]["resamples"], sweep["config"]["bootstrap"]["confidence"]  # noqa: B018  must be there
-        return sweep, [
-            Listed(
-                c["id"],
-                c["label"],
-                c["reducer"],
-                c["budget"],
-                c.get("model") or sweep["model"]["name"],
-                c.get("task") or "questions",
-                c.get("seed", seed),
-            )
-            for c in sweep["cells"]
-        ]
-    except (KeyError, TypeError, AttributeError):
-        raise StoreError(
-            f"{store.root / 'sweep.json'} is damaged: run the sweep again, finished cells are not repeated"
-        ) from None
-
-
-class _Questions:
-    """Questions that some cells share: ids, images and types, and one bootstrap for all."""
-
-    def __init__(self, ids: Sequence[tuple[str, ...]], number: int) -> None:
-        self.number = number
-        self.images = [image for _, image, _ in ids]
-        self.sources = [identity.partition("/")[0] for identity, _, _ in ids]
-        kinds: dict[str, list[int]] = {}
-        for i, (_, _, kind) in enumerate(ids):
-            kinds.setdefault(kind, []).append(i)
-        self.kinds = {kind: np.asarray(at) for kind, at in kinds.items()}
-        self.boot: Bootstrap | None = None
-
-    def bootstrap(self, settings: Mapping[str, Any], seed: int) -> Bootstrap:
-        if self.boot is None:
-            # other questions, other draws: those of two tasks must not go up and down together
-            stream = seed if self.number == 0 else (seed, self.number)
-            self.boot = Bootstrap(self.images, settings["resamples"], settings["confidence"], stream)
-        return self.boot
-
-
-@dataclass
-class _Cell:
-    """What is kept of a cell."""
-
-    listed: Listed
-    questions: _Questions | None
-    scores: Draws
-    metrics: dict[str, Any]
-    speed: dict[str, Any] | None
-    error: str
-    version: tuple[str, str]  # of engine and reducer
-
-
-@dataclass
-class _Measured:
-    """A row on a task: its cells put together, with the bootstrap draws."""
-
-    questions: _Questions
-    scores: Draws
-    value: float
-    draws: Draws
-    seeds: int
-
-
-def score_of(sample: Mapping[str, Any]) -> float:
-    """Score of a sample in 0..1: its ``score`` where answers are graded, else whether it is correct; NaN without either."""
-    score = sample["score"] if sample.get("score") is not None else sample.get("correct")
-    return math.nan if score is None else float(score)
-
-
-def version_of(config: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the code versions of engine and reducer that a cell's config names."""
-    reducer = config.get("reducer")
-    return str(config.get("engine", "")), str(reducer.get("code", "")) if isinstance(reducer, Mapping) else ""
-
-
-class _Reader:
-    """Reads cells, sharing what they have in common."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.known: dict[bytes, _Questions] = {}
-        self.merged: dict[tuple[int, ...], _Questions] = {}
-        self.ids: dict[int, list[tuple[str, ...]]] = {}
-        self.envs: list[dict[str, Any]] = []
-        self.speed_envs: list[dict[str, Any]] = []
-
-    def read(self, listed: Listed) -> _Cell | None:
-        found = self.store.get(listed.id)
-        if found is None:
-            return None
-        if found.metrics:
-            _add(self.envs, found.env)
-        if found.speed:
-            _add(self.speed_envs, found.speed["env"])
-        questions, scores = None, np.zeros(0)
-        error = found.error
-        if found.metrics and found.samples:
-            scores = np.array([score_of(s) for s in found.samples])
-            if np.isnan(scores).all():
-                error = (
-                    error or "its task scores no single answer, only all together, and cannot be compared question by question"
-                )
-            else:
-                questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples])
-                scores = np.nan_to_num(scores)  # an answer that could not be scored is wrong
-        return _Cell(listed, questions, scores, _slim(found), found.speed, found.error, version_of(found.config))
-
-    def _questions(self, ids: list[tuple[str, ...]]) -> _Questions:
-        key = hashlib.sha256("\0".join("\1".join(i) for i in ids).encode()).digest()
-        if key not in self.known:
-            self.known[key] = _Questions(ids, len(self.known) + len(self.merged))
-            self.ids[id(self.known[key])] = ids
-        return self.known[key]
-
-    def join(self, parts: Sequence[tuple[_Questions, Draws]]) -> tuple[_Questions, Draws]:
-        """Put the seeds of one row together: the mean where they asked the same questions, one after the other where not."""
-        first = parts[0][0]
-        if all(q is first for q, _ in parts):
-            return first, np.mean([s for _, s in parts], axis=0) if len(parts) > 1 else parts[0][1]
-        key = tuple(id(q) for q, _ in parts)
-        if key not in self.merged:
-            every = [i for q, _ in parts for i in self.ids[id(q)]]
-            self.merged[key] = _Questions(every, len(self.known) + len(self.merged))
-        return self.merged[key], np.concatenate([s for _, s in parts])
-
-
-def _slim(found: CellResult) -> dict[str, Any]:
-    """Numbers of ``metrics.json`` that rows need."""
-    if not found.metrics:
-        return {}
-    m = found.metrics
-    flops = m.get("flops") or {}
-    return {
-        "tokens": m["tokens"],
-        "kv_bytes": m.get("kv_bytes"),
-        "flops": flops.get("counted", {}).get("total"),
-        "mismatch": flops.get("mismatch", 0.0),
-        "decoder": flops.get("tokens", {}).get("decoder"),
-        "reported": _reported(m),
-    }
-
-
-def _reported(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """Name and value of a benchmark's own metric, unless it is the mean score of the answers."""
-    name = metrics.get("main")
-    given = (metrics.get("scores") or {}).get(name)
-    if given is None or name == "accuracy":
-        return None
-    return str(name), given["value"] * (given.get("scale") or 1)
-
-
-def _add(items: list[dict[str, Any]], item: dict[str, Any]) -> None:
-    if item not in items:
-        items.append(item)
-
-
 # --------------------------------------------------------------------------------------------------------- collecting
 def collect(store: Store) -> Results:
     """Read the latest sweep of a store and compare every row with the unreduced one and with random tokens.
@@ -376,8 +193,8 @@ def collect(store: Store) -> Results:
         If there is no sweep, nothing has been run, or a cell is damaged.
     """
     sweep, listed = listed_cells(store)
-    reader = _Reader(store)
-    cells: list[_Cell] = []
+    reader = Reader(store)
+    cells: list[Scored] = []
     missing = []
     several = len({(c.model, c.task, c.seed) for c in listed}) > 1
     for item in listed:
@@ -402,15 +219,26 @@ def collect(store: Store) -> Results:
     return Results(made, sweep, types, missing, reader.envs, reader.speed_envs, asked, seeds, warnings, rows.mixed)
 
 
+@dataclass
+class _Measured:
+    """A row on a task: its cells put together, with the bootstrap draws."""
+
+    questions: Questions
+    scores: Draws
+    value: float
+    draws: Draws
+    seeds: int
+
+
 class _Rows:
     """Groups cells into rows and compares them."""
 
-    def __init__(self, cells: Sequence[_Cell], reader: _Reader, settings: Mapping[str, Any], seed: int) -> None:
+    def __init__(self, cells: Sequence[Scored], reader: Reader, settings: Mapping[str, Any], seed: int) -> None:
         self.reader, self.settings, self.seed = reader, settings, seed
-        self.rows: dict[tuple[str, ...], list[_Cell]] = {}
+        self.rows: dict[tuple[str, ...], list[Scored]] = {}
         versions: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
         engines: dict[str, set[str]] = {}
-        self.references: dict[tuple[str, ...], list[_Cell]] = {}
+        self.references: dict[tuple[str, ...], list[Scored]] = {}
         for cell in cells:
             at = cell.listed
             self.rows.setdefault((at.model, at.label, at.budget, *cell.version), []).append(cell)
@@ -439,14 +267,14 @@ class _Rows:
             )
         return out
 
-    def _row(self, cells: list[_Cell]) -> Row:
+    def _row(self, cells: list[Scored]) -> Row:
         at = cells[0].listed
         code = hashlib.sha256("\0".join(cells[0].version).encode()).hexdigest()[:7] if self.mixed else ""
         good = [c for c in cells if c.questions is not None]
         error = next((c.error for c in cells if c.error), "")
         if not good:
             return Row(at.label, at.reducer, at.budget, error=error or NOTHING, model=at.model, code=code)
-        tasks: dict[str, list[_Cell]] = {}
+        tasks: dict[str, list[Scored]] = {}
         for cell in good:
             tasks.setdefault(cell.listed.task, []).append(cell)
         measured = {task: self._measure(of) for task, of in tasks.items()}
@@ -488,7 +316,7 @@ class _Rows:
             **self._costs(good),
         )
 
-    def _costs(self, cells: Sequence[_Cell]) -> dict[str, Any]:
+    def _costs(self, cells: Sequence[Scored]) -> dict[str, Any]:
         """Token counts and costs, averaged over tasks and seeds."""
 
         def mean(values: Iterable[Any]) -> Any:
@@ -514,11 +342,11 @@ class _Rows:
             "kv_bytes": kv if kv is None or kv % 1 else int(kv),
         }
 
-    def _candidates(self, cell: _Cell, reducer: str, budget: str) -> list[_Cell]:
+    def _candidates(self, cell: Scored, reducer: str, budget: str) -> list[Scored]:
         at = cell.listed
         return self.references.get((at.model, reducer, budget, at.task, cell.version[0]), [])
 
-    def _measure(self, cells: Sequence[_Cell]) -> _Measured:
+    def _measure(self, cells: Sequence[Scored]) -> _Measured:
         key = tuple(id(c) for c in cells)
         if key not in self.cache:
             questions, scores = self.reader.join([(c.questions, c.scores) for c in cells if c.questions is not None])
@@ -529,7 +357,7 @@ class _Rows:
             self.cache[key] = measured
         return self.cache[key]
 
-    def _reference(self, cells: Sequence[_Cell], reducer: str, budget: str) -> _Measured | None:
+    def _reference(self, cells: Sequence[Scored], reducer: str, budget: str) -> _Measured | None:
         """The reference's run on the same questions: of the same seed where there is one, else of any."""
         chosen = []
         for cell in cells:
@@ -577,7 +405,7 @@ def _with_holm(rows: list[Row]) -> list[Row]:
     return out
 
 
-def _unscored(cells: Sequence[_Cell]) -> list[str]:
+def _unscored(cells: Sequence[Scored]) -> list[str]:
     """Give the numbers of tasks that score all answers together (CIDEr and the like): there is nothing to compare by question."""
     found: dict[str, list[str]] = {}
     for cell in cells:

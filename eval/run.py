@@ -28,7 +28,8 @@ from vtc import bind
 from vtc.core import Facts
 from vtc.errors import ConfigError, StoreError, VtcError
 from vtc.eval import env, executors
-from vtc.eval.config import BASELINES, Cell, ModelConfig, SweepConfig, TaskConfig, cells
+from vtc.eval.cells import Cell, cells, reducer_identity
+from vtc.eval.config import BASELINES, ModelConfig, SweepConfig, TaskConfig
 from vtc.eval.models import identity, outline
 from vtc.eval.questions import check_data, digest, image_of, question_count, task_questions
 from vtc.eval.store import SCHEMA, CellResult, Store, cell_id
@@ -135,7 +136,7 @@ class Sweep:
                             "schema": SCHEMA,
                             "model": identified,
                             "task": asked,
-                            "reducer": _described(cell),
+                            "reducer": reducer_identity(cell.name, cell.reducer, cell.flops),
                             "engine": engine,
                         }
                         planned.append(Planned(cell, model, task, seed, cell_id(data), data))
@@ -341,18 +342,6 @@ def _outlined(model: ModelConfig) -> dict[str, Any]:
         "decoder_layers": known.facts.layers if known.facts else None,
         "visual_tokens": known.facts.tokens if known.facts else None,
     }
-
-
-def _described(cell: Cell) -> dict[str, Any] | None:
-    """Name, options and code of a reducer, as plain data that a JSON file gives back unchanged."""
-    if cell.reducer is None:
-        return None
-    options = dataclasses.asdict(cell.reducer)
-    if members := getattr(cell.reducer, "members", ()):
-        options["members"] = [{"name": m.name, **dataclasses.asdict(m)} for m in members]
-    if cell.flops is not None:
-        options["flops"] = cell.flops
-    return {"name": cell.name, "options": json.loads(json.dumps(options)), "code": env.reducer_version(cell.reducer)}
 
 
 class _Runner:

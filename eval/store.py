@@ -284,7 +284,7 @@ class Store:
         Raises
         ------
         StoreError
-            If its files do not match the checksums written with them.
+            If its files do not match the checksums written with them, or an earlier vtc wrote them.
         """
         folder = self.cells / cell
         if not (folder / STATUS).exists():
@@ -305,6 +305,11 @@ class Store:
                     content[name] = (folder / name).read_text(encoding="utf-8")
             config = json.loads(content["config.json"])
             if cell_id(config) != cell:
+                if "engine" in config and "-" not in cell:  # ids had no part for the code at first
+                    raise StoreError(
+                        f"the cells of {self.root} were written by an earlier vtc, which addressed them otherwise: run the sweep "
+                        "again, it measures them anew and leaves the old ones where they are"
+                    )
                 raise ValueError("config.json belongs to another cell")
             if status["state"] == "failed" and "metrics.json" not in content:
                 return CellResult(config, json.loads(content["env.json"]), {}, None, [], status["error"] or "unknown error")

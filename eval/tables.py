@@ -11,11 +11,9 @@ from typing import Any
 
 from vtc.eval.config import BASELINES, UNREDUCED
 from vtc.eval.flops import TOLERANCE
-from vtc.eval.formats import FORMATS, MISSING, Grid, Line, clean, csv_text, format_grids, rank_note
-from vtc.eval.results import RANDOM, Asked, Results, Row, collect
+from vtc.eval.formats import MISSING, Grid, Line, clean, csv_text, format_grids, rank_note
+from vtc.eval.results import RANDOM, Asked, Results, Row
 from vtc.eval.stats import Interval, Paired
-
-__all__ = ["FORMATS", "MISSING", "Results", "Row", "clean", "collect", "columns", "conditions", "grids", "render"]
 
 MARK = "!"
 """Put after FLOPs on which torch's counter and the formula disagree."""
@@ -439,7 +437,7 @@ def render(
     Parameters
     ----------
     results : Results
-        From :func:`collect`.
+        From :func:`vtc.eval.results.collect`.
     fmt : {"terminal", "md", "csv", "latex"}
         Output format.
     accuracy_only : bool

@@ -2,11 +2,8 @@
 
 **The test.** Questions come image by image in a random order. For every image the unreduced and the reduced model answer the same
 questions, and ``d`` is the loss: the share answered right before, minus the share answered right after. That the mean loss is at
-least the target is rejected by *betting* (a test martingale; Waudby-Smith and Ramdas, arXiv:2010.09686): if it is true, the capital
-of a gambler who bets against it exceeds ``1 / alpha`` at *any* time with probability at most ``alpha``. So the test may look after
-every image and stop as soon as the answer is clear, which a test of fixed size may not; of the distribution of ``d`` it assumes its
-range only. Alpha spending would need the number of looks in advance, and would gain nothing here. The same bet on the other side
-stops early where the loss is clearly above the target.
+least the target is rejected by betting (:class:`vtc.eval.betting.Betting`), which may look after every image and stop as soon as
+the answer is clear. The same bet on the other side stops early where the loss is clearly above the target.
 
 **The search.** Budgets are tried from the largest down, each at level ``alpha``, and a reducer's search ends at the first one that
 is not accepted. This fixed sequence needs no correction, and no assumption that accuracy falls with the budget: the chance that any
@@ -21,7 +18,6 @@ Answers go to a store as they come; a second run reads them, and goes on where t
 from __future__ import annotations
 
 import dataclasses
-import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +29,16 @@ import numpy as np
 import vtc
 from vtc.errors import BudgetError, ConfigError, StoreError, VtcError
 from vtc.eval import env, models
-from vtc.eval.config import ALL, BASELINES, UNREDUCED, BudgetConfig, ModelConfig, ReducerConfig, TaskConfig, load_sweep
+from vtc.eval.betting import Betting
+from vtc.eval.cells import reducer_identity, unlisted
+from vtc.eval.config import ALL, UNREDUCED, BudgetConfig, ModelConfig, ReducerConfig, TaskConfig
 from vtc.eval.formats import MISSING, Grid, Line, csv_text, format_grids
-from vtc.eval.questions import digest, image_of, is_correct, task_questions
+from vtc.eval.questions import digest, image_of, task_questions
 from vtc.eval.store import SCHEMA, Store, cell_id, write_json
-from vtc.eval.worker import threads
+from vtc.eval.sweepfile import load_sweep
+from vtc.eval.worker import ask, threads
 from vtc.families import family_of
+from vtc.pocket import encode_questions
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03)
 """Budgets tried where none are given, as shares of an image's tokens."""
@@ -48,51 +48,6 @@ PER_IMAGE = 2
 
 FILE = "tune.json"
 """Result of a search in its store."""
-
-_BETS = np.array([0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95])  # shares of the largest stake; the capital is the mean over all of them
-
-
-class Betting:
-    """An anytime-valid test and upper bound for the mean of values in [-1, 1].
-
-    Parameters
-    ----------
-    alpha : float
-        Chance of ever rejecting what is true.
-    target : float
-        Candidate that must be on the grid, with its negative.
-
-    Notes
-    -----
-    For every candidate mean on a grid the capital of betting that the true mean is *below* it is followed. A candidate is rejected
-    once its capital has exceeded ``1 / alpha``.
-    """
-
-    def __init__(self, alpha: float, target: float = 0.0) -> None:
-        self.alpha = alpha
-        # fine where losses are
-        self.means = np.unique(np.concatenate([np.linspace(-1, 1, 201), np.linspace(-0.1, 0.1, 201), [target, -target]]))
-        # values x = (1 - d) / 2 in [0, 1]; the claim "mean of d >= candidate" is "mean of x <= middle"
-        self.middle = (1 - self.means) / 2
-        stakes = _BETS[:, None] / np.maximum(self.middle, 1e-9)[None, :]
-        self.stakes = np.minimum(stakes, 1e6)
-        self.logs = np.zeros_like(self.stakes)
-        self.rejected = np.zeros(len(self.means), dtype=bool)
-
-    def add(self, values: Sequence[float]) -> None:
-        """Take further values, in order."""
-        for d in values:
-            gain = 1 + self.stakes * ((1 - d) / 2 - self.middle)[None, :]
-            self.logs += np.log(np.maximum(gain, 1e-12))
-            peak = self.logs.max(axis=0)
-            capital = peak + np.log(np.exp(self.logs - peak).mean(axis=0))
-            self.rejected |= capital >= -np.log(self.alpha)
-
-    @property
-    def bound(self) -> float:
-        """Upper bound of the mean: it is below this with confidence ``1 - alpha``, at all times together."""
-        kept = np.flatnonzero(~self.rejected)
-        return float(self.means[min(kept[-1] + 1, len(self.means) - 1)]) if len(kept) else float(self.means[0])
 
 
 @dataclass
@@ -330,13 +285,7 @@ class _Run:
 
     def __init__(self, tuner: Tuner, name: str, reducer: Any) -> None:
         self.tuner, self.reducer = tuner, reducer
-        described = None
-        if reducer is not None:
-            options = json.loads(json.dumps(dataclasses.asdict(reducer)))
-            if members := getattr(reducer, "members", ()):
-                options["members"] = [{"name": m.name, **json.loads(json.dumps(dataclasses.asdict(m)))} for m in members]
-            described = {"name": name, "options": options, "code": env.reducer_version(reducer)}
-        self.config = {**tuner.identity, "reducer": described}
+        self.config = {**tuner.identity, "reducer": reducer_identity(name, reducer)}
         self.id = cell_id(self.config)
         self.samples: list[dict[str, Any]] = []
         self.seconds = 0.0
@@ -359,47 +308,11 @@ class _Run:
         return [[next(marks)["correct"] for _ in image] for image in images]
 
     def _ask(self, questions: Sequence[Any]) -> None:
-        from vtc.pocket import answer_questions, encode_questions
-
         tuner, settings = self.tuner, self.tuner.settings
         start = time.perf_counter()
         batches = encode_questions(tuner.processor, questions, settings.batch_size)
-        counts: dict[int, tuple[int, float]] = {}
-        remaining = iter(batches)
-        handle = vtc.patch(tuner.model, self.reducer) if self.reducer is not None else None
-        try:
-
-            def after_batch(_done: int, _total: int) -> None:
-                batch = next(remaining)
-                for image in handle.stats.last.images if handle is not None else ():
-                    counts[batch.positions[image.row]] = (image.kept, image.avg_tokens)
-
-            answers = answer_questions(
-                tuner.model,
-                tuner.processor,
-                batches,
-                max_new_tokens=settings.task.max_new_tokens or settings.max_new_tokens,
-                seed=settings.seed,
-                progress=after_batch,
-            )
-        finally:
-            if handle is not None:
-                handle.remove()
-        for i, a in enumerate(answers):
-            kept, average = counts.get(i, (0, 0.0))
-            correct = is_correct(settings.task, a.text, a.gold)
-            self.samples.append(
-                {
-                    "id": a.id,
-                    "image": image_of(a.id),
-                    "type": a.type,
-                    "gold": a.gold,
-                    "answer": a.text,
-                    "correct": correct,
-                    "kept": kept,
-                    "avg_tokens": average,
-                }
-            )
+        longest = settings.task.max_new_tokens or settings.max_new_tokens
+        self.samples += ask(tuner.model, tuner.processor, settings.task, batches, self.reducer, longest, settings.seed)
         self.seconds += time.perf_counter() - start
         if len(self.samples) >= 1.25 * self.saved + 16:  # now and then: a kill loses little, and little is written twice
             self.save()
@@ -481,8 +394,7 @@ def read_settings(
 
 def _expanded(reducers: Sequence[ReducerConfig]) -> tuple[ReducerConfig, ...]:
     """Replace ``all`` by every registered reducer that is not listed."""
-    listed = {r.name for r in reducers}
-    rest = [ReducerConfig(name=n) for n in vtc.list_reducers() if n not in listed and n not in BASELINES]
+    rest = [ReducerConfig(name=n) for n in unlisted(reducers)]
     return tuple(x for r in reducers for x in (rest if r.name == ALL else [r]))
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from vtc.errors import StoreError
 from vtc.eval.config import UNREDUCED
 from vtc.eval.formats import MISSING, Grid, Line, csv_text, format_grids
-from vtc.eval.results import Listed, listed_cells, score_of, version_of
+from vtc.eval.scores import Listed, listed_cells, score_of, version_of
 from vtc.eval.stats import Interval, wilson
 from vtc.eval.store import CellResult, Store
 

@@ -25,10 +25,11 @@ import vtc
 from vtc.core import Reducer
 from vtc.errors import VtcError
 from vtc.eval import env, flops, models, speed
-from vtc.eval.config import Cell, ModelConfig, SpeedConfig, TaskConfig
+from vtc.eval.cells import Cell
+from vtc.eval.config import ModelConfig, SpeedConfig, TaskConfig
 from vtc.eval.questions import image_of, is_correct, task_questions
 from vtc.families import family_of
-from vtc.pocket import Question, answer_questions, encode_questions
+from vtc.pocket import PreparedBatch, Question, answer_questions, encode_questions
 from vtc.schedule import closest_count
 
 MATCHED = 0.01
@@ -171,7 +172,7 @@ class Worker:
             mean = sum(s["correct"] for s in samples) / len(samples)
             scores, main = {"accuracy": {"value": mean, "scale": 100, "higher_is_better": True}}, "accuracy"
         seconds = time.perf_counter() - start
-        with self.patched(cell.reducer) as handle:
+        with patched(self.model, cell.reducer) as handle:
             counted = flops.count(self.model, _to(self.fixed, self.model), handle)
         metrics = {
             **_score(samples, scores[main]),
@@ -194,74 +195,23 @@ class Worker:
         }
         return {"metrics": metrics | ({"flops_budget": matched} if matched else {}), "samples": samples}
 
-    @contextmanager
-    def patched(self, reducer: Reducer | None) -> Iterator[Any]:
-        """Patch the model while the body runs; the handle is None without a reducer."""
-        handle = vtc.patch(self.model, reducer) if reducer is not None else None
-        try:
-            yield handle
-        finally:
-            if handle is not None:
-                handle.remove()
-
     def _answers(self, job: Job, cell: Cell, progress: Callable[[int], object] | None) -> list[dict[str, Any]]:
         if not self.batches:
             self.batches = encode_questions(self.processor, self.questions, job.batch_size)
-        tokens: dict[int, tuple[int, int, float]] = {}
-        remaining = iter(self.batches)
-        share = self.features.sharing(self.model) if may_share(self.model, cell.reducer) else contextlib.nullcontext()
-        with share, self.patched(cell.reducer) as handle:
+        longest = job.task.max_new_tokens or job.max_new_tokens
+        with self.sharing(cell.reducer):
+            return ask(self.model, self.processor, job.task, self.batches, cell.reducer, longest, job.seed, progress)
 
-            def after_batch(done: int, _total: int) -> None:
-                batch = next(remaining)
-                for row, position in enumerate(batch.positions):
-                    tokens[position] = self._tokens(handle, batch.inputs["input_ids"], row)
-                if progress is not None:
-                    progress(done)
-
-            answers = answer_questions(
-                self.model,
-                self.processor,
-                self.batches,
-                max_new_tokens=job.task.max_new_tokens or job.max_new_tokens,
-                seed=job.seed,
-                progress=after_batch,
-            )
-        samples = []
-        for i, a in enumerate(answers):
-            correct = is_correct(job.task, a.text, a.gold)
-            slots, kept, average = tokens[i]
-            samples.append(
-                {
-                    "id": a.id,
-                    "image": image_of(a.id),
-                    "type": a.type,
-                    "gold": a.gold,
-                    "answer": a.text,
-                    "correct": correct,
-                    "score": float(correct),
-                    "slots": slots,
-                    "kept": kept,
-                    "avg_tokens": average,
-                }
-            )
-        return samples
-
-    def _tokens(self, handle: Any, ids: Tensor, row: int) -> tuple[int, int, float]:
-        """Slots, tokens entering the last layer, and layer average of one question."""
-        if handle is None:
-            slots = int((ids[row] == self.model.config.image_token_id).sum())
-            return slots, slots, float(slots)
-        images = [i for i in handle.stats.last.images if i.row == row]
-        return sum(i.slots for i in images), sum(i.kept for i in images), sum(i.avg_tokens for i in images)
+    def sharing(self, reducer: Reducer | None) -> contextlib.AbstractContextManager[None]:
+        """Share the vision features of other cells, where the reducer allows it."""
+        return self.features.sharing(self.model) if may_share(self.model, reducer) else contextlib.nullcontext()
 
     def _lmms(
         self, job: Job, cell: Cell, progress: Callable[[int], object] | None
     ) -> tuple[list[dict[str, Any]], dict[str, Any], str]:
         from vtc.eval.lmms import run_task
 
-        share = self.features.sharing(self.model) if may_share(self.model, cell.reducer) else contextlib.nullcontext()
-        with share:
+        with self.sharing(cell.reducer):
             found = run_task(
                 self.model,
                 self.processor,
@@ -307,6 +257,52 @@ class Worker:
             progress=None if progress is None else lambda: progress(next(done)),
         )
         return {"settings": settings.model_dump(), "host": host(), "env": env.describe(job.seed), **measured}
+
+
+# -------------------------------------------------------------------------------------------------------------- asking
+def patched(model: nn.Module, reducer: Reducer | None) -> contextlib.AbstractContextManager[Any]:
+    """Patch the model while the body runs; the handle is None without a reducer."""
+    return contextlib.nullcontext() if reducer is None else vtc.patch(model, reducer)
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    task: TaskConfig,
+    batches: Sequence[PreparedBatch],
+    reducer: Reducer | None,
+    max_new_tokens: int,
+    seed: int,
+    progress: Callable[[int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Answer prepared questions of a task under a reducer: one sample each, in order, with its mark and its tokens."""
+    tokens: dict[int, dict[str, int | float]] = {}
+    remaining = iter(batches)
+    with patched(model, reducer) as handle:
+
+        def after_batch(done: int, _total: int) -> None:
+            batch = next(remaining)
+            for row, position in enumerate(batch.positions):
+                tokens[position] = _tokens(model, handle, batch.inputs["input_ids"], row)
+            if progress is not None:
+                progress(done)
+
+        answers = answer_questions(model, processor, batches, max_new_tokens=max_new_tokens, seed=seed, progress=after_batch)
+    samples = []
+    for i, a in enumerate(answers):
+        correct = is_correct(task, a.text, a.gold)
+        named = {"id": a.id, "image": image_of(a.id), "type": a.type, "gold": a.gold, "answer": a.text}
+        samples.append({**named, "correct": correct, "score": float(correct), **tokens[i]})
+    return samples
+
+
+def _tokens(model: Any, handle: Any, ids: Tensor, row: int) -> dict[str, int | float]:
+    """Slots, tokens entering the last layer, and layer average of one question."""
+    if handle is None:
+        slots = int((ids[row] == model.config.image_token_id).sum())
+        return {"slots": slots, "kept": slots, "avg_tokens": float(slots)}
+    images = [i for i in handle.stats.last.images if i.row == row]
+    return {name: sum(getattr(i, name) for i in images) for name in _TOKENS.values()}
 
 
 # -------------------------------------------------------------------------------------------------------- equal FLOPs

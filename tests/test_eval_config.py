@@ -7,7 +7,9 @@ import textwrap
 import pytest
 
 from vtc.errors import ConfigError
-from vtc.eval.config import BASELINES, cells, load_sweep, parse_sweep
+from vtc.eval.cells import cells
+from vtc.eval.config import BASELINES
+from vtc.eval.sweepfile import load_sweep, parse_sweep
 
 GOOD = """\
 data:

@@ -13,10 +13,10 @@ from rich.console import Console
 from vtc.cli import main
 from vtc.errors import ConfigError
 from vtc.eval import executors
-from vtc.eval.config import parse_sweep
 from vtc.eval.executors import InProcess, Processes
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
+from vtc.eval.sweepfile import parse_sweep
 
 QUIET = Console(quiet=True)
 YAML = """\

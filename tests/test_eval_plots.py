@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_eval_tables import CELLS, STORE, fixed_store
+from stores import CELLS, STORE, fixed_store
 
 from vtc.errors import StoreError, UnknownArgumentError
 from vtc.eval import plots
 from vtc.eval.plots import KINDS, available, draw, front, inline_svg, save
+from vtc.eval.results import collect
 from vtc.eval.store import Store
-from vtc.eval.tables import collect
 
 HEAD = {"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}
 

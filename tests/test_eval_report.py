@@ -20,14 +20,14 @@ import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
-from test_eval_tables import cell, finish, fixed_store, marks
+from stores import cell, finish, fixed_store, marks
 
 from vtc.eval.browser import browse
-from vtc.eval.config import parse_sweep
 from vtc.eval.report import render_report, summary, write_report
+from vtc.eval.results import collect
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
-from vtc.eval.tables import collect
+from vtc.eval.sweepfile import parse_sweep
 
 EVIL = '"><script>document.title="PWNED"</script><img src=x onerror="document.title=\'PWNED\'">\x1b\u202e{{7*7}}'
 """In labels, questions, answers, file names."""

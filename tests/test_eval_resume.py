@@ -15,10 +15,11 @@ from rich.console import Console
 
 from vtc.cli import main
 from vtc.errors import StoreError
-from vtc.eval.config import parse_sweep
+from vtc.eval.results import collect
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
-from vtc.eval.tables import collect, render
+from vtc.eval.sweepfile import parse_sweep
+from vtc.eval.tables import render
 
 YAML = """\
 data: {scenes: {n: 2, types: [color]}}
@@ -35,7 +36,7 @@ import os, random, signal, sys, time
 from pathlib import Path
 from rich.console import Console
 from fakes import FakeWorker, fake_executor
-from vtc.eval.config import parse_sweep
+from vtc.eval.sweepfile import parse_sweep
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
 

@@ -16,12 +16,13 @@ import vtc
 from vtc.cli import main
 from vtc.errors import ConfigError, VtcError
 from vtc.eval import cost, models
-from vtc.eval.config import TaskConfig, load_sweep, parse_sweep
+from vtc.eval.config import TaskConfig
 from vtc.eval.executors import InProcess
 from vtc.eval.questions import check_data, is_correct, task_questions
+from vtc.eval.results import collect
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
-from vtc.eval.tables import collect
+from vtc.eval.sweepfile import load_sweep, parse_sweep
 from vtc.eval.worker import SharedFeatures, Worker, may_share, standard_question
 
 QUIET = Console(quiet=True)

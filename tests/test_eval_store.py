@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import textwrap
 import pytest
 
 from vtc.errors import StoreError
-from vtc.eval.store import SCHEMA, STATUS, Store, cell_id, latest_store
+from vtc.eval.store import SCHEMA, STATUS, Store, canonical, cell_id, latest_store
 
 CONFIG = {"schema": SCHEMA, "reducer": {"name": "random", "options": {"keep": 4}}}
 CELL = cell_id(CONFIG)
@@ -146,6 +147,19 @@ def test_a_cell_without_status_or_under_a_wrong_address_is_damaged(tmp_path):
     (store.cells / ("f" * 16) / STATUS).unlink()
     with pytest.raises(StoreError, match="no status"):
         store.get("f" * 16)
+
+
+def test_cells_of_an_earlier_vtc_are_told_from_damaged_ones(tmp_path):
+    """Ids once were one hash of all settings, code versions included."""
+    store = Store(tmp_path / "s", create=True)
+    config = {**CONFIG, "engine": "e1"}
+    old = hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
+    assert old != cell_id(config)
+    store.put(old, config, {}, {"accuracy": 1.0}, [])
+    with pytest.raises(StoreError, match="written by an earlier vtc, .*: run the sweep again, it measures them anew"):
+        store.get(old)
+    store.put(cell_id(config), config, {}, {"accuracy": 1.0}, [])
+    assert store.get(cell_id(config)).metrics == {"accuracy": 1.0}
 
 
 def test_a_speed_file_newer_than_the_status_counts_as_not_there(tmp_path):

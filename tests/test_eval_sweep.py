@@ -16,12 +16,13 @@ import vtc
 from vtc.cli import main
 from vtc.core import Reducer
 from vtc.errors import ConfigError, StoreError
-from vtc.eval.config import parse_sweep
 from vtc.eval.executors import InProcess
+from vtc.eval.results import collect
 from vtc.eval.run import Sweep
 from vtc.eval.speed import measure, run_once
 from vtc.eval.store import Store
-from vtc.eval.tables import collect, render
+from vtc.eval.sweepfile import parse_sweep
+from vtc.eval.tables import render
 from vtc.eval.worker import Worker
 
 YAML = """\
@@ -101,7 +102,7 @@ def test_finished_cells_are_skipped(sweep, finished, monkeypatch):
 KILLED = """
 import os, sys, torch
 from rich.console import Console
-from vtc.eval.config import parse_sweep
+from vtc.eval.sweepfile import parse_sweep
 from vtc.eval.run import Sweep
 from vtc.eval.store import Store
 torch.set_num_threads(1)

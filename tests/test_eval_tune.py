@@ -10,9 +10,10 @@ import pytest
 from vtc.cli import main
 from vtc.errors import BudgetError, ConfigError, StoreError, UnknownReducerError
 from vtc.eval import tune as tuning
+from vtc.eval.betting import Betting
 from vtc.eval.config import BudgetConfig, ReducerConfig, TaskConfig
 from vtc.eval.store import Store
-from vtc.eval.tune import Betting, Settings, Tuner, read_settings, render_tune
+from vtc.eval.tune import Settings, Tuner, read_settings, render_tune
 
 
 # ------------------------------------------------------------------------------------------------------------ the test

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_eval_tables import cell, finish
+from stores import cell, finish
 
 from vtc.errors import StoreError
 from vtc.eval.store import Store

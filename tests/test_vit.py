@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -71,6 +72,17 @@ def branch(block: nn.Module, x: Tensor) -> Tensor:
     return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
 
+def plain_loop(model: nn.Module, pixels: Tensor, change: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+    """All blocks; ``change`` makes the input of block ``i`` of what it was and of the attention maps of the block before."""
+    x, maps = start(model, pixels), torch.empty(0)
+    for i, block in enumerate(model.blocks):
+        x = change(i, x, maps)
+        out, _, maps = attend(block, x, None)
+        x = x + out
+        x = x + branch(block, x)
+    return finish(model, x)
+
+
 @kinds
 @pytest.mark.parametrize("options", [{"r": 5}, {"r": 4, "inflect": -1.0}, {"r": 60}, {"r": 5, "proportional": False}], ids=str)
 def test_tome_equals_a_plain_loop(kind: str, options: dict[str, Any]) -> None:
@@ -119,21 +131,21 @@ def test_tome_equals_a_plain_loop(kind: str, options: dict[str, Any]) -> None:
 def test_skipspan_equals_a_plain_loop(kind: str) -> None:
     model, pixels = shared(kind), pictures()
     head = model.num_prefix_tokens
-    with torch.no_grad():
-        x, score = start(model, pixels), torch.empty(0)
-        for i, block in enumerate(model.blocks):
-            if i == 2:
-                top = score.sort(dim=1, descending=True, stable=True).indices[:, :9].sort().values + head
-                at = torch.cat([torch.arange(head).expand(3, -1), top], 1)[..., None].expand(-1, -1, x.shape[2])
-                away, x = x, x.gather(1, at)
-            if i == 4:
-                x = away.scatter(1, at, x)
-            out, _, maps = attend(block, x, None)
+    left = []
+
+    def skip(i: int, x: Tensor, maps: Tensor) -> Tensor:
+        if i == 2:
             score = (maps[:, :, 0] if head else maps.mean(2)).mean(1)[:, head:]
-            x = x + out
-            x = x + branch(block, x)
+            top = score.sort(dim=1, descending=True, stable=True).indices[:, :9].sort().values + head
+            at = torch.cat([torch.arange(head).expand(3, -1), top], 1)[..., None].expand(-1, -1, x.shape[2])
+            left[:] = x, at
+            return x.gather(1, at)
+        return left[0].scatter(1, left[1], x) if i == 4 else x
+
+    with torch.no_grad():
+        want = plain_loop(model, pixels, skip)
         with vtc.patch(model, "skipspan", keep=9, start=2, stop=4) as handle:
-            torch.testing.assert_close(model(pixels), finish(model, x), atol=1e-9, rtol=1e-9)
+            torch.testing.assert_close(model(pixels), want, atol=1e-9, rtol=1e-9)
     assert [i.tokens_per_layer for i in handle.stats.last.images] == [[36, 36, 9, 9, 36]] * 3
 
 
@@ -141,19 +153,19 @@ def test_skipspan_equals_a_plain_loop(kind: str) -> None:
 def test_token_pooling_equals_a_plain_loop(kind: str) -> None:
     model, pixels = shared(kind), pictures()
     head = model.num_prefix_tokens
+
+    def pool(i: int, x: Tensor, maps: Tensor) -> Tensor:
+        if i != 3:
+            return x
+        weight = maps.mean((1, 2))[:, head:]
+        first = weight.sort(dim=1, descending=True, stable=True).indices[:, :8]
+        chosen = k_medoids(x[:, head:], first, 5, weight=weight)[0].sort().values + head
+        return torch.cat([x[:, :head], x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))], 1)
+
     with torch.no_grad():
-        x, weight = start(model, pixels), torch.empty(0)
-        for i, block in enumerate(model.blocks):
-            if i == 3:
-                first = weight.sort(dim=1, descending=True, stable=True).indices[:, :8]
-                chosen = k_medoids(x[:, head:], first, 5, weight=weight)[0].sort().values + head
-                x = torch.cat([x[:, :head], x.gather(1, chosen[..., None].expand(-1, -1, x.shape[2]))], 1)
-            out, _, maps = attend(block, x, None)
-            weight = maps.mean((1, 2))[:, head:]
-            x = x + out
-            x = x + branch(block, x)
+        want = plain_loop(model, pixels, pool)
         with vtc.patch(model, "tokenpooling", keep=8, block=3) as handle:
-            torch.testing.assert_close(model(pixels), finish(model, x), atol=1e-6, rtol=1e-6)
+            torch.testing.assert_close(model(pixels), want, atol=1e-6, rtol=1e-6)
         assert [i.tokens_per_layer for i in handle.stats.last.images] == [[36, 36, 36, 8, 8]] * 3
         with vtc.patch(model, "tokenpooling", keep=8, method="kmeans"):
             assert torch.isfinite(model(pixels)).all()

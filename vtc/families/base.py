@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,6 @@ SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on 
 NO_BRANCH = "which vtc does not know how to reach between attention and MLP here"
 RECORDED = "whose outputs this release of transformers records before hooks can change them (upgrade transformers to 5)"
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
-
 
 Observe = Callable[[Tensor, Tensor, Tensor, float], None]
 
@@ -96,11 +97,6 @@ class Family:
         Placeholder token ids of videos.
     describe_video : callable or None
         The same as ``describe`` for ``get_video_features``; ``None`` where there are no videos.
-    example : callable
-        ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
-        ``describe`` takes: for counting tokens without pictures.
-    unit : str
-        What ``get_image_features`` takes for one image, and budgets therefore count.
     example : callable or None
         ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
         ``describe`` takes: for counting tokens without pictures.
@@ -135,7 +131,6 @@ class Family:
     unit: str = "image"
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
-    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -339,18 +334,71 @@ def assemble(
     )
 
 
+def of_one_size(
+    model: nn.Module,
+    tower: nn.Module,
+    grid: tuple[int, int],
+    *,
+    slots: Layout | None = None,
+    cells: Tensor | None = None,
+    pixels: Callable[[Mapping[str, Any]], Tensor] = operator.itemgetter("pixel_values"),
+    feature_layer: int | None = None,
+    **rest: Any,
+) -> Family:
+    """Describe a model with a CLIP- or SigLIP-like tower whose views have one size and are images of their own.
+
+    Parameters
+    ----------
+    grid : (int, int)
+        Rows and columns of the tokens the projector makes of a view.
+    slots : Layout, optional
+        Slot layout of a view, where that is not ``grid``.
+    cells : Tensor, optional
+        As in :class:`VisionCall`.
+    pixels : callable
+        Arguments of ``get_image_features`` to the views ``(V, 3, H, W)``.
+    feature_layer : int, optional
+        Tower layer whose output is used; the last one by default.
+    **rest
+        Further arguments of :func:`assemble`.
+    """
+    layers, attention, has_cls = clip_tower(tower, model)
+    patches = Layout.grid(*grid)
+    each = patches if slots is None else slots
+
+    def describe(call: Mapping[str, Any]) -> VisionCall:
+        views = pixels(call)
+        n = len(views)
+        return VisionCall([1] * n, [each] * n, [patches] * n, views, cells)
+
+    settings = {
+        "example": square(model.config),
+        "feature_layer": len(layers) - 1 if feature_layer is None else feature_layer,
+        "tokens": len(each),
+        "max_tokens": len(each),
+        "grid": grid,
+        "has_cls": has_cls,
+        "provides": frozenset({"attention", "cls"} if has_cls else {"attention"}),
+    }
+    return assemble(model, tower=tower, layers=layers, attention=attention, describe=describe, **(settings | rest))
+
+
 # ------------------------------------------------------------------------------------------------------------ geometry
-def single_views(pixels: Tensor, layout: Layout, cells: Tensor | None = None) -> VisionCall:
-    """Every view ``(V, 3, H, W)`` is an image of its own, all with one layout."""
-    n = len(pixels)
-    return VisionCall([1] * n, [layout] * n, [layout] * n, pixels, cells)
-
-
 def by_length(features: list[Tensor]) -> VisionCall:
     """Images of which only the features ``(slots, D)`` are known: a square number of them is taken for a square grid."""
     sides = [math.isqrt(len(f)) for f in features]
     slots = [Layout.grid(s, s) if s * s == len(f) else Layout.grid(1, len(f)) for s, f in zip(sides, features, strict=True)]
     return VisionCall([1] * len(slots), slots, slots, list(features))
+
+
+def clip_pixels(call: Mapping[str, Any]) -> Tensor:
+    """Return the clips ``(V, T, 3, H, W)`` of a call of ``get_video_features``; transformers 4.57 has another name for them."""
+    return call.get("pixel_values_videos", call.get("pixel_values"))
+
+
+def offsets(counts: Sequence[int]) -> list[int]:
+    """Return where each of several blocks starts that stand one after the other."""
+    return [0, *itertools.accumulate(counts)][:-1]
 
 
 @functools.lru_cache(maxsize=64)

@@ -9,21 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from vtc.core import Layout
-from vtc.families.base import (
-    SHUFFLE,
-    Family,
-    VisionCall,
-    assemble,
-    clip_tower,
-    grid_of,
-    multimodal_parts,
-    refused,
-    shuffled,
-    single_views,
-)
+from vtc.families.base import SHUFFLE, Family, grid_of, multimodal_parts, of_one_size, refused, shuffled
 
 TYPES = ("idefics3", "smolvlm")
 
@@ -32,30 +20,22 @@ def build(model: nn.Module) -> Family:
     """Describe an ``Idefics3ForConditionalGeneration`` or ``SmolVLMForConditionalGeneration`` (or the model inside)."""
     base, _ = multimodal_parts(model)
     connector = base.connector
-    layers, attention, has_cls = clip_tower(base.vision_model, model)
     factor = connector.scale_factor
     grid, cells = shuffled(grid_of(model.config.vision_config), factor, lambda t: connector.pixel_shuffle(t, factor))
-    layout, side = Layout.grid(*grid), model.config.vision_config.image_size
+    side = model.config.vision_config.image_size
 
-    def describe(call: Mapping[str, Any]) -> VisionCall:
+    def pixels(call: Mapping[str, Any]) -> Tensor:
         tiles = call["pixel_values"].flatten(0, 1)
-        real = (tiles != 0).flatten(1).any(1)  # padding of rows with fewer tiles
-        return single_views(tiles[real], layout, cells)
+        return tiles[(tiles != 0).flatten(1).any(1)]  # without the padding of rows with fewer tiles
 
-    return assemble(
+    return of_one_size(
         model,
-        tower=base.vision_model,
-        layers=layers,
-        attention=attention,
+        base.vision_model,
+        grid,
+        cells=cells,
+        pixels=pixels,
         projector=connector.modality_projection,
-        describe=describe,
         example=lambda *_: {"pixel_values": torch.ones(1, 1, 3, side, side)},
         unit="tile",
-        feature_layer=len(layers) - 1,
-        tokens=len(layout),
-        max_tokens=len(layout),
-        grid=grid,
-        has_cls=has_cls,
-        provides=frozenset({"attention"}),
         stages=refused(image=SHUFFLE, encoder=SHUFFLE),
     )

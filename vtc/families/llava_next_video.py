@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from vtc.families import llava_next
-from vtc.families.base import Family, VisionCall, frames, pooled
+from vtc.families.base import Family, VisionCall, clip_pixels, frames, pooled
 
 TYPES = ("llava_next_video",)
 
@@ -19,7 +19,7 @@ def build(model: nn.Module) -> Family:
     grid, cells = pooled(family.facts.grid, model.config.spatial_pool_stride)
 
     def describe_video(call: Mapping[str, Any]) -> VisionCall:
-        pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # 4.57 has the second name
+        pixels = clip_pixels(call)
         clips, t = pixels.shape[:2]
         layout = frames(t, grid)
         why = "is given pooled video frames on this model: use a reducer of the stage boundary or decoder for videos"

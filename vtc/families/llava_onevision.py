@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vtc import compat
 from vtc.core import Layout
 from vtc.families import llava_next
-from vtc.families.base import Family, VisionCall, frames
+from vtc.families.base import Family, VisionCall, clip_pixels, frames
 
 TYPES = ("llava_onevision",)
 
@@ -43,7 +43,7 @@ def build(model: nn.Module) -> Family:
         return made
 
     def describe_video(call: Mapping[str, Any]) -> VisionCall:
-        pixels = call.get("pixel_values_videos", call.get("pixel_values"))  # 4.57 has the second name
+        pixels = clip_pixels(call)
         clips, t = pixels.shape[:2]
         slots, patches = frames(t, grid, newline=True), frames(t, grid)
         why = "is followed by bilinear pooling of video frames: use a reducer of the stage boundary or decoder for videos"

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import nn
 
 from vtc.core import Layout
-from vtc.families.base import PACKED, Family, VisionCall, assemble, feature_layer, multimodal_parts, pooled, refused
+from vtc.families.base import PACKED, Family, VisionCall, assemble, feature_layer, multimodal_parts, offsets, pooled, refused
 
 TYPES = ("mistral3",)
 
@@ -33,7 +32,7 @@ def build(model: nn.Module) -> Family:
         layouts = [Layout.grid(int(h) // step, int(w) // step) for h, w in sizes]
         blocks = [pooled((int(h) // patch, int(w) // patch), config.spatial_merge_size)[1] for h, w in sizes]
         pieces = [cells.numel() for cells in blocks]
-        cells = torch.cat([b + s - n for b, s, n in zip(blocks, itertools.accumulate(pieces), pieces, strict=True)])
+        cells = torch.cat([block + start for block, start in zip(blocks, offsets(pieces), strict=True)])
         pixels = [p[:, : int(h), : int(w)] for p, (h, w) in zip(call["pixel_values"], sizes, strict=True)]
         return VisionCall([1] * len(sizes), layouts, layouts, pixels, cells, pieces)
 

@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Layout
-from vtc.families.base import PACKED, Family, VisionCall, assemble, frames, multimodal_parts, refused
+from vtc.families.base import PACKED, Family, VisionCall, assemble, frames, multimodal_parts, offsets, refused
 
 WINDOWS = "its tower attends within windows, whose borders would move"
 DEEP = "its tower hands features of several layers on, of all patches"
 TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-
-
-def starts(grids: list[tuple[int, int]]) -> list[int]:
-    """Number of tokens before each frame."""
-    sizes = [rows * cols for rows, cols in grids]
-    return [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def build(model: nn.Module) -> Family:
@@ -44,7 +38,8 @@ def build(model: nn.Module) -> Family:
             slots = layouts(call[grids], video)
             rows = call[pixels].split(call[grids].prod(-1).tolist())
             frames_of = [grid for s in slots for grid in s.grids]
-            order = torch.cat([place(*grid) + start for grid, start in zip(frames_of, starts(frames_of), strict=True)])
+            starts = offsets([h * w for h, w in frames_of])
+            order = torch.cat([place(*grid) + start for grid, start in zip(frames_of, starts, strict=True)])
             cells = order[:, None] * merge * merge + torch.arange(merge * merge)
             pieces = [h * w * merge * merge for h, w in frames_of]
             return VisionCall([s.views for s in slots], slots, slots, list(rows), cells, pieces)

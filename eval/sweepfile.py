@@ -1,0 +1,269 @@
+"""Reading sweep files: YAML, overrides, checks.
+
+Every problem becomes one :class:`vtc.errors.ConfigError` that names the file, the line, the key and the fix.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from vtc.errors import ConfigError, VtcError, did_you_mean
+from vtc.eval.cells import cells
+from vtc.eval.config import (
+    BootstrapConfig,
+    BudgetConfig,
+    DataConfig,
+    EasyVqaData,
+    KeyPath,
+    MemberConfig,
+    ModelConfig,
+    ReducerConfig,
+    SceneData,
+    SpeedConfig,
+    SweepConfig,
+    TaskConfig,
+    dotted,
+)
+
+
+def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read and check a sweep file.
+
+    Parameters
+    ----------
+    path : Path or str
+        YAML file.
+    overrides : sequence of str
+        ``a.b=value`` each; the value is YAML. List items are addressed by number (``reducers.0.name=divprune``).
+
+    Returns
+    -------
+    SweepConfig
+        With every reducer and budget known to be valid (bounds of the model apart).
+
+    Raises
+    ------
+    ConfigError
+        With file, line, key path and what to write instead.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"there is no sweep file {path}{hint}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): give the path of a YAML file") from None
+    return parse_sweep(text, overrides, source=str(path), folder=path.parent)
+
+
+def parse_sweep(
+    text: str, overrides: Sequence[str] = (), source: str = "the sweep file", folder: Path | None = None
+) -> SweepConfig:
+    """Check the text of a sweep file whose relative paths start at ``folder``; see :func:`load_sweep`."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = getattr(error, "problem", None) or "syntax error"
+        raise ConfigError(
+            f"{source}{where}: this is not valid YAML ({problem}): check indentation, quotes and brackets"
+        ) from None
+    _refuse_duplicates(node, source)
+    if data is None:
+        raise ConfigError(f"{source} is empty: write at least the keys data, budgets and reducers (see configs/smoke.yaml)")
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds a {type(data).__name__}: write a mapping with the keys data, budgets and reducers")
+    for item in overrides:
+        _override(data, item)
+    _absolute(data, folder)
+    try:
+        config = SweepConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, node, source)) from None
+
+    config._place = functools.partial(_place, node, source)
+    _check_whole(config)
+    cells(config)
+    return config
+
+
+def _absolute(data: dict[str, Any], folder: Path | None) -> None:
+    """Make the paths of a user's own data absolute: they are relative to the sweep file."""
+    for task in data.get("tasks") or () if isinstance(data.get("tasks"), list) else ():
+        for name in ("folder", "questions"):
+            if isinstance(task, dict) and isinstance(task.get(name), str):
+                task[name] = str((folder or Path()).resolve() / Path(task[name]).expanduser())
+
+
+def _check_whole(config: SweepConfig) -> None:
+    """Refuse what no single key is to blame for, and names that nothing has."""
+    place = config.place
+    if config.data is not None and config.tasks is not None:
+        raise ConfigError(f"{place(('tasks',))}: give `data` (one task) or `tasks` (a list), not both")
+    if config.data is None and config.tasks is None:
+        raise ConfigError(
+            f"{place(('data',))}: the questions are missing: add `data` (one task) or `tasks` (a list), see configs/smoke.yaml "
+            "for a complete file"
+        )
+    if config.model is not None and config.models is not None:
+        raise ConfigError(f"{place(('models',))}: give `model` or `models`, not both")
+    if config.seeds is not None and len(set(config.seeds)) != len(config.seeds):
+        raise ConfigError(f"{place(('seeds',))}: a seed appears twice: remove it")
+    for name, items in (("models", config.models), ("tasks", config.tasks)):
+        seen: set[str] = set()
+        for i, item in enumerate(items or ()):
+            if item.title in seen:
+                raise ConfigError(f"{place((name, i))}: two {name} are called '{item.title}': give one of them a `label`")
+            seen.add(item.title)
+    from vtc.eval.models import check_model
+
+    for i, model in enumerate(config.all_models):
+        key: KeyPath = ("model",) if config.models is None else ("models", i)
+        try:
+            check_model(model)
+        except VtcError as error:
+            raise ConfigError(f"{place(key)}: {error}") from None
+    from vtc.eval.questions import check_task
+
+    for i, task in enumerate(config.tasks or ()):
+        try:
+            check_task(task)
+        except VtcError as error:
+            raise ConfigError(f"{place(('tasks', i))}: {error}") from None
+
+
+def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
+    for mapping in _mappings(node):
+        seen: dict[str, int] = {}
+        for key, _ in mapping.value:
+            line = key.start_mark.line + 1
+            if key.value in seen:
+                raise ConfigError(
+                    f"{source} line {line}: the key '{key.value}' appears a second time (first on line {seen[key.value]}): "
+                    "remove one of them"
+                )
+            seen[key.value] = line
+
+
+def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for key, value in node.value:
+            yield from _mappings(key)
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    steps = key.split(".")
+    if not equals or not all(steps):
+        raise ConfigError(f"--set {item!r} is not of the form KEY=VALUE: write for example --set data.scenes.n=110")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from None
+    at: Any = data
+    for i, step in enumerate(steps):
+        last = i == len(steps) - 1
+        if isinstance(at, list):
+            if not step.isdecimal() or int(step) >= len(at):
+                raise ConfigError(
+                    f"--set {item!r}: '{'.'.join(steps[:i])}' is a list of {len(at)}, so '{step}' must be a number below that"
+                )
+            index: Any = int(step)
+        elif isinstance(at, dict):
+            index = step
+            if not last and at.get(step) is None:
+                at[step] = {}
+        else:
+            raise ConfigError(f"--set {item!r}: '{'.'.join(steps[:i])}' is a plain value and has no key '{step}'")
+        if last:
+            at[index] = value
+        else:
+            at = at[index]
+
+
+# ---------------------------------------------------------------------------------------------------- error messages
+def _place(node: yaml.Node | None, source: str, key: KeyPath) -> str:
+    """``"file line 7: reducers[2].name"``; the line is that of the deepest part of the key that is in the file."""
+    line = None
+    at = node
+    for step in key:
+        if isinstance(at, yaml.MappingNode):
+            pair = next(((k, v) for k, v in at.value if k.value == str(step)), None)
+            if pair is None:
+                break
+            line, at = pair[0].start_mark.line + 1, pair[1]
+        elif isinstance(at, yaml.SequenceNode) and isinstance(step, int) and step < len(at.value):
+            at = at.value[step]
+            line = at.start_mark.line + 1
+        else:
+            break
+    return f"{source}{f' line {line}' if line else ''}: {dotted(key)}"
+
+
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "": SweepConfig,
+    "model": ModelConfig,
+    "models[]": ModelConfig,
+    "data": DataConfig,
+    "tasks[]": TaskConfig,
+    "reducers[]": ReducerConfig,
+    "bootstrap": BootstrapConfig,
+    "speed": SpeedConfig,
+}
+_NESTED: dict[str, type[BaseModel]] = {
+    "scenes": SceneData,
+    "details": SceneData,
+    "easy_vqa": EasyVqaData,
+    "data": DataConfig,
+    "budgets[]": BudgetConfig,
+    "members[]": MemberConfig,
+}
+
+
+def _fields_at(key: KeyPath) -> list[str]:
+    """Names of the fields allowed at a key."""
+    steps = [str(s) if isinstance(s, str) else "[]" for s in key]
+    path = ".".join(steps).replace(".[]", "[]")
+    kind = _SECTIONS.get(path) or _NESTED.get(path.rpartition(".")[2])
+    return list(kind.model_fields) if kind is not None else []
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
+    """One sentence for the first problem of a validation."""
+    # members of a union report under the union's branch; those names are not part of the file
+    first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] != "missing"))
+    key = tuple(s for s in first["loc"] if not (isinstance(s, str) and (s in ("SpeedConfig", "int", "float") or "[" in s)))
+    where = _place(node, source, key)
+    if first["type"] == "extra_forbidden":
+        known = _fields_at(key[:-1])
+        name = str(key[-1])
+        inside = f" in '{dotted(key[:-1])}'" if len(key) > 1 else ""
+        listed = f" (known: {', '.join(known)})" if known else ""
+        return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
+    if first["type"] == "missing":
+        return f"{where}: the key '{key[-1]}' is missing: add it (see configs/smoke.yaml for a complete file)"
+    if key == ("speed",):
+        return f"{where}: give a mapping such as {{repeats: 10}}, or false to leave the speed pass out"
+    if first["type"] == "model_type" and key[0] in ("model", "models"):
+        return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
+    message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    message = message[0].lower() + message[1:]
+    given = first.get("input")
+    shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {given!r})"
+    return f"{where}: {message}{shown}"
