@@ -48,8 +48,8 @@ def sweep(
     """Measure models x tasks x reducers x budgets: accuracy, tokens, FLOPs, speed. Finished cells are not run again."""
     from rich.console import Console
 
-    from vtc.eval.config import load_sweep
     from vtc.eval.store import Store
+    from vtc.eval.sweepfile import load_sweep
 
     config = load_sweep(file, overrides or ())
     part = _shard(shard)
@@ -78,7 +78,7 @@ def sweep(
     finally:
         slots.close()
     from vtc.eval.report import write_report
-    from vtc.eval.tables import collect
+    from vtc.eval.results import collect
 
     results = collect(store)
     path = write_report(store)
@@ -118,8 +118,10 @@ def table(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
 ) -> None:
     """Print the table of a results store."""
+    from vtc.eval.formats import FORMATS
+    from vtc.eval.results import collect
     from vtc.eval.store import Store, latest_store
-    from vtc.eval.tables import FORMATS, collect, render
+    from vtc.eval.tables import render
 
     if fmt not in FORMATS:
         raise UnknownArgumentError(
@@ -159,8 +161,8 @@ def plot(
 ) -> None:
     """Draw accuracy against cost, the Pareto front, question types and tokens by layer, from a results store."""
     from vtc.eval.plots import ENDINGS, KINDS, save
+    from vtc.eval.results import collect
     from vtc.eval.store import Store, latest_store
-    from vtc.eval.tables import collect
 
     for given, known, what in ((kinds or [], KINDS, "plot"), ([fmt], ENDINGS, "picture format")):
         for name in given:
@@ -209,8 +211,8 @@ def tune(
     """Find the smallest budget of every reducer whose loss of accuracy stays below a target, asking no more than it takes."""
     from rich.console import Console
 
+    from vtc.eval.formats import FORMATS
     from vtc.eval.store import Store
-    from vtc.eval.tables import FORMATS
     from vtc.eval.tune import Tuner, read_settings, render_tune
 
     if fmt not in FORMATS:

@@ -7,6 +7,7 @@ front of the others. Bars are bootstrap intervals.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
@@ -31,8 +32,8 @@ ENDINGS = ("png", "svg", "pdf")
 """File formats."""
 
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7b3fa0", "#8c6d31")
-_GREYS = ("#4d4d4d", "#7a7a7a", "#a0a0a0", "#616161")
-_MARKERS = "osD^vPX*<>"
+GREYS = ("#4d4d4d", "#7a7a7a", "#a0a0a0", "#616161")
+MARKERS = "osD^vPX*<>"
 _FAINT = "#d7dbe0"
 _STYLE = {
     "svg.hashsalt": "vtc",
@@ -110,13 +111,24 @@ def draw(results: Results, kind: str) -> Figure:
     """
     if kind not in KINDS:
         raise UnknownArgumentError(f"there is no plot '{kind}'{did_you_mean(kind, KINDS)} (plots: {', '.join(KINDS)})")
+    makers: dict[str, Callable[[Results], Figure]] = {"pareto": _pareto, "types": _types, "layers": _layers}
+    with style():
+        return makers[kind](results) if kind in makers else _curves(results, kind)
+
+
+def style() -> contextlib.AbstractContextManager[None]:
+    """Return the context in which figures are made.
+
+    Raises
+    ------
+    VtcError
+        Without matplotlib.
+    """
     try:
         import matplotlib
     except ImportError:
         raise NoMatplotlibError from None
-    makers: dict[str, Callable[[Results], Figure]] = {"pareto": _pareto, "types": _types, "layers": _layers}
-    with matplotlib.rc_context(_STYLE):
-        return makers[kind](results) if kind in makers else _curves(results, kind)
+    return matplotlib.rc_context(_STYLE)
 
 
 def available(results: Results) -> list[str]:
@@ -142,25 +154,36 @@ def save(results: Results, folder: Path, kinds: Sequence[str], ending: str) -> l
     VtcError
         See :func:`draw`; also for an unknown ending or a folder that cannot be written.
     """
-    if ending not in ENDINGS:
-        raise UnknownArgumentError(
-            f"there is no picture format '{ending}'{did_you_mean(ending, ENDINGS)} (formats: {', '.join(ENDINGS)})"
-        )
     paths = []
     several = len(results.models) > 1
     for model in results.models:
         mine = results.of(model)
         for kind in kinds or available(mine):
             name = f"{_file_name(model)}-{kind}" if several else kind
-            path = folder / f"{name}.{ending}"
-            data = _bytes(draw(mine, kind), ending)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
-            except OSError as error:
-                raise StoreError(f"cannot write {path} ({error.strerror or error}): name another folder with --out") from None
-            paths.append(path)
+            paths.append(write_picture(draw(mine, kind), folder, name, ending))
     return paths
+
+
+def write_picture(figure: Figure, folder: Path, name: str, ending: str) -> Path:
+    """Write a figure into a folder and return its path.
+
+    Raises
+    ------
+    VtcError
+        For an unknown ending, or a folder that cannot be written.
+    """
+    if ending not in ENDINGS:
+        raise UnknownArgumentError(
+            f"there is no picture format '{ending}'{did_you_mean(ending, ENDINGS)} (formats: {', '.join(ENDINGS)})"
+        )
+    path = folder / f"{name}.{ending}"
+    data = _bytes(figure, ending)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    except OSError as error:
+        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another folder with --out") from None
+    return path
 
 
 def inline_svg(figure: Figure, prefix: str) -> str:
@@ -188,7 +211,8 @@ def _file_name(text: str) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- curves
-def _figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+    """Return a figure of so many inches and its grid of axes."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -201,7 +225,8 @@ def _labels(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
     return [n for n, base in names if not base], [n for n, base in names if base]
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Give axes a faint grid and no frame."""
     axes.grid(True, color="#e4e7eb", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -268,24 +293,24 @@ def _curves(results: Results, kind: str) -> Figure:
     groups = {name: [r for r in reduced if r.label == name] for name in (*baselines, *methods)}
     full = results.unreduced
     if len(methods) <= len(COLORS):
-        figure, grid = _figure(9, 4.8)
+        figure, grid = new_figure(9, 4.8)
         axes = grid[0, 0]
         _full_line(axes, full, True)
         for i, name in enumerate(groups):
             baseline = name in baselines
             n = i if baseline else i - len(baselines)
-            color, marker = (_GREYS[n % len(_GREYS)], _MARKERS[-1 - n]) if baseline else (COLORS[n], _MARKERS[n])
+            color, marker = (GREYS[n % len(GREYS)], MARKERS[-1 - n]) if baseline else (COLORS[n], MARKERS[n])
             aside = 0.014 * (i - (len(groups) - 1) / 2)
             _line(axes, groups[name], axis, color, marker, clean(name), baseline=baseline, aside=aside)
         _scale(axes, axis, rows)
         axes.set_xlabel(axis.title.replace("(log scale)", "(log scale; equal counts drawn side by side)"))
         axes.set_ylabel(_accuracy_title(results))
-        _tidy(axes)
+        tidy(axes)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
         return figure
     columns = 5
     count = math.ceil(len(methods) / columns)
-    figure, grid = _figure(12, 2.1 * count + 0.9, count, columns, sharex=True, sharey=True)
+    figure, grid = new_figure(12, 2.1 * count + 0.9, count, columns, sharex=True, sharey=True)
     for i, axes in enumerate(grid.flat):
         if i >= len(methods):
             axes.set_visible(False)
@@ -298,8 +323,8 @@ def _curves(results: Results, kind: str) -> Figure:
                 axes,
                 groups[name],
                 axis,
-                _GREYS[j % len(_GREYS)],
-                _MARKERS[-1 - j],
+                GREYS[j % len(GREYS)],
+                MARKERS[-1 - j],
                 clean(name) if i == 0 else None,
                 baseline=True,
                 bars=False,
@@ -308,7 +333,7 @@ def _curves(results: Results, kind: str) -> Figure:
         _line(axes, groups[mine], axis, COLORS[0], "o", None, baseline=False)
         axes.set_title(textwrap.shorten(clean(mine), 28), fontsize=10, color=COLORS[0], fontweight="bold", loc="left")
         _scale(axes, axis, rows, few=True)
-        _tidy(axes)
+        tidy(axes)
         if i + columns >= len(methods):
             axes.tick_params(labelbottom=True)
     figure.supxlabel(axis.title, fontsize=10)
@@ -355,7 +380,7 @@ def _pareto(results: Results) -> Figure:
     timed = [r for r in rows if r.speed is not None]
     if any(r.reducer != UNREDUCED for r in timed):
         panels.append(("time", _axis("time", timed), timed))
-    figure, grid = _figure(6.2 * len(panels) + 0.4, 5.2, 1, len(panels), sharey=True)
+    figure, grid = new_figure(6.2 * len(panels) + 0.4, 5.2, 1, len(panels), sharey=True)
     for axes, (_, axis, mine) in zip(grid[0], panels, strict=True):
         points = [(axis.get(r), 100 * r.accuracy.value) for r in mine]  # type: ignore[union-attr]
         chosen = front(points)  # type: ignore[arg-type]
@@ -380,7 +405,7 @@ def _pareto(results: Results) -> Figure:
         )
         _name_points(axes, [(points[i], f"{mine[i].label} {mine[i].budget}".strip()) for i in ordered])
         axes.set_xlabel(axis.title)
-        _tidy(axes)
+        tidy(axes)
     grid[0, 0].set_ylabel(_accuracy_title(results))
     from matplotlib.lines import Line2D
 
@@ -435,7 +460,7 @@ def _types(results: Results) -> Figure:
     across = min(len(budgets), 2)
     down = math.ceil(len(budgets) / across)
     # wide enough for the numbers, high enough for the names
-    figure, grid = _figure(
+    figure, grid = new_figure(
         across * (0.42 * len(kinds) + 0.6) + 2.2, down * (0.27 * len(names) + 1.3) + 0.6, down, across, sharey=True, sharex=True
     )
     from matplotlib.colors import TwoSlopeNorm
@@ -484,7 +509,7 @@ def _layers(results: Results) -> Figure:
     budgets = list(dict.fromkeys(r.budget for r in rows))
     across = min(len(budgets), 2)
     down = math.ceil(len(budgets) / across)
-    figure, grid = _figure(6.0 * across, 3.4 * down + 0.3, down, across, sharex=True)
+    figure, grid = new_figure(6.0 * across, 3.4 * down + 0.3, down, across, sharex=True)
     from matplotlib.ticker import MaxNLocator
 
     for n, axes in enumerate(grid.flat):
@@ -513,7 +538,7 @@ def _layers(results: Results) -> Figure:
                 color=COLORS[i % len(COLORS)],
                 ls=("-", "--", "-.", ":")[i // len(COLORS) % 4],
                 lw=1.8,
-                marker=_MARKERS[i % len(_MARKERS)],
+                marker=MARKERS[i % len(MARKERS)],
                 markevery=max(1, len(layers) // 6),
                 ms=4.5,
                 label=_short([clean(x) for x in names]),
@@ -525,7 +550,7 @@ def _layers(results: Results) -> Figure:
         if n + across >= len(budgets):
             axes.tick_params(labelbottom=True)
             axes.set_xlabel("decoder layer")
-        _tidy(axes)
+        tidy(axes)
         axes.legend(fontsize=7.5, frameon=True, framealpha=0.85, edgecolor="none", loc="best")
     return figure
 

@@ -14,11 +14,15 @@ def _group() -> None:
 
 def register(parent: typer.Typer) -> None:
     """Add ``vtc bench`` with its sub-commands to the ``vtc`` application; a new one is one more line here."""
+    from vtc.eval.bench.bars import bars
     from vtc.eval.bench.kernels import kernels
     from vtc.eval.bench.model import model
+    from vtc.eval.bench.plots import plot
     from vtc.eval.bench.reducers import reducers
 
     app.command("reducers")(reducers)
+    app.command("bars")(bars)
     app.command("kernels")(kernels)
     app.command("model")(model)
+    app.command("plot")(plot)
     parent.add_typer(app)

@@ -4,31 +4,50 @@ Speed does not depend on the weights, so nothing is downloaded. Every timing is 
 reduced one (:mod:`vtc.eval.speed`); speed-ups are medians of the pairs' ratios. The FLOP bound is the ratio of the FLOPs that torch
 counts in both (:mod:`vtc.eval.flops`): of decoder and head for the prefill, of the whole model for the time to the first token. The
 share says how much of it is reached; above 1 is possible, since attention does not run at the speed of the other products.
+
+``overhead_ms`` is everything patching adds where a reducer has done all its work before the decoder: signals, selection, gathering,
+masks, and the Python of every hook. It is the time to the first token of the patched model minus that of an ideal run on as many
+tokens: the unpatched model, whose language model is given the first so many embeddings of the prompt by a hook that does nothing
+else. Both are timed by the wall clock between two synchronisations, at the ends of the call alone, in turns; reported is the median
+of the differences. Where it is below the reducer's own recorded time (a tower that got fewer tokens hides it, and so does noise),
+that time is reported instead.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import json
 import math
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor, nn
 
 import vtc
-from vtc.errors import UnknownArgumentError, VtcError, did_you_mean
-from vtc.eval.bench.kernels import write
-from vtc.eval.env import commit, machine, versions
+from vtc.core import Reducer
+from vtc.errors import UnknownArgumentError, did_you_mean
+from vtc.eval.bench.common import (
+    CsvOption,
+    JsonOption,
+    MinutesOption,
+    PresetOption,
+    before,
+    device_of,
+    provenance,
+    reason,
+    settle,
+    write,
+)
 from vtc.eval.models import KNOWN
-from vtc.inspect import visual_tokens
+from vtc.eval.stats import spread
+from vtc.inspect import reason_against, visual_tokens
 from vtc.registry import create, entries
 
 TEXT = 60
@@ -74,7 +93,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Preset:
-    """What is measured on a kind of device: models, reducers, batch sizes, runs."""
+    """What is measured on a kind of device: models, reducers, batch sizes, timed rounds, tokens decoded, type."""
 
     models: tuple[str, ...]
     reducers: tuple[str, ...]
@@ -99,6 +118,28 @@ PRESETS = {
 }
 BATCHED = "divprune"
 """The reducer whose throughput is measured over batch sizes."""
+WARMUP, FEW, PAIRS = 2, 3, 12
+"""Rounds that do not count; most timed rounds of a batch; pairs of runs that the overhead is the median of."""
+BUILT_S = 5.0
+"""Seconds expected for making the first model."""
+
+Wanted = tuple[str, int | None, int]
+"""Reducer (``"none"``: the unreduced model against itself, the noise of all other rows), budget, batch size."""
+
+
+def rows_of(name: str, preset: Preset, reducers: Sequence[str] = (), keep: Sequence[int] = ()) -> list[Wanted]:
+    """Return what is measured on a model; throughput against batch on the preset's first one only."""
+    budgets = keep or MODELS[name].keep
+    wanted: list[Wanted] = [("none", None, 1)]
+    wanted += [(r, k, 1) for k in budgets for r in reducers or preset.reducers]
+    if name == preset.models[0]:
+        wanted += [(BATCHED, budgets[0], b) for b in preset.batches]
+    return wanted
+
+
+def before_the_decoder() -> list[str]:
+    """Return the registered reducers that have done all their work when the decoder starts."""
+    return [name for name, entry in entries().items() if "decoder" not in entry.stages]
 
 
 # ------------------------------------------------------------------------------------------------------------------ models
@@ -108,6 +149,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
 
     sizes = dict(shape.config)
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
     return model.to(device, dtype).eval()
@@ -167,6 +209,9 @@ class Row:
     decode_ms: float = math.nan
     reducer_ms: float = math.nan
     reducer_share: float = math.nan  # of the unreduced prefill
+    ideal_ttft_ms: float = math.nan  # unpatched, on as many tokens
+    overhead_ms: float = math.nan
+    overhead_share: float = math.nan  # of the unreduced prefill
     speedup_prefill: float = math.nan
     speedup_ttft: float = math.nan
     speedup_decode: float = math.nan
@@ -186,46 +231,69 @@ class Row:
 
 
 class Bench:
-    """All measurements on one model."""
+    """All measurements on one model.
 
-    def __init__(self, name: str, preset: Preset, device: torch.device, repeats: int) -> None:
+    Parameters
+    ----------
+    name : str
+        Of :data:`MODELS`.
+    preset : Preset
+        Type, timed rounds, tokens decoded.
+    device : torch.device
+        Where.
+    """
+
+    def __init__(self, name: str, preset: Preset, device: torch.device) -> None:
         from vtc.eval.flops import count  # needs transformers, which the command line imports only where it must
+        from vtc.families import family_of
 
-        self.name, self.preset, self.repeats = name, preset, repeats
+        self.name, self.preset = name, preset
         self.shape = MODELS[name]
         self.model = build(self.shape, device, preset.dtype)
-        self.inputs = prompt(self.model, self.shape, 1)
-        self.flops = count(self.model, self._moved(self.inputs), None).counted
+        self.facts = family_of(self.model).facts
+        self.inputs = self._moved(prompt(self.model, self.shape, 1))
+        self.flops = count(self.model, self.inputs, None).counted
 
     def _moved(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         device, dtype = self.model.device, self.model.dtype
         return {k: v.to(device, dtype) if v.is_floating_point() else v.to(device) for k, v in inputs.items()}
 
-    def row(self, reducer: str, keep: int | None, batch: int = 1) -> Row:
-        """Measure one reducer (``"none"``: the unreduced model against itself, the noise of all the other rows)."""
+    def row(self, wanted: Wanted) -> Row:
+        """Measure one reducer at one budget; what cannot be measured is a row with the reason."""
+        reducer, keep, batch = wanted
         attention = self.model.config.text_config._attn_implementation or "eager"
         out = Row(self.name, reducer, keep, batch, attention, str(self.model.dtype).removeprefix("torch."))
         try:
-            self._fill(out)
-        except (VtcError, torch.cuda.OutOfMemoryError) as error:
-            out.note = f"not run: {str(error).splitlines()[0]}"
+            part = None if reducer == "none" else create(reducer, keep=keep)
+            why = "" if part is None else reason_against(part, self.facts)
+            if why:
+                out.note = f"does not apply: {why}"
+                return out
+            self._fill(out, part)
+        except Exception as error:  # one reducer that fails must not cost the others their rows
+            out.note = failure(error)
+        if math.isnan(out.ttft_ms):
+            settle(self.model.device)  # what a failed run held; not in the handler, where its frames are alive
         return out
 
-    def _fill(self, out: Row) -> None:
+    def _fill(self, out: Row, part: Reducer | None) -> None:
         from vtc.eval.flops import count
         from vtc.eval.speed import measure
 
-        part = None if out.reducer == "none" else create(out.reducer, keep=out.keep)
         token = getattr(self.model.config, "image_token_id", None) or self.model.config.image_token_index
         out.prompt_tokens = int(self.inputs["input_ids"].shape[1])
         out.visual_tokens = int((self.inputs["input_ids"] == token).sum())
-        flops = self.flops
+        flops, kept = self.flops, None
         if part is not None:
             with vtc.patch(self.model, part) as handle:
-                flops = count(self.model, self._moved(self.inputs), handle).counted
-                out.avg_tokens = handle.stats.last.images[0].avg_tokens
+                flops = count(self.model, self.inputs, handle).counted
+                image = handle.stats.last.images[0]
+                out.avg_tokens = image.avg_tokens
+                if len(set(image.tokens_per_layer)) == 1 and out.batch == 1:
+                    kept = image.kept
         inputs = self.inputs if out.batch == 1 else prompt(self.model, self.shape, out.batch)
-        found = measure(self.model, inputs, part, repeats=self.repeats, warmup=2, decode_steps=self.preset.decode_steps)
+        repeats = self.preset.repeats if out.batch == 1 else min(FEW, self.preset.repeats)
+        found = measure(self.model, inputs, part, repeats=repeats, warmup=WARMUP, decode_steps=self.preset.decode_steps)
         plain, reduced = found["unreduced"], found["reduced"]
         for name in ("vision_ms", "prefill_ms", "ttft_ms", "decode_ms"):
             setattr(out, f"unreduced_{name}", plain[name]["value"])
@@ -243,43 +311,125 @@ class Bench:
         if reduced["peak_bytes"] is not None:
             out.unreduced_peak_mb, out.peak_mb = plain["peak_bytes"] / 1e6, reduced["peak_bytes"] / 1e6
         out.unreduced_prompts_s, out.prompts_s = (1e3 * out.batch / t for t in (out.unreduced_ttft_ms, out.ttft_ms))
-        out.note = f"{self.repeats} pairs"
+        if part is not None and kept is not None:
+            out.ideal_ttft_ms, added = overhead(self.model, inputs, part, out.prompt_tokens - out.visual_tokens + kept, PAIRS)
+            out.overhead_ms = max(out.reducer_ms, added)
+            out.overhead_share = out.overhead_ms / out.unreduced_prefill_ms
+        out.note = f"{repeats} rounds"
+
+
+def failure(error: Exception) -> str:
+    """Return the note of a row that could not be measured."""
+    return f"{'out of memory' if isinstance(error, torch.cuda.OutOfMemoryError) else 'failed'}: {reason(error)}"
+
+
+@contextlib.contextmanager
+def shortened(model: nn.Module, length: int) -> Iterator[None]:
+    """Let the language model see the first ``length`` embeddings of a prompt only: what a reducer that costs nothing would do."""
+    from vtc.families import family_of
+
+    def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        short = dict(kwargs, inputs_embeds=kwargs["inputs_embeds"][:, :length])
+        for name, axis in (("attention_mask", 1), ("position_ids", -1), ("cache_position", 0)):
+            if isinstance(kwargs.get(name), Tensor):
+                short[name] = kwargs[name].narrow(axis, 0, length)
+        return args, short
+
+    hook = family_of(model).text.register_forward_pre_hook(cut, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def overhead(
+    model: nn.Module, inputs: Mapping[str, Tensor], reducer: Reducer, length: int, repeats: int
+) -> tuple[float, float]:
+    """Return the milliseconds to the first token of an ideal run on ``length`` tokens, and what the patched run takes longer."""
+    ideal: list[float] = []
+    added: list[float] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(WARMUP + repeats):
+            took = {}
+            for patched in (False, True) if i % 2 else (True, False):  # nobody always profits from the other's warm caches
+                with vtc.patch(model, reducer) if patched else shortened(model, length):
+                    took[patched] = first_token_ms(model, inputs)
+            if i >= WARMUP:
+                ideal.append(took[False])
+                added.append(took[True] - took[False])
+    finally:
+        gc.enable()
+    return spread(ideal).value, spread(added).value
+
+
+def first_token_ms(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
+    """Milliseconds from processed inputs to the chosen first token; a GPU is waited for at both ends alone."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    with torch.no_grad():
+        model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def run(plan: Sequence[tuple[str, Sequence[Wanted]]], preset: Preset, device: torch.device, end: float) -> Iterator[Row]:
+    """Measure rows of models, one model after the other, before ``end`` (:func:`time.monotonic`); yield each when it is there."""
+    longest = BUILT_S
+    for name, wanted in plan:
+        began = time.monotonic()
+        if not wanted or began + 2 * longest >= end:
+            continue
+        bench, why = None, ""
+        try:
+            bench = Bench(name, preset, device)
+        except Exception as error:  # such as a model that does not fit
+            why = failure(error)
+        longest = max(longest, time.monotonic() - began)
+        dtype = str(preset.dtype).removeprefix("torch.")
+        for item in before(end, wanted):
+            yield bench.row(item) if bench is not None else Row(name, *item, "", dtype, note=why)
+        del bench
+        settle(device)
 
 
 def summary(rows: Sequence[Row]) -> list[str]:
     """A short table: speed-ups, the shares of their bounds, and what the reducer itself costs."""
     lines = [
         f"{'model':<15}{'reducer':<12}{'keep':>5}{'batch':>6}{'prefill ms':>18}{'speed-up':>9}{'bound':>7}{'share':>6}"
-        f"{'TTFT':>7}{'share':>6}{'reducer':>9}"
+        f"{'TTFT':>7}{'share':>6}{'reducer':>9}{'all added':>11}"
     ]
     for r in rows:
         head = f"{r.model:<15}{r.reducer:<12}{r.keep or '':>5}{r.batch:>6}"
-        if r.note.startswith("not run"):
+        if math.isnan(r.ttft_ms):
             lines.append(f"{head}  {r.note[:90]}")
             continue
         lines.append(
             f"{head}{r.unreduced_prefill_ms:>9.1f}{r.prefill_ms:>9.1f}{r.speedup_prefill:>8.2f}x{r.bound_prefill:>6.2f}x"
             f"{r.share_prefill:>6.2f}{r.speedup_ttft:>6.2f}x{r.share_ttft:>6.2f}{100 * r.reducer_share:>8.2f}%"
+            + (f"{'-':>11}" if math.isnan(r.overhead_share) else f"{100 * r.overhead_share:>10.2f}%")
         )
     return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------- command
 def model(
-    preset: Annotated[Literal["cpu", "gpu"] | None, typer.Option("--preset", help="By default what this machine has.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="CSV file; device and versions are in every row.")] = None,
+    preset: PresetOption = None,
+    out: CsvOption = None,
     models: Annotated[list[str] | None, typer.Option("--model", help=f"One or more of {', '.join(MODELS)}.")] = None,
     reducers: Annotated[list[str] | None, typer.Option("--reducer", help="Reducer to measure; may be repeated.")] = None,
     keep: Annotated[list[int] | None, typer.Option("--keep", help="Budget; may be repeated.")] = None,
-    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Pairs of runs per row.")] = None,
-    minutes: Annotated[float, typer.Option("--minutes", help="Begin no further row after this time.")] = 9.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
+    repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds per row.")] = None,
+    minutes: MinutesOption = 9.0,
+    as_json: JsonOption = False,
 ) -> None:
     """Prefill, first token, decode, memory and FLOPs of models of real shape, reduced and not, beside the FLOP bound."""
-    chosen = PRESETS[preset or ("gpu" if torch.cuda.is_available() else "cpu")]
-    device = torch.device("cuda" if chosen is PRESETS["gpu"] else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UnknownArgumentError("--preset gpu needs a CUDA device, and there is none: use --preset cpu")
+    end = time.monotonic() + 60 * minutes
+    device = device_of(preset)
+    chosen = PRESETS["gpu" if device.type == "cuda" else "cpu"]
+    if repeats is not None:
+        chosen = replace(chosen, repeats=repeats)
     for name in models or ():
         if name not in MODELS:
             raise UnknownArgumentError(
@@ -288,44 +438,17 @@ def model(
     for name in reducers or ():
         if name not in entries():
             raise UnknownArgumentError(f"there is no reducer '{name}'{did_you_mean(name, list(entries()))}: see `vtc list`")
-    began, rows, late = time.monotonic(), [], 0
-    for name in models or chosen.models:
-        budgets = keep or MODELS[name].keep
-        wanted = [("none", None, 1)]
-        wanted += [(r, k, 1) for k in budgets for r in reducers or chosen.reducers]
-        if name == (models or chosen.models)[0]:  # throughput against batch, on the first model
-            wanted += [(BATCHED, budgets[0], b) for b in chosen.batches]
-        if time.monotonic() - began > 60 * minutes:
-            late += len(wanted)
-            continue
-        bench = Bench(name, chosen, device, repeats or chosen.repeats)
-        for reducer, k, batch in wanted:
-            if time.monotonic() - began > 60 * minutes:
-                late += 1
-                continue
-            rows.append(bench.row(reducer, k, batch))
-            if not as_json:
-                print(summary(rows)[-1], file=sys.stderr, flush=True)
-        del bench
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    origin = provenance(device)
-    write(out, [asdict(row) | origin for row in rows])
+    plan = [(name, rows_of(name, chosen, reducers or (), keep or ())) for name in models or chosen.models]
+    rows, origin = [], provenance(device)
+    for row in run(plan, chosen, device, end):
+        rows.append(row)
+        write(out, [asdict(row) | origin for row in rows])  # what is there stays if the rest is interrupted
+        if not as_json:
+            print(summary([row])[-1], file=sys.stderr, flush=True)
+    late = sum(len(wanted) for _, wanted in plan) - len(rows)
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "left_out": late, **origin}, indent=2))
         return
     print("\n".join(summary(rows)))
     if late:
         print(f"{late} rows were left out after {minutes:g} minutes: raise --minutes, or name fewer models with --model")
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Device, versions and commit, the same in every row."""
-    here, where = commit(), machine()
-    return {
-        "device": where["gpu"] if device.type == "cuda" else where["cpu"],
-        "threads": where["torch_threads"],
-        "commit": f"{here['id'][:12]}{'+' if here['dirty'] else ''}" if here["id"] else "",
-        **versions(),
-    }

@@ -8,16 +8,12 @@ other signal are found by running its measure on a tiny attention layer. The tra
 
 from __future__ import annotations
 
-import contextlib
-import csv
-import ctypes
 import dataclasses
 import json
 import math
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +23,10 @@ import typer
 from torch import Tensor
 
 from vtc.core import EncoderReducer, EncoderState, Facts, ImageReducer, Layout, Need, Reducer, Signals, Stage
-from vtc.errors import StoreError, UnknownArgumentError
+from vtc.errors import UnknownArgumentError
+from vtc.eval.bench.common import JsonOption, commit_name, milliseconds, peak_of, timed, write
 from vtc.eval.bench.plain import PLAIN, Plain
-from vtc.eval.env import commit, machine, versions
+from vtc.eval.env import machine, versions
 from vtc.registry import create, entries, info
 from vtc.signals import AttentionTap, PixelTap, ProjectionTap, StateTap
 
@@ -38,6 +35,7 @@ SIZES: dict[int, tuple[int, int, int]] = {576: (24, 24, 64), 2880: (48, 60, 160)
 TOWER, LANGUAGE, LARGE = 1024, 4096, 50000
 """Feature widths before and behind the projector; from ``LARGE`` tokens on both are ``TOWER``."""
 LAYERS, ENCODER_LAYERS = 32, 24
+CPU = torch.device("cpu")
 SECONDS, GIGABYTES = 60.0, 8.0
 """What is estimated to need more is not run."""
 ENOUGH_S = 2.0
@@ -301,30 +299,6 @@ def _tower_steps(part: EncoderReducer, maker: Maker, facts: Facts, width: int) -
 
 
 # --------------------------------------------------------------------------------------------------------- measurement
-def _resident() -> tuple[float, float] | None:
-    """Resident memory and its peak in 10^6 bytes, where the system tells."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    found = {line.split(":")[0]: float(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
-    return (found["VmRSS"], found["VmHWM"]) if len(found) == 2 else None
-
-
-def peak_of(work: Callable[[], Any]) -> tuple[float, float | None]:
-    """Run ``work`` once; return its seconds and the largest memory (10^6 bytes) on top of what there was before."""
-    with contextlib.suppress(OSError, AttributeError):  # memory that was freed but not returned would hide what is used anew
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
-    before = _resident()
-    start = time.perf_counter()
-    work()
-    seconds = time.perf_counter() - start
-    after = _resident()
-    return seconds, None if before is None or after is None else max(0.0, after[1] - before[0])
-
-
 @dataclass
 class Trend:
     """Times of one provider over growing sizes, to foresee the next."""
@@ -371,16 +345,14 @@ def measure(task: Task, n: int, repeats: int, trends: dict[str, Trend]) -> list[
         for provider, spent in times.items():
             if sum(spent) > ENOUGH_S:
                 continue
-            start = time.perf_counter()
             with torch.no_grad():
-                works[provider]()
-            spent.append(time.perf_counter() - start)
+                spent.append(timed(works[provider], CPU))
     rows = []
     for provider in works:
         if provider in notes:
             rows.append(dataclasses.replace(base, provider=provider, note=notes[provider]))
             continue
-        spent = sorted(times[provider])
+        spent = times[provider]
         middle = statistics.median(spent)
         trends[provider].seen.append((n, middle))
         ratio = statistics.median(times["plain"]) / middle if "plain" in times else None
@@ -389,9 +361,7 @@ def measure(task: Task, n: int, repeats: int, trends: dict[str, Trend]) -> list[
             dataclasses.replace(
                 base,
                 provider=provider,
-                ms_p20=round(spent[(len(spent) - 1) // 5] * 1e3, 3),
-                ms_p50=round(middle * 1e3, 3),
-                ms_p80=round(spent[-1 - (len(spent) - 1) // 5] * 1e3, 3),
+                **milliseconds(spent),
                 peak_mb=None if peak is None else round(peak, 1),
                 speedup_vs_plain=None if ratio is None else round(ratio, 2),
                 note=f"{len(spent)} runs" if len(spent) > 1 else "1 run",
@@ -427,7 +397,7 @@ def reducers(
     n: Annotated[list[int] | None, typer.Option("--n", help=f"Tokens; one or more of {', '.join(map(str, SIZES))}.")] = None,
     only: Annotated[list[str] | None, typer.Option("--only", help="Reducer to measure; may be repeated.")] = None,
     repeats: Annotated[int, typer.Option("--repeats", min=1, help="Timed runs per row; fewer where one takes long.")] = 7,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Time and memory of every reducer's own arithmetic on this CPU, beside a plain transcription of the published algorithm."""
     sizes = n or list(SIZES)
@@ -440,7 +410,7 @@ def reducers(
         if not as_json:
             print(_line(row), flush=True)
         if out is not None:
-            write(out, found, origin)  # what is there stays if the rest is interrupted
+            write(out, [asdict(r) | origin for r in found])  # what is there stays if the rest is interrupted
     if as_json:
         print(json.dumps({"rows": [asdict(row) for row in found], **origin}, indent=2))
     else:
@@ -452,15 +422,13 @@ def reducers(
 
 def provenance() -> dict[str, Any]:
     """Return device, threads, versions and commit."""
-    here = commit()
-    name = f"{here['id'][:12]}{'+' if here['dirty'] else ''}" if here["id"] else ""
     where = machine()
     return {
         "device": "cpu",
         "cpu": where["cpu"],
         "cores": where["cores"],
         "threads": where["torch_threads"],
-        "commit": name,
+        "commit": commit_name(),
     } | versions()
 
 
@@ -488,16 +456,3 @@ def _line(row: Row) -> str:
     ratio = f"{row.speedup_vs_plain:8.2f}x" if row.speedup_vs_plain is not None and row.provider == "vtc" else " " * 9
     memory = f"{row.peak_mb:9.1f} MB" if row.peak_mb is not None else " " * 12
     return f"{row.reducer:<28} n={row.n:<6} {row.provider:<6} {row.ms_p50:11.3f} ms {memory} {ratio}  {row.note}"
-
-
-def write(path: Path, rows: Sequence[Row], origin: dict[str, Any]) -> None:
-    """Write the rows as CSV."""
-    names = [*(f.name for f in dataclasses.fields(Row)), *origin]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) | origin for row in rows)
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --out") from None
