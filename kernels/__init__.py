@@ -1,7 +1,7 @@
 """Similarity and selection operations (installed as ``vtc.kernels``). Imports nothing else of vtc.
 
-Every op has a torch implementation in :mod:`vtc.kernels.ref`, :mod:`vtc.kernels.greedy` or :mod:`vtc.kernels.compact`, which is its
-specification. Those of :data:`ACCELERATED` also have one in Triton; :mod:`vtc.kernels.dispatch` says which of them serves a call.
+Every op has a torch implementation in :mod:`vtc.kernels.ref`, which is its specification. Those of :data:`ACCELERATED` also have
+one in Triton (:mod:`vtc.kernels.gpu`); :mod:`vtc.kernels.dispatch` says which of the two serves a call.
 """
 
 from __future__ import annotations
@@ -30,22 +30,29 @@ from vtc.kernels.dispatch import (
     unavailable,
     use,
 )
-from vtc.kernels.linear import along, dot
 from vtc.kernels.ref import (
     absorb_neighbours,
+    along,
     apportion,
     attention_walk,
     coarse_grid,
+    compacted,
     connectivity,
     cosine_distance,
     count_similar,
+    dot,
     drop_duplicates,
+    mean_cosine,
     seat_clusters,
     shrinking_picks,
     similarity_rows,
     smallest,
+    topk,
+    topk_mask,
     topk_per_group,
+    unit_rows,
     ward,
+    widened,
 )
 
 # With the repository root on sys.path this folder is importable as top-level `kernels`, the name of Hugging Face's package; some
@@ -64,6 +71,7 @@ __all__ = [
     "attention_walk",
     "backend",
     "coarse_grid",
+    "compacted",
     "connectivity",
     "cosine_distance",
     "count_similar",
@@ -76,6 +84,7 @@ __all__ = [
     "k_means",
     "k_medoids",
     "max_sum",
+    "mean_cosine",
     "merge_scatter",
     "most_isolated",
     "nearest_centre",
@@ -85,10 +94,14 @@ __all__ = [
     "shrinking_picks",
     "similarity_rows",
     "smallest",
+    "topk",
+    "topk_mask",
     "topk_per_group",
     "topk_sorted",
     "transition_score",
     "unavailable",
+    "unit_rows",
     "use",
     "ward",
+    "widened",
 ]

@@ -28,7 +28,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from vtc.kernels import compact, greedy, ref
+from vtc.kernels import ref
 
 BACKENDS = ("auto", "torch", "triton")
 VARIABLE = "VTC_KERNELS"
@@ -116,9 +116,9 @@ def _triton(module: str, name: str, tensors: list[Tensor]) -> Callable[..., obje
     return getattr(found, name)
 
 
-def _op(twin: Callable[P, R], module: str) -> Callable[P, R]:
-    """Return the public op: ``twin`` or its Triton version in ``vtc.kernels.gpu.<module>``, with the twin's documentation."""
-    name = twin.__name__
+def _op(twin: Callable[P, R]) -> Callable[P, R]:
+    """Return the public op, documented as its twin: ``twin`` or the Triton version, which lies in the module of the same name."""
+    name, module = twin.__name__, twin.__module__.rpartition(".")[2]
     ACCELERATED.append(name)
 
     @functools.wraps(twin)
@@ -134,9 +134,8 @@ def _op(twin: Callable[P, R], module: str) -> Callable[P, R]:
             with torch.cuda.device(tensors[0].device) if tensors[0].is_cuda else contextlib.nullcontext():
                 return _triton(module, name, tensors)(*args, **kwargs)  # type: ignore[return-value]
         except Exception as error:
-            if (
-                not isinstance(error, Unsupported) and type(error).__name__ != "OutOfResources"
-            ):  # (a GPU with little shared memory)
+            # (out of resources: a GPU with little shared memory)
+            if not isinstance(error, Unsupported) and type(error).__name__ != "OutOfResources":
                 raise
             if chosen == "triton":
                 raise KernelError(
@@ -148,18 +147,18 @@ def _op(twin: Callable[P, R], module: str) -> Callable[P, R]:
     return op
 
 
-attention_colsum = _op(ref.attention_colsum, "attention")
-attention_rows = _op(ref.attention_rows, "attention")
-farthest_point = _op(greedy.farthest_point, "greedy")
-farthest_point_weighted = _op(greedy.farthest_point_weighted, "greedy")
-greedy_dpp = _op(greedy.greedy_dpp, "greedy")
-k_means = _op(ref.k_means, "cluster")
-k_medoids = _op(ref.k_medoids, "cluster")
-max_sum = _op(greedy.max_sum, "greedy")
-merge_scatter = _op(ref.merge_scatter, "merge")
-most_isolated = _op(greedy.most_isolated, "similarity")
-nearest_centre = _op(ref.nearest_centre, "similarity")
-pairwise_top1 = _op(ref.pairwise_top1, "similarity")
-select_compact = _op(compact.select_compact, "select")
-topk_sorted = _op(ref.topk_sorted, "select")
-transition_score = _op(compact.transition_score, "transition")
+attention_colsum = _op(ref.attention_colsum)
+attention_rows = _op(ref.attention_rows)
+farthest_point = _op(ref.farthest_point)
+farthest_point_weighted = _op(ref.farthest_point_weighted)
+greedy_dpp = _op(ref.greedy_dpp)
+k_means = _op(ref.k_means)
+k_medoids = _op(ref.k_medoids)
+max_sum = _op(ref.max_sum)
+merge_scatter = _op(ref.merge_scatter)
+most_isolated = _op(ref.most_isolated)
+nearest_centre = _op(ref.nearest_centre)
+pairwise_top1 = _op(ref.pairwise_top1)
+select_compact = _op(ref.select_compact)
+topk_sorted = _op(ref.topk_sorted)
+transition_score = _op(ref.transition_score)

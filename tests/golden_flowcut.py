@@ -119,7 +119,7 @@ def anyres_layout(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     unpadded[layout.y[inside], layout.x[inside]] = 1
     place = torch.full((len(layout),), -1)  # slot -> kept token
     place[layout.slot[inside]] = (layout.slot[alive] >= 0).nonzero()[:, 0]
-    order = place[slots_of(layout, alive)]  # as the engine orders what leaves the encoder
+    order = place[slots_of([(layout, alive)])[0]]  # as the engine orders what leaves the encoder
     return {"mask": mask, "mask_unpad": unpadded, "order": order, "selected": features.flatten(0, 1)[order]}
 
 

@@ -76,7 +76,7 @@ def hiprune(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     keep = ~visual
     keep[0, visual[0].nonzero()[:, 0][index[0]]] = True
     # M-RoPE positions cannot be compacted: what stays keeps its own
-    seg, _ = cut(keep, torch.ones_like(keep), None, compact=False)
+    seg, _ = cut(keep, keep.sum(1).tolist(), torch.ones_like(keep), None, compact=False)
     return {
         "kept_in_image": mask_of(index, n)[0],
         "inputs_embeds": take(embeds, seg.rows, 1),

@@ -1,7 +1,7 @@
 """Which implementation serves a call; the Triton versions themselves are tested in processes of their own, started here.
 
 `kernels_triton.py` compares every kernel with its twin: under Triton's interpreter, which must be switched on before Triton is
-imported, and compiled where there is a GPU. `kernels_compile.py` compiles every kernel for a Hopper GPU; that needs none.
+imported, and compiled where there is a GPU. `kernels_compile.py` compiles every kernel for GPUs; that needs none.
 """
 
 from __future__ import annotations
@@ -44,13 +44,39 @@ def test_triton_against_torch(half, way):
     assert "[100%]" in said and "skipped" not in said
 
 
-def test_every_kernel_compiles_for_hopper_within_the_shared_memory_of_any_gpu(tmp_path):
-    said = in_a_process(str(HERE / "kernels_compile.py"), TRITON_CACHE_DIR=str(tmp_path))
-    used = [line.split() for line in said.splitlines() if re.fullmatch(r"_\w+ \d+", line)]
-    assert {name for name, _ in used} == {
-        name for path in HERE.parent.glob("kernels/gpu/*.py") for name in re.findall(r"(\w+)\[\(", path.read_text())
-    }
-    assert all(int(size) <= SHARED for _, size in used), used
+@pytest.mark.parametrize("arch, tensor_cores, spilled", [(90, "wgmma", {}), (80, "mma.sync", {})], ids=["H100", "A100"])
+def test_every_kernel_compiles_within_the_resources_of_a_gpu(tmp_path, arch, tensor_cores, spilled):
+    """``spilled``: bytes of stack that a kernel may take; every kernel not named there keeps all it needs in registers."""
+    said = in_a_process(str(HERE / "kernels_compile.py"), str(arch), TRITON_CACHE_DIR=str(tmp_path))
+    header, *rows = [line.split(" | ") for line in said.splitlines() if line.count(" | ") == 8]
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    table = "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [header, *rows])
+    print(table)
+    used = [dict(zip(header, row, strict=True)) for row in rows]
+    assert {row["kernel"] for row in used} == launched()
+    for row in used:
+        assert int(row["shared"]) <= SHARED, row
+        assert int(row["stack"]) <= spilled.get(row["kernel"], 0), f"{row}: fewer numbers per thread, or more warps"
+        assert int(row["occupancy"]) > 0, row
+        multiplies = row["kernel"] in ("_cosines", "_nearest", "_denominators", "_rows", "_columns")
+        assert (row["tensor_cores"] != "-") == multiplies, row
+    assert all(
+        any(row["tensor_cores"] == tensor_cores and row["kernel"] == name for row in used) for name in ("_cosines", "_columns")
+    )
+
+
+def test_nothing_on_the_way_to_a_launch_waits_for_the_gpu_or_copies_to_it():
+    for path in HERE.parent.glob("kernels/gpu/*.py"):
+        waits = re.findall(
+            r"\.(?:item|tolist|cpu|numpy|nonzero)\(|torch\.(?:tensor|as_tensor)\(|\b(?:int|bool)\(", path.read_text()
+        )
+        assert not waits, (path.name, waits)
+
+
+def launched() -> set[str]:
+    """Names of the kernels that the Triton versions launch."""
+    found = (re.findall(r"(\w+)\[\(", path.read_text()) for path in HERE.parent.glob("kernels/gpu/*.py"))
+    return {name for names in found for name in names}
 
 
 # --------------------------------------------------------------------------------------------------------------- dispatch
@@ -80,7 +106,7 @@ def test_triton_where_it_cannot_run_is_an_error_that_names_the_way_out(monkeypat
         (lambda: kernels.merge_scatter(X.clone().requires_grad_(), torch.zeros(1, 8).long(), 2), "gradients"),
         (lambda: kernels.greedy_dpp(X, torch.ones(1, 8), 2, guard=False), "guard=False"),
         (lambda: kernels.topk_sorted(torch.zeros(1, 70000), 2), "70000 tokens"),
-        (lambda: kernels.farthest_point(torch.zeros(1, 9000, 1), 2, torch.zeros(1).long()), "256 MiB"),
+        (lambda: kernels.farthest_point(torch.zeros(1, 4, 1), 5, torch.zeros(1).long()), "5 of 4 tokens"),
     ],
 )
 def test_what_triton_does_not_serve_is_said_and_left_to_torch(monkeypatch, call, why):
@@ -180,3 +206,107 @@ def test_transition_score_by_hand():
     assert torch.allclose(kernels.transition_score(before, after)[0], wanted)
     valid = torch.tensor([[True, False, True]])
     assert torch.allclose(kernels.transition_score(before, after, valid)[0], torch.tensor([2.0, 0.0, 0.0]) / (1 + torch.e))
+
+
+def ranked(row: list[float]) -> list[int]:
+    """The definition of all selections: the largest first, among equals the lowest index first."""
+    return sorted(range(len(row)), key=lambda i: (-row[i], i))
+
+
+@pytest.mark.parametrize("distinct", [2, 5, 10_000], ids=["many ties", "some ties", "no ties"])
+@pytest.mark.parametrize("rows, n", [(1, 1), (1, 7), (3, 64), (2, 1500)])
+def test_selections_break_ties_by_the_lowest_index(distinct, rows, n):
+    generator = torch.Generator().manual_seed(n + distinct)
+    scores = torch.randint(distinct, (rows, n), generator=generator).float() - distinct // 2
+    want = [ranked(row) for row in scores.tolist()]
+    for k in {0, 1, n // 10, n // 2, n - 1, n}:
+        assert kernels.topk_sorted(scores, k).tolist() == [sorted(w[:k]) for w in want]
+        assert kernels.topk(scores, k).tolist() == [w[:k] for w in want]
+    count = torch.randint(n + 2, (rows,), generator=generator)
+    mask = kernels.topk_mask(scores, count)
+    assert [row.nonzero()[:, 0].tolist() for row in mask] == [sorted(w[:c]) for w, c in zip(want, count.tolist(), strict=True)]
+
+
+def test_topk_sorted_takes_a_nan_for_the_largest():
+    assert kernels.topk_sorted(torch.tensor([[1.0, torch.nan, 3.0, 2.0, 3.0]]), 2).tolist() == [[1, 2]]
+
+
+def test_compacted_by_hand():
+    mask = torch.tensor([[True, False, True, False], [False, False, False, True]])
+    index, valid = kernels.compacted(mask)
+    assert index.tolist() == [[0, 2], [3, 0]] and valid.tolist() == [[True, True], [True, False]]
+    index, valid = kernels.compacted(mask[:1])
+    assert index.tolist() == [[0, 2]] and valid is None
+    index, valid = kernels.compacted(~mask[:1], 2)
+    assert index.tolist() == [[1, 3]] and valid is None
+    assert kernels.compacted(torch.zeros(2, 3, dtype=torch.bool))[0].shape == (2, 0)
+
+
+@pytest.mark.parametrize("kind", ["none", "boolean", "additive", "causal"])
+def test_attention_one_head_after_the_other_is_that_of_all_at_once(monkeypatch, kind):
+    from vtc.kernels.ref import attention
+
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(2, h, 90, 16, generator=generator) for h in (4, 2))
+    start = torch.rand(2, 90, generator=generator)
+    weight = (start > 0.5).float()
+    mask = {
+        "none": None,
+        "boolean": torch.rand(2, 1, 90, 90, generator=generator) > 0.3,
+        "additive": torch.randn(1, 4, 1, 90, generator=generator),
+        "causal": torch.ones(90, 90, dtype=torch.bool).tril()[None, None],
+    }[kind]
+    found = []
+    for small in (0, 1 << 60):
+        monkeypatch.setattr(attention, "_SMALL", small)
+        given = {"mask": None, "causal": True} if kind == "causal" else {"mask": mask}
+        found.append(
+            [kernels.attention_colsum(query, key, mask=mask, weight=w, block=32) for w in (None, weight)]
+            + [kernels.attention_walk(query, key, start, steps=2, block=32, **given)]
+        )
+    for one_by_one, at_once in zip(*found, strict=True):
+        torch.testing.assert_close(one_by_one, at_once, rtol=1e-5, atol=1e-5)
+    query.requires_grad_()
+    assert torch.autograd.grad(kernels.attention_colsum(query, key).square().sum(), query)[0].abs().max() > 0
+
+
+def test_guessing_ahead_has_no_influence_on_greedy_picks(monkeypatch):
+    from vtc.kernels.ref import greedy
+
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 300, 24, generator=generator)
+    x[:, 200:] = x[:, :100]  # repeated tokens: ties
+    weight, first = torch.rand(2, 300, generator=generator), torch.tensor([7, 250])
+    found = []
+    for whole in (0, 1 << 60):
+        monkeypatch.setattr(greedy, "_WHOLE", whole)
+        found.append(
+            [
+                kernels.farthest_point(x, 120, first),
+                kernels.farthest_point_weighted(x, weight, 120),
+                kernels.max_sum(x, 120, first),
+                kernels.greedy_dpp(x, weight, 40),
+            ]
+        )
+    for guessed, made_at_once in zip(*found, strict=True):
+        assert torch.equal(guessed, made_at_once)
+
+
+@pytest.mark.parametrize("n", [1, 5, 129, 300])
+def test_half_a_gram_matrix_and_its_reflection_are_the_whole(n):
+    from vtc.kernels.ref.linear import dot, gram
+
+    rows = torch.randn(n, 256, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(gram(rows), gram(rows).T)
+    torch.testing.assert_close(gram(rows), dot(rows, rows), rtol=1e-6, atol=1e-4)
+
+
+def test_mean_cosine_does_not_depend_on_padding():
+    generator = torch.Generator().manual_seed(0)
+    x, text = torch.randn(2, 9, 8, generator=generator), torch.randn(2, 7, 8, generator=generator)
+    mask = torch.tensor([[True] * 3 + [False] * 4, [False] * 7])
+    found = kernels.mean_cosine(x, text, mask)
+    want = torch.cosine_similarity(x[0, :, None], text[0, None, :3], dim=-1).mean(1)
+    torch.testing.assert_close(found[0], want)
+    assert not found[1].any()
+    assert torch.equal(found[:1], kernels.mean_cosine(x[:1], text[:1, :3], mask[:1, :3]))

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from golden_m import anyres_layout
-from models import image_features, make_inputs, shared
-from torch import Tensor
+from models import make_inputs, shared
+from plain import check_batch_mates, check_inside_a_model, crops, signals
 
 import vtc
 from vtc.core import Kind, Layout, Signals
@@ -35,29 +35,10 @@ def make(case: str, **budget: Any) -> vtc.Reducer:
     return vtc.create(case.partition("-")[0], **CASES[case], **budget)
 
 
-def signals(features: Tensor, budget: int, layout: Layout | None = None, **taps: Tensor) -> Signals:
-    batch, n = features.shape[:2]
-    return Signals(
-        features=features,
-        layout=layout or Layout.flat(n),
-        entries=torch.arange(n).expand(batch, n),
-        budget=budget,
-        slots=n,
-        taps=taps,
-    )
-
-
 def random_signals(batch: int, n: int, budget: int, *, seed: int = 0, layout: Layout | None = None) -> Signals:
     generator = torch.Generator().manual_seed(seed)
     score = torch.randn(batch, n, generator=generator)
     return signals(torch.randn(batch, n, 5, generator=generator), budget, layout, cls_logits=score, clip_dot=score)
-
-
-def crops(rows: int, cols: int, views: int) -> Layout:
-    """A thumbnail and crops side by side, without newlines or padding."""
-    n = torch.arange(rows * cols * views)
-    view, r, c = n // (rows * cols), n % (rows * cols) // cols, n % cols
-    return Layout(n * 0, view, r, c, r, c + (view - 1).clamp(min=0) * cols, n, ((rows, cols),) * views, True)
 
 
 # ------------------------------------------------------------------------------------------------------ all of them
@@ -93,38 +74,14 @@ def test_batch_mates_change_nothing(case: str, views: int) -> None:
         layout, _ = anyres_layout(4, (2, 2), (40, 30))
     else:
         layout = crops(3, 4, 3) if views == 3 else Layout.grid(3, 4)
-    s = random_signals(3, len(layout), 17 if views > 1 else 7, layout=layout)
-    together = make(case, keep=7).select(s)
-    for b in range(3):
-        at = slice(b, b + 1)
-        taps = {k: v[at].clone() for k, v in s.taps.items()}
-        alone = make(case, keep=7).select(signals(s.features[at].clone(), s.budget, layout, **taps))
-        assert torch.equal(alone.index[0], together.index[b])
-        if alone.features is not None:
-            assert torch.equal(alone.features[0], together.features[b])
-            assert torch.equal(alone.owner[0], together.owner[b])
+    check_batch_mates(make(case, keep=7), random_signals(3, len(layout), 17 if views > 1 else 7, layout=layout))
 
 
 @methods
 @pytest.mark.parametrize("family", ["llava", "llava_next", "llava_siglip"])
 @pytest.mark.parametrize("keep", [1, 7, 0.5])
 def test_inside_a_model(case: str, family: str, keep: float) -> None:
-    model = shared(family)
-    inputs = make_inputs(family, model, 2)
-    lengths = [len(f) for f in image_features(model, inputs)]
-    name, options = case.partition("-")[0], CASES[case]
-    with torch.no_grad():
-        plain = model(**inputs).logits
-        with vtc.patch(model, name, keep=keep, newlines="none", **options) as handle:
-            short = model(**inputs).logits
-            out = model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        call = handle.stats.last
-    real = inputs["attention_mask"].bool()
-    assert torch.isfinite(short[real]).all()
-    assert not torch.equal(short[real], plain[real])
-    assert out.shape[1] == inputs["input_ids"].shape[1] + 4
-    for image, slots in zip(call.images, lengths, strict=True):
-        assert image.kept == (keep if isinstance(keep, int) else round(keep * slots))
+    check_inside_a_model(family, case.partition("-")[0], keep, newlines="none", **CASES[case])
 
 
 # ------------------------------------------------------------------------------------------------------- globalcom2

@@ -11,19 +11,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc.kernels.gpu.common import TILE, check, dot, power, precision
+from vtc.kernels.gpu.common import add_up, check, dot, one_product, power, precision
 
-SPLIT = 512
-"""Keys that one program looks at for the denominators of few rows; more programs share longer sequences."""
+SPLIT, MOST_PARTS = 256, 64
+"""Keys that one program looks at for the denominators of few rows; longer sequences have more programs, up to a number."""
+FILLED = 128
+"""Programs that keep a GPU busy: where rows and keys alone give fewer, programs share the heads of an average, too."""
 
 
 @triton.jit
 def _logits(
     q, k, mask, rows, cols, r, n, d, scale, sqr, sqd, skn, skd, smr, smn,
-    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Scaled and masked logits ``(R, N)`` of one head; -inf behind the last key. MASK: 0 none, 1 boolean, 2 additive."""
-    value = dot(q, rows, r, k, cols, n, d, sqr, sqd, skn, skd, R, N, D, HOW) * scale
+    value = dot(q, rows, r, k, cols, n, d, sqr, sqd, skn, skd, R, N, D, HOW, ONCE) * scale
     inside = (rows < r)[:, None] & (cols < n)[None, :]
     if MASK > 0:
         place = mask + rows.to(tl.int64)[:, None] * smr + cols.to(tl.int64)[None, :] * smn
@@ -39,7 +41,7 @@ def _logits(
 def _denominators(
     q, k, mask, out, heads, share, r, n, d, part, parts, scale,
     sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn,
-    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write ``out (B, heads, r, parts)``: log of the sum of the exponentials of every row's logits, over parts of the keys."""
     bh = tl.program_id(0).to(tl.int64)
@@ -52,7 +54,7 @@ def _denominators(
         cols = lo + tl.arange(0, N)
         value = _logits(
             q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
-            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW, ONCE,
         )  # fmt: skip
         new = tl.maximum(top, tl.max(value, 1))
         base = tl.where(new == float("-inf"), 0.0, new)  # a row that may attend to nothing so far
@@ -63,12 +65,29 @@ def _denominators(
 
 
 @triton.jit
+def _denominator(lse, at, parts, inside, PARTED: tl.constexpr):
+    """Logarithms of the denominators of the rows ``at``, from those over parts of the keys."""
+    if PARTED:
+        top = tl.full(at.shape, float("-inf"), tl.float32)
+        for part in range(parts):
+            top = tl.maximum(top, tl.load(lse + at * parts + part, mask=inside, other=0.0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        total = tl.zeros(at.shape, tl.float32)
+        for part in range(parts):
+            total += tl.exp(tl.load(lse + at * parts + part, mask=inside, other=0.0) - base)
+        return tl.where(top == float("-inf"), top, top + tl.log(total))
+    else:
+        return tl.load(lse + at, mask=inside, other=0.0)
+
+
+@triton.jit
 def _rows(
-    q, k, mask, lse, out, heads, many, share, r, n, d, scale,
+    q, k, mask, lse, parts, out, heads, many, over, share, r, n, d, scale,
     sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn,
-    MASK: tl.constexpr, SOFTMAX: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+    SOFTMAX: tl.constexpr, PARTED: tl.constexpr,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Write ``out (B, heads / many, r, n)``: probabilities (or logits) averaged over ``many`` heads."""
+    """Write ``out (B, heads / many, r, n)``: probabilities (or logits) summed over ``many`` heads, divided by ``over``."""
     pid = tl.program_id(0).to(tl.int64)
     groups = heads // many
     b, group = pid // groups, pid % groups
@@ -79,20 +98,21 @@ def _rows(
         h = group * many + i
         value = _logits(
             q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
-            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW, ONCE,
         )  # fmt: skip
         if SOFTMAX:
-            value = tl.exp(value - tl.load(lse + (b * heads + h) * r + rows, mask=rows < r, other=0.0)[:, None])
+            value = tl.exp(value - _denominator(lse, (b * heads + h) * r + rows, parts, rows < r, PARTED)[:, None])
         total += value
     place = out + (pid * r + rows)[:, None] * n + cols[None, :]
-    tl.store(place, total / many, mask=(rows < r)[:, None] & (cols < n)[None, :])
+    tl.store(place, total / over, mask=(rows < r)[:, None] & (cols < n)[None, :])
 
 
 @triton.jit
 def _columns(
-    q, k, mask, lse, weight, out, heads, share, r, n, d, scale,
+    q, k, mask, lse, parts, weight, out, heads, share, r, n, d, scale,
     sqb, sqh, sqr, sqd, skb, skh, skn, skd, smb, smh, smr, smn, swb, swr,
-    MASK: tl.constexpr, WEIGHTED: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr,
+    WEIGHTED: tl.constexpr, PARTED: tl.constexpr,
+    MASK: tl.constexpr, R: tl.constexpr, N: tl.constexpr, D: tl.constexpr, HOW: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     """Write ``out (B, heads, n)``: sums over the rows of the probabilities, times the rows' weights."""
     bh = tl.program_id(0).to(tl.int64)
@@ -103,9 +123,9 @@ def _columns(
         rows = lo + tl.arange(0, R)
         value = _logits(
             q + b * sqb + h * sqh, k + b * skb + (h // share) * skh, mask + b * smb + h * smh, rows, cols, r, n, d, scale,
-            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW,
+            sqr, sqd, skn, skd, smr, smn, MASK, R, N, D, HOW, ONCE,
         )  # fmt: skip
-        value = tl.exp(value - tl.load(lse + bh * r + rows, mask=rows < r, other=0.0)[:, None])
+        value = tl.exp(value - _denominator(lse, bh * r + rows, parts, rows < r, PARTED)[:, None])
         if WEIGHTED:
             factor = tl.load(weight + b * swb + rows * swr, mask=rows < r, other=0.0).to(tl.float32)
             value = tl.where((factor > 0)[:, None], value, 0.0) * factor[:, None]  # rows that see nothing are NaN, and weigh 0
@@ -130,23 +150,22 @@ class _Call:
         self.mask, self.sizes = full, (self.h // kv, self.r, self.n, d)
         self.scale = d**-0.5 if scaling is None else float(scaling)
         self.strides = (*query.stride(), *key.stride(), *strides)
-        self.tile = {
-            "MASK": kind,
-            "R": power(self.r, 16, TILE["M"]),
-            "N": TILE["T"],
-            "D": TILE["D"],
-            "HOW": precision(query, key),
-        }
+        how = precision(query, key)
+        keys, depth = (64, power(d, 16, 128)) if one_product(how) else (32, power(d, 16, 32))
+        self.tile = {"MASK": kind, "R": power(self.r, 16, 64), "N": keys, "D": depth, "HOW": how, "ONCE": d <= depth}
 
     def denominators(self) -> Tensor:
-        """Logarithms of the softmax denominators, ``(B, H, R)``."""
-        part = max(SPLIT, triton.cdiv(self.n, 64)) if self.r <= 64 else self.n
+        """Logarithms of the softmax denominators over parts of the keys, ``(B, H, R, parts)``."""
+        part = self.n
+        if self.r <= 64:
+            keys = self.tile["N"]
+            part = triton.cdiv(max(SPLIT, triton.cdiv(self.n, MOST_PARTS)), keys) * keys  # (parts are whole tiles)
         parts = triton.cdiv(self.n, part)
         out = torch.empty(self.b, self.h, self.r, parts, dtype=torch.float32, device=self.key.device)
         _denominators[(self.b * self.h, triton.cdiv(self.r, self.tile["R"]), parts)](
             self.query, self.key, self.mask, out, self.h, *self.sizes, part, parts, self.scale, *self.strides, **self.tile
         )
-        return out[..., 0] if parts == 1 else out.logsumexp(-1)
+        return out
 
 
 def attention_rows(
@@ -158,19 +177,27 @@ def attention_rows(
     reduce: str = "mean",
     lse: Tensor | None = None,
 ) -> Tensor:
-    """:func:`vtc.kernels.ref.attention_rows`."""
+    """:func:`vtc.kernels.attention_rows`."""
     call = _Call(query, key, scaling, None if reduce == "logits" else mask)
-    many = call.h if reduce == "mean" else 1
+    row_tiles, key_tiles = triton.cdiv(call.r, call.tile["R"]), triton.cdiv(call.n, call.tile["N"])
+    groups = call.h
+    if reduce == "mean":  # as few as keep the GPU busy
+        groups = next(
+            g for g in range(1, call.h + 1) if call.h % g == 0 and (g * row_tiles * key_tiles >= FILLED or g == call.h)
+        )
+    over = call.h if reduce == "mean" else 1
     softmax = reduce != "logits"
+    out = torch.empty(call.b, groups, call.r, call.n, dtype=torch.float32, device=key.device)
+    given = out
     if softmax:
-        lse = call.denominators() if lse is None else lse.float().contiguous()
-    out = torch.empty(call.b, call.h // many, call.r, call.n, dtype=torch.float32, device=key.device)
-    tile = call.tile
-    _rows[(call.b * (call.h // many), triton.cdiv(call.r, tile["R"]), triton.cdiv(call.n, tile["N"]))](
-        query, key, call.mask, lse if softmax else out, out, call.h, many, *call.sizes, call.scale, *call.strides,
-        SOFTMAX=softmax, **tile,
+        given = call.denominators() if lse is None else lse.float().contiguous()[..., None]
+    _rows[(call.b * groups, row_tiles, key_tiles)](
+        query, key, call.mask, given, given.shape[-1], out, call.h, call.h // groups, over if groups == 1 else 1,
+        *call.sizes, call.scale, *call.strides, SOFTMAX=softmax, PARTED=softmax and given.shape[-1] > 1, **call.tile,
     )  # fmt: skip
-    return out[:, 0] if reduce == "mean" else out
+    if reduce != "mean":
+        return out
+    return out[:, 0] if groups == 1 else add_up(out, over)
 
 
 def attention_colsum(
@@ -182,14 +209,14 @@ def attention_colsum(
     weight: Tensor | None = None,
     block: int = 0,
 ) -> Tensor:
-    """:func:`vtc.kernels.ref.attention_colsum`; ``block`` means nothing here."""
+    """:func:`vtc.kernels.attention_colsum`; ``block`` means nothing here."""
     check(weight, tokens=query.shape[2])
     call = _Call(query, key, scaling, mask)
-    lse = call.denominators().contiguous()
+    lse = call.denominators()
     out = torch.empty(call.b, call.h, call.n, dtype=torch.float32, device=key.device)
     given, steps = (query, (0, 0)) if weight is None else (weight, weight.stride())
     _columns[(call.b * call.h, triton.cdiv(call.n, call.tile["N"]))](
-        query, key, call.mask, lse, given, out, call.h, *call.sizes, call.scale, *call.strides, *steps,
-        WEIGHTED=weight is not None, **call.tile,
+        query, key, call.mask, lse, lse.shape[-1], given, out, call.h, *call.sizes, call.scale, *call.strides, *steps,
+        WEIGHTED=weight is not None, PARTED=lse.shape[-1] > 1, **call.tile,
     )  # fmt: skip
-    return out.mean(1)
+    return add_up(out, call.h)

@@ -60,7 +60,7 @@ def _central(cost, order, start, out, n, groups, BLOCK: tl.constexpr):
 
 
 def k_means(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`vtc.kernels.ref.k_means`."""
+    """:func:`vtc.kernels.k_means`."""
     check(points, weight, tokens=points.shape[1])
     clusters, d = start.shape[1], points.shape[2]
     ones = torch.ones(points.shape[:2], dtype=torch.float32, device=points.device)
@@ -81,7 +81,7 @@ def k_means(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | 
 
 
 def k_medoids(points: Tensor, start: Tensor, iterations: int, *, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """:func:`vtc.kernels.ref.k_medoids`."""
+    """:func:`vtc.kernels.k_medoids`."""
     (b, n, d), clusters = points.shape, start.shape[1]
     check(points, weight, tokens=n)
     heavy = torch.ones(b, n, device=points.device) if weight is None else weight.float().contiguous()

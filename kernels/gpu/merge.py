@@ -69,7 +69,7 @@ def segment_sum(
 
 
 def merge_scatter(features: Tensor, owner: Tensor, groups: int, *, weight: Tensor | None = None, mean: bool = True) -> Tensor:
-    """:func:`vtc.kernels.ref.merge_scatter`."""
+    """:func:`vtc.kernels.merge_scatter`."""
     check(features, weight, tokens=features.shape[1])
     order, start = by_group(owner, groups)
     return segment_sum(features, order, start, weight, mean=mean)

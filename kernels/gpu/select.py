@@ -29,7 +29,9 @@ def _ordered(scores, at, n, stride):
 
 
 @triton.jit
-def _topk(scores, counts, out, n, k, ssb, ssn, COUNTED: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr):
+def _topk(
+    scores, counts, out, n, k, ssb, ssn, COUNTED: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr
+):  # fmt: skip
     """Write ``out (B, k)``: indices of the largest scores, ascending, -1 in front where a row keeps fewer than ``k``."""
     b = tl.program_id(0).to(tl.int64)
     scores += b * ssb
@@ -60,8 +62,8 @@ def _topk(scores, counts, out, n, k, ssb, ssn, COUNTED: tl.constexpr, ONE: tl.co
             above += tl.sum((_ordered(scores, lo + lane, n, ssn) > limit).to(tl.int32), 0)
     place = k - keep  # where the next index goes
     equal = 0  # scores at the limit seen so far: only the first of them are taken
-    for lo in range(0, n, BLOCK):
-        at = lo + lane
+    for lo in range(0, n, LAST):  # (of 8,192 the running numbers would not fit the registers)
+        at = lo + tl.arange(0, LAST)
         key = _ordered(scores, at, n, ssn)
         tie = ((key == limit) & (at < n)).to(tl.int32)
         chosen = (key > limit) | ((tie > 0) & (equal + tl.cumsum(tie, 0) <= keep - above))
@@ -108,20 +110,21 @@ def _best(scores: Tensor, k: int, count: Tensor | None) -> Tensor:
         COUNTED=count is not None,
         ONE=n <= block,
         BLOCK=block,
+        LAST=min(block, 4096),
         num_warps=4 if block <= 1024 else 16,
     )
     return out
 
 
 def topk_sorted(scores: Tensor, k: int) -> Tensor:
-    """:func:`vtc.kernels.ref.topk_sorted`."""
+    """:func:`vtc.kernels.topk_sorted`."""
     return _best(scores, k, None)
 
 
 def select_compact(
     scores: Tensor, k: int, states: Sequence[Tensor] = (), *, dims: Sequence[int] = (), count: Tensor | None = None
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`vtc.kernels.compact.select_compact`."""
+    """:func:`vtc.kernels.select_compact`."""
     index = _best(scores, k, None if count is None else count.contiguous())
     return index, [_gathered(t, index, dim) for t, dim in zip(states, dims or [1] * len(states), strict=True)]
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vtc.kernels.gpu.common import TILE, check, dot, inverse_lengths, precision, row_squares
+from vtc.kernels.gpu.common import check, dot, inverse_lengths, precision, row_squares, tile
 
 SPLIT = 8
 """Parts the targets are searched in, if there are many: more programs than rows alone give."""
@@ -63,8 +63,8 @@ def _cosines(
     tl.store(at, value, mask=(rows < n)[:, None] & (cols < n)[None, :])
 
 
-def search(a: Tensor, b: Tensor, *, euclidean: bool = False, others: bool = False) -> tuple[Tensor, Tensor]:
-    """Value and index of the best target in ``b (B, T, D)`` of every row of ``a (B, M, D)``; the lowest index among equals."""
+def _search(a: Tensor, b: Tensor, *, euclidean: bool = False, others: bool = False) -> tuple[Tensor, Tensor]:
+    """Value and index of the best target within each part of ``b (B, T, D)`` of every row of ``a (B, M, D)``, ``(B, M, parts)``."""
     (images, m, d), t = a.shape, b.shape[1]
     check(a, b, tokens=max(m, t))
     if euclidean:
@@ -73,41 +73,50 @@ def search(a: Tensor, b: Tensor, *, euclidean: bool = False, others: bool = Fals
     else:
         scale_a = inverse_lengths(a)
         scale_b = scale_a if a is b else inverse_lengths(b)
-    part = max(TILE["T"], triton.cdiv(triton.cdiv(t, SPLIT), TILE["T"]) * TILE["T"])
+    sizes = tile(m, t, precision(a, b))
+    part = triton.cdiv(triton.cdiv(t, SPLIT), sizes["T"]) * sizes["T"]
     parts = triton.cdiv(t, part)
     values = torch.empty(images, m, parts, dtype=torch.float32, device=a.device)
     indices = torch.empty(images, m, parts, dtype=torch.int64, device=a.device)
-    _nearest[(images, triton.cdiv(m, TILE["M"]), parts)](
+    _nearest[(images, triton.cdiv(m, sizes["M"]), parts)](
         a, b, scale_a, scale_b, values, indices, m, t, d, part, parts, *a.stride(), *b.stride(),
-        EUCLIDEAN=euclidean, OTHERS=others, HOW=precision(a, b), **TILE,
+        EUCLIDEAN=euclidean, OTHERS=others, **sizes,
     )  # fmt: skip
-    best, piece = values.max(-1)  # the first among equal parts
-    return best, indices.gather(-1, piece[..., None])[..., 0]
+    return values, indices
+
+
+def _first(values: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and index ``(B, M)`` of the best part, the first among equal ones."""
+    if values.shape[-1] == 1:
+        return values[..., 0], indices[..., 0]
+    best, piece = values.max(-1, keepdim=True)
+    return best[..., 0], indices.gather(-1, piece)[..., 0]
 
 
 def cosines(x: Tensor) -> Tensor:
     """Cosines of all pairs of rows of ``x (B, N, D)``, ``(B, N, N)`` float32."""
     b, n, d = x.shape
     out = torch.empty(b, n, n, dtype=torch.float32, device=x.device)
-    _cosines[(b, triton.cdiv(n, TILE["M"]), triton.cdiv(n, TILE["T"]))](
-        x, inverse_lengths(x), out, n, d, *x.stride(), HOW=precision(x), **TILE
+    sizes = tile(n, n, precision(x))
+    _cosines[(b, triton.cdiv(n, sizes["M"]), triton.cdiv(n, sizes["T"]))](
+        x, inverse_lengths(x), out, n, d, *x.stride(), **sizes
     )
     return out
 
 
 def pairwise_top1(source: Tensor, target: Tensor, *, block: int = 0) -> tuple[Tensor, Tensor]:
-    """:func:`vtc.kernels.ref.pairwise_top1`; ``block`` means nothing here."""
+    """:func:`vtc.kernels.pairwise_top1`; ``block`` means nothing here."""
     if not source.shape[1]:
         empty = source.new_zeros(source.shape[0], 0, dtype=torch.float32)
         return empty, empty.long()
-    return search(source, target)
+    return _first(*_search(source, target))
 
 
 def most_isolated(features: Tensor, *, block: int = 0) -> Tensor:
-    """:func:`vtc.kernels.greedy.most_isolated`; ``block`` means nothing here."""
-    return (1 - search(features, features, others=True)[0]).argmax(1)
+    """:func:`vtc.kernels.most_isolated`; ``block`` means nothing here."""
+    return (1 - _search(features, features, others=True)[0].amax(-1)).argmax(1)
 
 
 def nearest_centre(points: Tensor, centres: Tensor, *, block: int = 0) -> Tensor:
-    """:func:`vtc.kernels.ref.nearest_centre`; ``block`` means nothing here."""
-    return search(points, centres, euclidean=True)[1]
+    """:func:`vtc.kernels.nearest_centre`; ``block`` means nothing here."""
+    return _first(*_search(points, centres, euclidean=True))[1]

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, attention_walk, pairwise_top1
+from vtc.kernels import apportion, attention_walk, merge_scatter, pairwise_top1
 from vtc.registry import register
 from vtc.schedule import checked, closest_count, layer_average
 from vtc.signals import AttentionTap, all_keys
+from vtc.views import members
 
 STEPS, TEMPERATURE = 5, 0.1
 """Steps of the importance, and the temperature of its attention."""
@@ -58,20 +59,9 @@ def merge_once(now: Merged, r: int, *, official: bool = False) -> Merged:
     if not official:
         stay = stay.sort(1).values
     rank = torch.full((n, t), -1, device=best.device).scatter(1, stay, torch.arange(t - r, device=best.device).expand(n, -1))
-    into = rank.gather(1, target.gather(1, gone) * 2 + 1)
-    rank = rank.scatter(1, gone * 2, into)
-
-    first = (t - r) * torch.arange(n, device=best.device)[:, None]
-    into, batch = (into + first).flatten(), torch.arange(n, device=best.device)[:, None]
-    count = torch.ones(n * (t - r), device=best.device).index_add(0, into, torch.ones(len(into), device=best.device))
-
-    def mean(x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        total = wide[batch, stay].flatten(0, 1)
-        total.index_add_(0, into, wide[batch, gone * 2].flatten(0, 1))
-        return total.div_(count[:, None]).view(n, t - r, -1).to(x.dtype)
-
-    return Merged(mean(now.metric), mean(now.tokens), now.slot.gather(1, stay), rank.gather(1, now.owner))
+    rank = rank.scatter(1, gone * 2, rank.gather(1, target.gather(1, gone) * 2 + 1))
+    metric, tokens = (merge_scatter(x, rank, t - r) for x in (now.metric, now.tokens))
+    return Merged(metric, tokens, now.slot.gather(1, stay), rank.gather(1, now.owner))
 
 
 def merge_to(metric: Tensor, tokens: Tensor, target: int, *, official: bool = False) -> Merged:
@@ -161,13 +151,12 @@ class AIMMerge(Reducer):
 
     def select(self, signals: Signals) -> Selection:
         """Merge every view on its own."""
-        view = signals.of("view")[0]
-        names = view.unique().tolist()
-        members = [(view == name).nonzero()[:, 0] for name in names]
-        sizes = [len(m) for m in members]
+        *views, newlines = members(signals)[0]  # the same in all images: nothing was dropped yet
+        groups = [newlines, *views]
+        sizes = [len(own) for own in groups]
         quota = apportion(signals.budget, sizes, sizes)
         slots, tokens, owner, done = [], [], torch.full_like(signals.entries, -1), 0
-        for own, target in zip(members, quota, strict=True):
+        for own, target in zip(groups, quota, strict=True):
             if not target:
                 continue
             out = merge_to(signals.all_keys[:, own], signals.features[:, own], target, official=self.official)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import along, greedy_dpp
+from vtc.kernels import greedy_dpp, mean_cosine, unit_rows
 from vtc.registry import register
 from vtc.views import each_view
 
@@ -75,7 +75,7 @@ class CDPruner(Reducer):
     @staticmethod
     def clip_cosine(patches: Tensor, text: Tensor) -> Tensor:
         """Return the mean cosine ``(B, N)`` of CLIP patch embeddings ``(B, N, E)`` with text embeddings ``(M, E)``."""
-        return (_unit(patches) @ _unit(text).T).mean(-1)
+        return (unit_rows(patches) @ unit_rows(text).T).mean(-1)
 
     def relevance(self, signals: Signals) -> tuple[Tensor, str]:
         """Return the relevances ``(B, N)``, scaled to 0..1, and what the statistics should say."""
@@ -84,9 +84,7 @@ class CDPruner(Reducer):
             raw = -signals.clip_cosine
         elif signals.text is not None:
             note = TEXT_NOTE
-            # text by text: padding to a common length would change the rounding with the batch
-            words = [_unit(t[m]).sum(0) / max(1, int(m.sum())) for t, m in zip(signals.text, signals.text_mask, strict=True)]
-            raw = torch.stack([along(f, w) for f, w in zip(signals.features, words, strict=True)])
+            raw = mean_cosine(signals.features, signals.text, signals.text_mask)
             raw = -raw if self.negate else raw
         else:
             note, raw = PLAIN_NOTE, torch.zeros(signals.shape, device=signals.features.device)
@@ -105,7 +103,8 @@ class CDPruner(Reducer):
 
     def choose(self, signals: Signals) -> Selection:
         """Keep the tokens of one view."""
-        return Selection(self.pick(signals.features, signals.relevance, signals.budget).unique()[None])
+        picks = self.pick(signals.features, signals.relevance, signals.budget)
+        return Selection(picks.unique()[None] if self.official else picks.sort(1).values)
 
     def select(self, signals: Signals) -> Selection:
         """Keep the tokens of every view."""
@@ -113,10 +112,3 @@ class CDPruner(Reducer):
             relevance, note = self.relevance(signals)
             scored = dataclasses.replace(signals, taps={"relevance": relevance})
             return dataclasses.replace(each_view(scored, self.choose, floor=self.official), note=note)
-
-
-def _unit(t: Tensor) -> Tensor:
-    """Rows of length one, at least float32; zero rows stay zero."""
-    wide = t if t.dtype == torch.float64 else t.float()
-    norm = wide.norm(dim=-1, keepdim=True)
-    return wide / torch.where(norm > 0, norm, torch.ones_like(norm))

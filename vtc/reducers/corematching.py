@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import topk_sorted
+from vtc.kernels import compacted, topk_mask, topk_sorted
 from vtc.registry import register
 from vtc.schedule import place_cuts
 from vtc.signals import StateTap
@@ -39,7 +39,7 @@ class Overlap:
         index = (tap.valid & (tap.valid.cumsum(1) - 1 == place[:, None])).int().argmax(1)
         fires = tap.hidden > 0
         wanted = fires[torch.arange(len(index), device=index.device), index]
-        return torch.stack([fire[:, want].sum(1, dtype=torch.float32) for fire, want in zip(fires, wanted, strict=True)])
+        return (fires & wanted[:, None]).sum(2, dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,10 @@ class CoreNeurons:
     def __call__(self, tap: StateTap) -> Tensor:
         """Count row by row over the real tokens, text and image alike."""
         size = tap.hidden.shape[2]
-        counts = torch.stack([self.count(x[real]) for x, real in zip(tap.hidden, tap.valid, strict=True)])
+        # padding is set to zero, where nothing fires
+        counts = torch.stack(
+            [self.count(x.masked_fill(~real, 0)) for x, real in zip(tap.hidden, tap.valid[..., None], strict=True)]
+        )
         return topk_sorted(counts, max(1, round(self.share * size)))
 
     def count(self, x: Tensor) -> Tensor:
@@ -223,15 +226,9 @@ class CoreMatching(Reducer):
         """Apply the knee, then the budget."""
         with torch.no_grad():
             overlap = signals.overlap.float()
-            order = torch.sort(overlap, dim=1, descending=True, stable=True).indices
-            rank = torch.empty_like(order).scatter_(
-                1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-            )
-            keep = rank < signals.budget
-            if self.rule == "knee":
-                above = overlap > knee(overlap)[1][:, None]
-                keep &= above | ~above.any(1, keepdim=True)
-            count = keep.sum(1)
-            index = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]
-            valid = torch.arange(index.shape[1], device=count.device) < count[:, None]
-        return Selection(index, valid=None if bool(valid.all()) else valid)
+            if self.rule == "topk":
+                return Selection(topk_sorted(overlap, signals.budget))
+            above = overlap > knee(overlap)[1][:, None]
+            above |= ~above.any(1, keepdim=True)
+            index, valid = compacted(topk_mask(overlap, above.sum(1).clamp(max=signals.budget)))
+        return Selection(index, valid=valid)

@@ -11,18 +11,15 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import compacted, topk, topk_mask, widened
 from vtc.registry import register
 from vtc.signals import StateTap, final_states, key_norm, places
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 def _best_text(tap: StateTap, count: int) -> tuple[Tensor, Tensor]:
     """Return indices ``(B, count)`` of the question tokens with the largest key norm, best first, and which of them exist."""
-    norm = _wide(tap.given["key_norm"]).masked_fill(~tap.question, -torch.inf)
-    index = torch.sort(norm, dim=1, descending=True, stable=True).indices[:, :count]
+    norm = tap.given["key_norm"].masked_fill(~tap.question, -torch.inf)
+    index = topk(norm, min(count, norm.shape[1]))
     there = tap.question.gather(1, index)
     if index.shape[1] < count:
         more = count - index.shape[1]
@@ -139,33 +136,30 @@ class DART(Reducer):
         Places of missing pivots are -1; they come last.
         """
         p = min(self.image_pivots, signals.shape[1] if self.official else signals.budget)
-        image = torch.sort(_wide(signals.key_norm), dim=1, descending=True, stable=True).indices[:, :p]
+        image = topk(signals.key_norm, p)
         states = signals.final_states.gather(1, image[..., None].expand(-1, -1, signals.final_states.shape[2]))
         where = signals.places.gather(1, image)
         if self.text_pivots:
             states = torch.cat([states, signals.text_pivots.to(states.dtype)], 1)
             where = torch.cat([where, signals.text_places], 1)
-        order = [self.visit(row, p) for row in where.tolist()]
-        index = torch.tensor(order, device=where.device)
+        index = self.visit(where, p)
         return image, states.gather(1, index[..., None].expand(-1, -1, states.shape[2])), where.gather(1, index)
 
-    def visit(self, where: list[int], p: int) -> list[int]:
-        """Return the order in which pivots at the places ``where`` are visited; the first ``p`` are the image's."""
+    def visit(self, where: Tensor, p: int) -> Tensor:
+        """Return the order ``(B, P)`` of visits to pivots at the places ``where (B, P)``; the first ``p`` are the image's."""
         if self.official:
-            there = {place: i for i, place in reversed(list(enumerate(where))) if place >= 0}
-            first = [there[place] for place in set([place for place in where if place >= 0])]  # noqa: C403  insertion order matters
-        else:
-            first = sorted(range(p), key=lambda i: where[i])
-            first += sorted((i for i in range(p, len(where)) if where[i] >= 0), key=lambda i: where[i])
-        return first + [i for i in range(len(where)) if i not in first]
+            return torch.tensor([_order_of_a_set(row) for row in where.tolist()], device=where.device)
+        text = torch.arange(where.shape[1], device=where.device) >= p
+        far = torch.iinfo(where.dtype).max // 2
+        return torch.argsort(torch.where(where < 0, 2 * far, where + text * far), dim=1, stable=True)
 
     def select(self, signals: Signals) -> Selection:
         """Keep the image pivots; then each pivot adds the candidates least similar to it."""
         with torch.no_grad():
             image, states, where = self.pivots(signals)
-            tokens = _wide(signals.final_states)
+            tokens = widened(signals.final_states)
             # divided afterwards: no second copy of all states
-            cosine = torch.einsum("bnd,bpd->bpn", tokens, torch.nn.functional.normalize(_wide(states), dim=-1))
+            cosine = torch.einsum("bnd,bpd->bpn", tokens, torch.nn.functional.normalize(widened(states), dim=-1))
             cosine = cosine / tokens.norm(dim=-1).clamp(min=1e-12)[:, None]
             kept = torch.zeros(signals.shape, dtype=torch.bool, device=image.device).scatter(1, image, True)
             there = where >= 0
@@ -177,13 +171,14 @@ class DART(Reducer):
                 rank = torch.arange(where.shape[1], device=where.device)
                 quota = there * (rest // total + (rank < rest % total))
             for pivot in range(where.shape[1]):
-                order = torch.sort(cosine[:, pivot].masked_fill(kept, torch.inf), dim=1, stable=True).indices
-                rank = torch.empty_like(order).scatter_(
-                    1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-                )
-                kept = kept | (rank < quota[:, pivot : pivot + 1])
-            count = kept.sum(1)
-            longest = int(count.max())
-            index = torch.argsort((~kept).to(torch.int8), dim=1, stable=True)[:, :longest]
-            valid = torch.arange(longest, device=count.device) < count[:, None]
-        return Selection(index, valid=None if bool(valid.all()) else valid)
+                kept |= topk_mask(-cosine[:, pivot].masked_fill(kept, torch.inf), quota[:, pivot])
+            # as released: fewer where there are fewer pivots
+            index, valid = compacted(kept, None if self.official else signals.budget)
+        return Selection(index, valid=valid)
+
+
+def _order_of_a_set(where: list[int]) -> list[int]:
+    """Return the order of pivots at the places ``where`` in which a Python set lists the places; missing ones come last."""
+    there = {place: i for i, place in reversed(list(enumerate(where))) if place >= 0}
+    first = [there[place] for place in set([place for place in where if place >= 0])]  # noqa: C403  insertion order matters
+    return first + [i for i in range(len(where)) if i not in first]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vtc.core import Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import compacted, topk_mask
 from vtc.registry import register
 from vtc.signals import PixelTap
 
@@ -269,14 +270,10 @@ class DocPrune(Reducer):
             wanted = near > self.threshold
             score = torch.where(wanted, own, torch.full_like(own, -torch.inf))
             score = torch.where(wanted.any(1, keepdim=True), score, own)
-            count = wanted.sum(1).clamp(min=1, max=signals.budget)
-            order = torch.sort(score, dim=1, descending=True, stable=True).indices
-            rank = torch.empty_like(order).scatter(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-            kept = rank < count[:, None]
-            index = torch.argsort((~kept).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]
-            valid = torch.arange(index.shape[1], device=index.device) < count[:, None]
+            kept = topk_mask(score, wanted.sum(1).clamp(min=1, max=signals.budget))
+            index, valid = compacted(kept, None if self.decides_itself else signals.budget)
         note = "" if isinstance(self.classifier, nn.Module) else _NOTES[self.classifier]
-        return Selection(index, valid=None if bool(valid.all()) else valid, note=note)
+        return Selection(index, valid=valid, note=note)
 
 
 # ------------------------------------------------------------------------------------------------- the release's own model

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from vtc.core import Facts, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import topk_per_group, topk_sorted
+from vtc.kernels import compacted, topk_per_group, topk_sorted, widened
 from vtc.registry import register
-from vtc.views import frame_quotas
+from vtc.views import frame_quotas, members, shares_of_views
 
 NO_FRAME = "no earlier frame to compare with: tokens spread evenly"
 """Note of an image, or of a clip whose budget ends within its first frame."""
@@ -62,8 +62,7 @@ class Evs(Reducer):
 
     def dissimilarity(self, signals: Signals) -> Tensor:
         """Return ``(B, N)``: one minus the cosine with the frame before, infinite where there is no token to compare with."""
-        features = signals.features if signals.features.dtype == torch.float64 else signals.features.float()
-        unit = torch.nn.functional.normalize(features, dim=-1)
+        unit = torch.nn.functional.normalize(widened(signals.features), dim=-1)
         rows, cols = (max(size) for size in zip(*signals.layout.grids, strict=True))
         frame = signals.of("view")
         place = (frame * rows + signals.of("row")) * cols + signals.of("col")
@@ -78,11 +77,12 @@ class Evs(Reducer):
     def select(self, signals: Signals) -> Selection:
         """Keep the first frame and the most dissimilar tokens."""
         with torch.no_grad():
-            first = (signals.of("view") == 0) if signals.layout.video else torch.ones_like(signals.entries, dtype=torch.bool)
-            size = int(first.sum(1).max())
-            if signals.budget < size:
-                index = [row.nonzero()[:, 0][spread(int(row.sum()), signals.budget)] for row in first.cpu()]
-                return Selection(torch.stack(index).to(signals.entries.device), note=NO_FRAME)
+            if signals.layout.video:
+                first = [own[0] for own in members(signals)]
+            else:
+                first = [torch.arange(signals.shape[1], device=signals.entries.device)] * signals.shape[0]
+            if signals.budget < max(len(f) for f in first):
+                return Selection(torch.stack([spread(f, signals.budget) for f in first]), note=NO_FRAME)
             return Selection(topk_sorted(self.dissimilarity(signals), signals.budget))
 
     def select_frames(self, signals: Signals) -> Selection:
@@ -90,14 +90,12 @@ class Evs(Reducer):
         with torch.no_grad():
             frame, quota = frame_quotas(signals)
             score = self.dissimilarity(signals)
-            for row in range(len(frame)):
-                first = (frame[row] == 0).nonzero()[:, 0]
-                score[row, first] = 0.0
-                score[row, first[spread(len(first), int(quota[row, 0])).to(first.device)]] = 1.0
-            chosen = topk_per_group(score, frame, quota)
-            return Selection(chosen.nonzero()[:, 1].view(len(frame), -1))
+            for row, (own, shares) in enumerate(zip(members(signals), shares_of_views(signals), strict=True)):
+                score[row, own[0]] = 0.0
+                score[row, spread(own[0], shares[0])] = 1.0
+            return Selection(compacted(topk_per_group(score, frame, quota), signals.budget)[0])
 
 
-def spread(n: int, k: int) -> Tensor:
-    """Return ``k`` of ``n`` places at even distances, ``(k,)`` ascending."""
-    return (2 * torch.arange(k) + 1) * n // (2 * k)
+def spread(tokens: Tensor, k: int) -> Tensor:
+    """Return ``k`` of the ``tokens (n,)`` at even distances, in order."""
+    return tokens[(2 * torch.arange(k, device=tokens.device) + 1) * len(tokens) // (2 * k)]

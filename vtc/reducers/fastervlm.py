@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from vtc.core import Need, Newlines, Positions, Scorer, Selection, Signals, Stage
-from vtc.kernels import apportion, topk_per_group
+from vtc.kernels import compacted, topk_per_group
 from vtc.registry import register
 from vtc.signals import cls_attn
+from vtc.views import members, shares_of_views
 
 
 @register(
@@ -76,16 +77,12 @@ class FasterVLM(Scorer):
         with torch.no_grad():
             view = signals.of("view")
             group = torch.where(view < 0, views, view)  # competing newlines: a group of their own, served last
-            size = group.new_zeros(group.shape[0], views + 1).scatter_add(1, group, torch.ones_like(group))
-            weight = [1.0] * views + [0.0]
             if self.official and signals.budget >= views:
-                quota = [[min(n, signals.budget // views) for n in row[:-1]] + [0] for row in size.tolist()]
+                quota = [[min(len(m), signals.budget // views) for m in own[:-1]] + [0] for own in members(signals)]
             else:
-                quota = [apportion(signals.budget, weight, row) for row in size.tolist()]
-            chosen = topk_per_group(self.score(signals), group, torch.tensor(quota, device=group.device))
+                quota = shares_of_views(signals)
+            shares = torch.tensor(quota).to(group.device, non_blocking=True)
+            chosen = topk_per_group(self.score(signals), group, shares)
             count = [sum(row) for row in quota]
-            index = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, : max(count)]
-            valid = None
-            if min(count) < max(count):
-                valid = torch.arange(max(count), device=group.device) < torch.tensor(count, device=group.device)[:, None]
+            index, valid = compacted(chosen, count[0] if len(set(count)) == 1 else None)
             return Selection(index, valid=valid)

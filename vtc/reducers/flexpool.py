@@ -12,8 +12,9 @@ from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import widened
 from vtc.registry import register
-from vtc.views import each_view
+from vtc.views import each_view, on_host
 
 
 @register(
@@ -68,14 +69,13 @@ class FlexPool(Reducer):
 
     def choose(self, signals: Signals) -> Selection:
         """Pool one view; cells without any token (an earlier stage dropped them) are left out."""
-        device, wide = signals.features.device, signals.features[0]
-        wide = wide if wide.dtype == torch.float64 else wide.float()
-        row, col = (signals.of(name)[0].cpu() for name in ("row", "col"))
+        device, wide = signals.features.device, widened(signals.features[0])
+        row, col = on_host(signals, "row", "col")
         row, col = row - row.min(), col - col.min()
         high, across = int(row.max()) + 1, int(col.max()) + 1
         rows, cols = target_grid(signals.budget, high, across)
         number, full = row * across + col, high * across
-        at, plain = number.to(device), torch.equal(number, torch.arange(full))
+        at, plain = number.to(device, non_blocking=True), torch.equal(number, torch.arange(full))
         grid = wide if plain else wide.new_zeros(full, wide.shape[1]).index_copy(0, at, wide)
         pooled = adaptive_mean(grid, high, across, (rows, cols))
         token = torch.full((full,), -1).index_copy(0, number, torch.arange(len(number)))
@@ -89,15 +89,13 @@ class FlexPool(Reducer):
             seat = nearest_seats(row, col, (high, across), (rows, cols))
             left = seat >= 0
             place = torch.where(left, left.cumsum(0) - 1, -1)
-            pooled, owner, seat = pooled[left.to(device)], place[owner], seat[left]
+            kept = left.nonzero()[:, 0].to(device, non_blocking=True)
+            pooled, owner, seat = pooled[kept], place[owner], seat[left]
             owner[seat] = torch.arange(len(seat))
         order = seat.argsort()
         owner = torch.where(owner >= 0, order.argsort()[owner.clamp(min=0)], -1)
-        return Selection(
-            seat[order].to(device)[None],
-            pooled[order.to(device)][None].to(signals.features.dtype),
-            owner.to(device)[None],
-        )
+        index, order, owner = (t.to(device, non_blocking=True) for t in (seat[order], order, owner))
+        return Selection(index[None], pooled[order][None].to(signals.features.dtype), owner[None])
 
     def select(self, signals: Signals) -> Selection:
         """Pool every view."""
@@ -124,7 +122,7 @@ def adaptive_mean(features: Tensor, rows: int, cols: int, target: tuple[int, int
     down = torch.stack([grid[lo:hi].sum(0) for lo, hi in _spans(rows, target[0])])  # rows first: every token is read about once
     both = torch.stack([down[:, lo:hi].sum(1) for lo, hi in _spans(cols, target[1])], 1)
     size = [[(b - a) * (d - c) for c, d in _spans(cols, target[1])] for a, b in _spans(rows, target[0])]
-    return (both / both.new_tensor(size)[..., None]).flatten(0, 1)
+    return (both / torch.tensor(size, dtype=both.dtype).to(both.device, non_blocking=True)[..., None]).flatten(0, 1)
 
 
 def _spans(size: int, cells: int) -> list[tuple[int, int]]:

@@ -27,6 +27,7 @@ from vtc.core import (
     check_bounds,
 )
 from vtc.errors import UnknownArgumentError, UnsupportedFeatureError
+from vtc.kernels import topk_mask
 from vtc.registry import register
 from vtc.signals import (
     cls_attn,
@@ -228,10 +229,10 @@ class FlowCutEncoder(EncoderReducer):
 
     def step(self, state: EncoderState) -> tuple[dict[str, Tensor], Tensor | None]:
         """Update the score of views that are above their target; drop patches after every second layer."""
+        if all(n <= target for n, target in zip(state.counts, state.targets, strict=True)):
+            return dict(state.carry), None
         valid, count = state.valid, state.valid.sum(1)
         above = count > state.target
-        if not bool(above.any()):
-            return dict(state.carry), None
         attention = state.taps["cls_attn" if self.has_cls else "mean_query_attn"]
         score = token_score(attention, state.taps.get("cls_value_affinity"), state.taps["values"], valid)
         previous = state.carry.get("cum")
@@ -247,9 +248,7 @@ class FlowCutEncoder(EncoderReducer):
             drop = drop_count(attention, valid, state.target, remaining, group, has_cls=self.has_cls)
             left = torch.maximum(count - drop, state.target)
         left = torch.where(above, left, count)
-        order = torch.sort(cum.masked_fill(~valid, -torch.inf), dim=1, descending=True, stable=True).indices
-        rank = torch.empty_like(order).scatter_(1, order, torch.arange(order.shape[1], device=order.device).expand_as(order))
-        return {"cum": cum}, (rank < left[:, None]) & valid
+        return {"cum": cum}, topk_mask(cum.masked_fill(~valid, -torch.inf), left) & valid
 
 
 @dataclass(frozen=True, kw_only=True)

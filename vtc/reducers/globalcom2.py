@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vtc.core import Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, topk_per_group, topk_sorted
+from vtc.kernels import apportion, compacted, topk, topk_per_group, topk_sorted, widened
 from vtc.registry import register
 from vtc.signals import cls_logits
+from vtc.views import members
 
 FLAT_NOTE = "no thumbnail: every view is ranked by its own scores only"
 
@@ -130,23 +131,22 @@ class GlobalCom2(Reducer):
     def image(self, signals: Signals, image: int) -> Scored:
         """Score all tokens of one image."""
         layout, views = signals.layout, signals.layout.views
-        view, score = signals.of("view")[image], _wide(signals.cls_logits[image])
-        members = [(view == v).nonzero()[:, 0] for v in [*range(views), -1]]
+        own, score = members(signals)[image], widened(signals.cls_logits[image])
         if not layout.thumbnail or views == 1:
-            weight = torch.ones(views, dtype=torch.float64, device=view.device)
-            return Scored(members, score, weight, torch.zeros_like(score))
-        base = thumbnail_scores(signals, image, score, members[0])
+            weight = torch.ones(views, dtype=torch.float64, device=score.device)
+            return Scored(own, score, weight, torch.zeros_like(score))
+        base = thumbnail_scores(signals, image, score, own[0])
         overall = torch.zeros_like(score)
-        crops = torch.cat(members[1:-1])
+        crops = torch.cat(own[1:-1])
         y, x = signals.of("y")[image, crops], signals.of("x")[image, crops]
         (top, high), (left, wide) = unpadded(layout)
         resized = torch.nn.functional.interpolate(base[None, None], size=(high, wide), mode="bilinear", align_corners=False)
         overall[crops] = resized[0, 0, y - top, x - left]
         total = score.clone()
-        for tokens in members[1:-1]:
+        for tokens in own[1:-1]:
             total[tokens] = self.rank(score[tokens], overall[tokens])
-        weight = torch.cat([torch.ones(1, dtype=torch.float64, device=view.device), self.shares(base, crop_grid(layout))])
-        return Scored(members, total, weight, overall)
+        weight = torch.cat([torch.ones(1, dtype=torch.float64, device=score.device), self.shares(base, crop_grid(layout))])
+        return Scored(own, total, weight, overall)
 
     def quota(self, scored: Scored, budget: int) -> list[int]:
         """Return how many tokens each view keeps; competing newlines come last."""
@@ -157,12 +157,11 @@ class GlobalCom2(Reducer):
     # --------------------------------------------------------------------------------------------------- as released
     def official_picks(self, signals: Signals, scored: Scored) -> list[Tensor]:
         """Return the tokens each view of one image keeps in the release, in descending order of their scores."""
-        amount, members = self.budget.amount, scored.members[:-1]
+        amount, views = self.budget.amount, scored.members[:-1]
         patches = sum(rows * cols for rows, cols in signals.layout.grids)
         ratio = amount if isinstance(amount, float) else min(1.0, amount / patches)
-        count = self.counts([len(m) for m in members], scored.weight, ratio)
-        best = [m[torch.sort(scored.score[m], descending=True, stable=True).indices] for m in members]
-        return [m[:k] for m, k in zip(best, count, strict=True)]
+        count = self.counts([len(m) for m in views], scored.weight, ratio)
+        return [m[topk(scored.score[m][None], k)[0]] for m, k in zip(views, count, strict=True)]
 
     def official_order(self, signals: Signals, scored: Scored) -> tuple[Tensor, int]:
         """Return the sequence the release makes of one image, ``(K,)`` tokens with -1 for a newline; and the thumbnail's share."""
@@ -208,11 +207,11 @@ class GlobalCom2(Reducer):
             return Selection(topk_sorted(signals.cls_logits.detach(), min(signals.budget, n)))
         with torch.no_grad():
             scored = [self.image(signals, b) for b in range(batch)]
-            quota = torch.tensor([self.quota(s, min(signals.budget, n)) for s in scored], device=device)
+            quota = torch.tensor([self.quota(s, min(signals.budget, n)) for s in scored]).to(device, non_blocking=True)
             view = signals.of("view")
             group = torch.where(view < 0, layout.views, view)
             chosen = topk_per_group(torch.stack([s.score for s in scored]), group, quota)
-            index = torch.sort((~chosen).to(torch.int8), dim=1, stable=True).indices[:, : min(signals.budget, n)]
+            index, _ = compacted(chosen, min(signals.budget, n))
         return Selection(index, note="" if layout.thumbnail or layout.views == 1 else FLAT_NOTE)
 
 
@@ -263,7 +262,7 @@ def thumbnail_scores(signals: Signals, image: int, score: Tensor, tokens: Tensor
     rows, cols = signals.layout.grids[0]
     base = score.new_zeros(rows * cols)
     if len(tokens):
-        base.fill_(float(score[tokens].min()))
+        base += score[tokens].min()
         base[signals.of("row")[image, tokens] * cols + signals.of("col")[image, tokens]] = score[tokens]
     return base.view(rows, cols)
 
@@ -285,8 +284,3 @@ def _stack(parts: list[Selection]) -> Selection:
         torch.cat([p.owner for p in parts]),
         valid,
     )
-
-
-def _wide(t: Tensor) -> Tensor:
-    """At least float32."""
-    return t if t.dtype == torch.float64 else t.float()

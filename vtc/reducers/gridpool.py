@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import apportion, coarse_grid
+from vtc.kernels import apportion, coarse_grid, widened
 from vtc.registry import register
 
 
@@ -40,31 +40,41 @@ class GridPool(Reducer):
     def select(self, signals: Signals) -> Selection:
         """Average the tokens of each cell."""
         batch, n = signals.shape
-        device = signals.features.device
-        entries = signals.entries.cpu()
-        rows = entries[:1] if bool((entries == entries[:1]).all()) else entries  # usually all images hold the same slots
-        plans = [_plan(signals.layout, tuple(row.tolist()), signals.budget) for row in rows]
+        wide, device = widened(signals.features), signals.features.device
+        if signals.known is not None:
+            slots = [tuple(signals.known.tolist())] * batch
+        else:
+            slots = [tuple(row) for row in signals.entries.tolist()]  # the host plans
+        plans = [_moved(signals.layout, own, signals.budget, device, wide.dtype) for own in slots]
         count = [len(anchors) for anchors, _, _ in plans]
         most = max(count)
-        index, owner = torch.zeros(len(plans), most, dtype=torch.long), torch.zeros(len(plans), n, dtype=torch.long)
-        for i, (anchors, own, _) in enumerate(plans):
-            index[i, : count[i]], owner[i] = anchors, own
         valid = None
         if min(count) < most:
-            valid = (torch.arange(most) < torch.tensor(count)[:, None]).to(device)
-        wide = signals.features if signals.features.dtype == torch.float64 else signals.features.float()
-        weights = [weight.to(device, wide.dtype) for _, _, weight in plans]
-        pooled = [torch.sparse.mm(weights[min(b, len(weights) - 1)], x) for b, x in enumerate(wide)]
-        pooled = torch.stack([torch.cat([x, x.new_zeros(most - len(x), x.shape[1])]) for x in pooled])
+            valid = torch.arange(most, device=device) < torch.tensor(count).to(device, non_blocking=True)[:, None]
+        pad = torch.nn.functional.pad
+        pooled = [
+            pad(torch.sparse.mm(weight, x), (0, 0, 0, most - k)) for (*_, weight), x, k in zip(plans, wide, count, strict=True)
+        ]
         return Selection(
-            index.to(device).expand(batch, -1).contiguous(),
-            pooled.to(signals.features.dtype),
-            owner.to(device).expand(batch, -1),
+            torch.stack([pad(anchors, (0, most - len(anchors))) for anchors, _, _ in plans]),
+            torch.stack(pooled).to(signals.features.dtype),
+            torch.stack([owner for _, owner, _ in plans]),
             valid,
         )
 
 
 @functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # later calls may want gradients
+def _moved(
+    layout: Layout, slots: tuple[int, ...], budget: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`_plan` on a device, the weights in ``dtype``."""
+    anchors, owner, weight = _plan(layout, slots, budget)
+    return anchors.to(device), owner.to(device), weight.to(device, dtype)
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)
 def _plan(layout: Layout, slots: tuple[int, ...], budget: int) -> tuple[Tensor, Tensor, Tensor]:
     """Plan the pooling of one image; the plan of the last few geometries is remembered.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vtc.core import Facts, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import k_means, merge_scatter, seat_clusters, similarity_rows, ward
+from vtc.kernels import k_means, merge_scatter, seat_clusters, similarity_rows, ward, widened
 from vtc.registry import register
 from vtc.views import each_view
 
@@ -83,7 +83,7 @@ class HierPool(Reducer):
     def clusters(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Return the token every cluster sits in ``(K,)`` and each token's cluster ``(N,)``, of one view."""
         k, n, device = signals.budget, signals.shape[1], signals.features.device
-        wide = signals.features if signals.features.dtype == torch.float64 else signals.features.float()
+        wide = widened(signals.features)
         if self.method == "sequential":
             owner = torch.arange(n, device=device) * k // n
         elif self.method == "kmeans":

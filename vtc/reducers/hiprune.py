@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
+from vtc.kernels import compacted, topk, topk_mask
 from vtc.registry import register
 from vtc.signals import received_attn
 from vtc.views import each_view
@@ -105,43 +106,36 @@ class HiPrune(Reducer):
         return received_attn(self.object_index(24), "object_attn"), received_attn(-2, "deep_attn")
 
     def groups(self, signals: Signals) -> tuple[Tensor, Tensor, Tensor]:
-        """Return anchors, buffers and registers of one view of one image, each ``(n,)`` positions."""
-        k, n = signals.budget, signals.shape[1]
-        score, deep = signals.object_attn[0], signals.deep_attn[0]
-        ranked = torch.sort(score, descending=True, stable=True).indices
-        anchors = ranked[: round(k * self.alpha / 5)]
-        union = torch.zeros(n, dtype=torch.bool, device=score.device)
-        around = self.neighbours(signals, anchors)
-        union[around] = True
-        union[anchors] = False
-        buffers = ranked[union[ranked]][: k - len(anchors)]
-        union = torch.zeros_like(union)
-        union[anchors] = union[buffers] = True
+        """Mark anchors, buffers and registers of one view of one image, ``(1, N)`` bool each; no token twice."""
+        k, score, deep = signals.budget, signals.object_attn, signals.deep_attn
+        first = topk(score, round(k * self.alpha / 5))
+        anchors = torch.zeros_like(score, dtype=torch.bool).scatter(1, first, True)
+        around = self.around(signals, first[0]) & ~anchors
+        room = around.sum(1).clamp(max=k - first.shape[1])
+        buffers = topk_mask(score.masked_fill(~around, -torch.inf), room)
+        union = anchors | buffers
         rest = deep - union.to(deep.dtype) if self.official else deep.masked_fill(union, -torch.inf)
-        registers = torch.sort(rest, descending=True, stable=True).indices[: k - len(anchors) - len(buffers)]
-        return anchors, buffers, registers[~union[registers]]
+        return anchors, buffers, topk_mask(rest, k - union.sum(1)) & ~union
 
-    def neighbours(self, signals: Signals, anchors: Tensor) -> Tensor:
-        """Return the positions of the anchors' neighbours, with repetitions."""
+    def around(self, signals: Signals, anchors: Tensor) -> Tensor:
+        """Mark the neighbours ``(1, N)`` of the tokens ``anchors (n,)``."""
         layout = signals.layout
-        rows, cols = layout.grids[0]
+        (rows, cols), row, col = layout.grids[0], signals.of("row")[0], signals.of("col")[0]
+        if not self.official:  # one empty column and row around the picture, so that nothing is beyond an edge
+            cols, rows, row, col = cols + 2, rows + 2, row + 1, col + 1
+        number = row * cols + col
+        mine = number[anchors]
+        wanted = torch.cat([mine - 1, mine + 1, mine - cols, mine + cols])
         if self.official:  # numbers of patches, clamped, whatever row they are in
-            steps = torch.tensor([-1, 1, -cols, cols], device=anchors.device)
-            number = signals.of("row")[0] * cols + signals.of("col")[0]
-            wanted = (number[anchors][:, None] + steps).clamp(0, rows * cols - 1).flatten()
-        else:  # one empty column and row around the picture, so that nothing is beyond an edge
-            cols, rows = cols + 2, rows + 2
-            steps = torch.tensor([-1, 1, -cols, cols], device=anchors.device)
-            number = (signals.of("row")[0] + 1) * cols + signals.of("col")[0] + 1
-            wanted = (number[anchors][:, None] + steps).flatten()
-        where = torch.full((rows * cols,), -1, device=anchors.device)
-        where[number] = torch.arange(len(number), device=anchors.device)
-        found = where[wanted]
-        return found[found >= 0]
+            wanted = wanted.clamp(0, rows * cols - 1)
+        cells = torch.zeros(rows * cols, dtype=torch.bool, device=anchors.device).index_fill(0, wanted, True)
+        return cells[number][None]
 
     def choose(self, signals: Signals) -> Selection:
         """Keep the patches of one view."""
-        return Selection(torch.cat(self.groups(signals)).sort().values[None])
+        anchors, buffers, registers = self.groups(signals)
+        # as released: a token registered twice leaves one fewer
+        return Selection(compacted(anchors | buffers | registers, None if self.official else signals.budget)[0])
 
     def select(self, signals: Signals) -> Selection:
         """Keep the patches of every view."""

@@ -75,8 +75,10 @@ class PruMergePlus(AbsorbingReducer):
             at = (2 * torch.arange(count, device=left.device) + 1) * len(spaced) // max(1, 2 * count)
             spaced = spaced[at]
         chosen = torch.cat([top, spaced])
-        rest = complement(chosen, n)
-        return chosen, rest[len(chosen) - len(chosen.unique()) :]  # a patch kept twice costs the lowest of the others
+        if not self.official:
+            return chosen, complement(chosen, n)
+        once = chosen.unique()  # a patch kept twice costs the lowest of the others
+        return chosen, complement(once, n)[len(chosen) - len(once) :]
 
 
 def released_samples(n: int, count: int) -> Tensor:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from vtc.core import Facts, Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import topk_per_group, topk_sorted
+from vtc.kernels import compacted, topk_per_group, topk_sorted, widened
 from vtc.registry import register
 from vtc.signals import cls_attn, peak_text_attn
+from vtc.views import members, per_layout
 
 
 @register("ptp", paper="arXiv:2509.15704", presets={"r50": {"keep": 0.5}})
@@ -104,20 +105,17 @@ class PTP(Reducer):
 
     def weights(self, signals: Signals, image: int) -> list[float]:
         """Return the weight of every view of one image; views without candidates weigh nothing."""
-        layout, view = signals.layout, signals.of("view")[image]
+        layout, whole = signals.layout, members(signals)[image][:-1]
         salience = signals.cls_attn[image].double()
-        patch = signals.of("kind")[image] == Kind.PATCH
-        size = [int(((view == v) & patch).sum()) for v in range(layout.views)]
-        whole = [(view == v) & patch for v in range(layout.views)]
-        thumbnail = whole[0]
-        if self.region == "thumbnail" and layout.thumbnail and layout.views > 1 and float(salience[thumbnail].sum()) > 0:
-            area = covered_by(layout).to(view.device)[signals.entries[image, thumbnail]]
-            seen = salience[thumbnail]
-            mass = [float(seen.sum()), *(float(seen[area == v].sum()) for v in range(1, layout.views))]
-        else:
-            mass = [float(salience[w].mean()) if n else 0.0 for w, n in zip(whole, size, strict=True)]
-        total = sum(mass)
-        return [m / total for m in mass] if total > 0 else [float(n > 0) for n in size]
+        mass = [salience[w].mean() if len(w) else salience.new_zeros(()) for w in whole]
+        if self.region == "thumbnail" and layout.thumbnail and layout.views > 1:
+            (covered,) = _covered(layout, salience.device)
+            seen, area = salience[whole[0]], covered[signals.entries[image, whole[0]]]
+            mass = [seen.sum(), *(torch.where(area == v, seen, 0.0).sum() for v in range(1, layout.views)), *mass]
+        found = torch.stack(mass).tolist()  # the host shares the budget out
+        found = found[: layout.views] if found[0] > 0 else found[-layout.views :]
+        total = sum(found)
+        return [m / total for m in found] if total > 0 else [float(len(w) > 0) for w in whole]
 
     def select(self, signals: Signals) -> Selection:
         """Keep the best of every view."""
@@ -129,18 +127,18 @@ class PTP(Reducer):
             view = signals.of("view")
             group = torch.where(signals.of("kind") == Kind.PATCH, view, views)  # newlines come last
             quota = torch.zeros(batch, views + 1, dtype=torch.long)
-            for image in range(batch):
-                size = torch.bincount(group[image], minlength=views + 1).tolist()
-                patches = min(signals.budget, sum(size[:-1]))
-                shares = tile_budgets(patches, self.weights(signals, image), size[:-1])
+            for image, own in enumerate(members(signals)):
+                size = [len(m) for m in own[:-1]]
+                patches = min(signals.budget, sum(size))
+                shares = tile_budgets(patches, self.weights(signals, image), size)
                 quota[image] = torch.tensor([*shares, signals.budget - patches])
-            chosen = topk_per_group(self.score(signals), group, quota.to(group.device))
-            return Selection(chosen.nonzero()[:, 1].view(batch, -1))
+            chosen = topk_per_group(self.score(signals), group, quota.to(group.device, non_blocking=True))
+            return Selection(compacted(chosen, signals.budget)[0])
 
 
 def to_unit(values: Tensor, which: Tensor) -> Tensor:
     """Scale the values ``(B, N)`` of the tokens in ``which`` to 0..1 per image; all others, and constant values, become 0."""
-    wide = values if values.dtype == torch.float64 else values.float()
+    wide = widened(values)
     low = wide.masked_fill(~which, torch.inf).min(1, keepdim=True).values
     span = wide.masked_fill(~which, -torch.inf).max(1, keepdim=True).values - low
     scaled = (wide - low) / torch.where(span > 0, span, torch.ones_like(span))
@@ -162,6 +160,11 @@ def covered_by(layout: Layout) -> Tensor:
     at = (2 * layout.row[mine] + 1) * high // (2 * rows), (2 * layout.col[mine] + 1) * wide // (2 * cols)
     out[mine] = owner[at]
     return out
+
+
+@per_layout
+def _covered(layout: Layout) -> tuple[Tensor]:
+    return (covered_by(layout),)
 
 
 def tile_budgets(total: int, weight: Sequence[float], capacity: Sequence[int]) -> list[int]:

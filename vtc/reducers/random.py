@@ -43,4 +43,4 @@ class Random(Scorer):
             mark = signals.fingerprint[image] if signals.fingerprint else 0
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + mark) & 0x7FFFFFFFFFFFFFFF)
             rows.append(torch.rand(n, generator=generator))
-        return torch.stack(rows).to(signals.features.device)
+        return torch.stack(rows).to(signals.features.device, non_blocking=True)

@@ -11,7 +11,18 @@ from torch import Tensor
 
 from vtc.core import Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import along, connectivity, greedy_dpp, merge_scatter, pairwise_top1, shrinking_picks
+from vtc.kernels import (
+    connectivity,
+    greedy_dpp,
+    mean_cosine,
+    merge_scatter,
+    pairwise_top1,
+    shrinking_picks,
+    topk,
+    topk_mask,
+    topk_sorted,
+    widened,
+)
 from vtc.registry import register
 from vtc.views import each_view
 
@@ -112,26 +123,23 @@ class Script(Reducer):
         text : Tensor
             ``(M, E)`` text embeddings, not normalised.
         """
-        fit = _scaled((_wide(patches) @ _wide(text).T).mean(1))
-        best = torch.sort(fit, dim=1, descending=True, stable=True).indices
-        return best[:, : max(1, len(text) // 2)].sort(1).values
+        fit = _scaled((widened(patches) @ widened(text).T).mean(1))
+        return topk_sorted(fit, max(1, len(text) // 2))
 
     @classmethod
     def clip_dot(cls, patches: Tensor, text: Tensor) -> Tensor:
         """Return the mean dot product ``(B, N)`` of each patch with the chosen segments; see :meth:`chosen_text`."""
-        chosen = _wide(text)[cls.chosen_text(patches, text)]
-        return (_wide(patches) @ chosen.transpose(1, 2)).mean(-1)
+        chosen = widened(text)[cls.chosen_text(patches, text)]
+        return (widened(patches) @ chosen.transpose(1, 2)).mean(-1)
 
     def relevance(self, signals: Signals) -> tuple[Tensor, str]:
         """Return the relevances ``(B, N)``, scaled to 0..1, and what the statistics should say."""
         note = ""
         if "clip_dot" in signals.taps:
-            raw = -_wide(signals.clip_dot)
+            raw = -widened(signals.clip_dot)
         elif signals.text is not None:
             note = TEXT_NOTE
-            # text by text: padding to a common length would change the rounding with the batch
-            words = [_unit(t[m]).sum(0) / max(1, int(m.sum())) for t, m in zip(signals.text, signals.text_mask, strict=True)]
-            raw = torch.stack([along(f, w) for f, w in zip(signals.features, words, strict=True)])
+            raw = mean_cosine(signals.features, signals.text, signals.text_mask)
         else:
             note, raw = PLAIN_NOTE, torch.zeros(signals.shape, device=signals.features.device)
         if self.official:
@@ -157,14 +165,10 @@ class Script(Reducer):
         n = features.shape[1]
         wide = min(n, 2 * k)
         order = self.pick(features, relevance, wide)
-        plain = torch.sort(self.redundancy(features), dim=1, stable=True).indices[:, :wide]
-        out = []
-        for picks, unlike, weight in zip(order, plain, relevance, strict=True):
-            agreed = torch.isin(picks, unlike)
-            both = picks[agreed]
-            both = both[torch.sort(weight[both], descending=True, stable=True).indices]
-            out.append(torch.cat([both, picks[~agreed]])[:k])
-        return torch.stack(out)
+        unlike = topk_mask(-self.redundancy(features), torch.full_like(order[:, 0], wide))
+        # those both agree on by relevance, then the others as they were picked
+        rank = torch.where(unlike.gather(1, order), relevance.gather(1, order), -torch.inf)
+        return order.gather(1, topk(rank, k))
 
     def choose(self, signals: Signals) -> Selection:
         """Keep the tokens of one view."""
@@ -182,7 +186,7 @@ class Script(Reducer):
             _, owner = pairwise_top1(features, kept)
             places = torch.arange(index.shape[1], device=index.device).expand_as(index)
             owner = owner.scatter(1, index, places)
-        weight = _wide(features).new_ones(owner.shape).scatter(1, index, self.scaling)
+        weight = widened(features).new_ones(owner.shape).scatter(1, index, self.scaling)
         return merge_scatter(features, owner, index.shape[1], weight=weight), owner
 
     def select(self, signals: Signals) -> Selection:
@@ -198,15 +202,3 @@ def _scaled(raw: Tensor) -> Tensor:
     """Rows scaled to 0..1 as in the release, whose constant keeps equal entries finite."""
     low, high = raw.amin(1, keepdim=True), raw.amax(1, keepdim=True)
     return (raw - low) / (high - low + 1e-6)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """At least float32."""
-    return t if t.dtype == torch.float64 else t.float()
-
-
-def _unit(t: Tensor) -> Tensor:
-    """Rows of length one, at least float32; zero rows stay zero."""
-    wide = _wide(t)
-    norm = wide.norm(dim=-1, keepdim=True)
-    return wide / torch.where(norm > 0, norm, torch.ones_like(norm))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtc.core import EncoderReducer, EncoderState, Facts, Need, check_bounds
 from vtc.errors import UnknownArgumentError, UnsupportedFeatureError
-from vtc.kernels import topk_per_group
+from vtc.kernels import topk_mask
 from vtc.registry import register
 from vtc.signals import cls_attn
 
@@ -102,5 +102,4 @@ class SkipSpan(EncoderReducer):
     def step(self, state: EncoderState) -> tuple[dict[str, Tensor], Tensor | None]:
         """Rank the patches of every view."""
         score = state.taps["cls_attn"].masked_fill(~state.valid, -torch.inf)
-        alive = topk_per_group(score, torch.zeros_like(score, dtype=torch.long), state.target[:, None])
-        return {}, alive
+        return {}, topk_mask(score, state.target)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import attention_rows, dot, smallest, topk_sorted
+from vtc.kernels import attention_rows, compacted, dot, merge_scatter, smallest, topk, topk_sorted, widened
 from vtc.registry import register
 from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
@@ -29,10 +29,6 @@ MATRIX = 16384
 """Most tokens whose distances are all kept (1 GiB); with more of them they are made anew in each of three passes."""
 
 
-def _wide(t: Tensor) -> Tensor:
-    return t if t.dtype == torch.float64 else t.float()
-
-
 # --------------------------------------------------------------------------------------------------------------- scores
 def raters(tap: StateTap) -> Tensor:
     """Measure: ``(B, Q)`` bool, the question tokens whose share of the picture's attention is above average.
@@ -43,7 +39,7 @@ def raters(tap: StateTap) -> Tensor:
     out = torch.zeros_like(tap.valid)
     for row in range(len(out)):
         asked, seen = tap.question[row], tap.visual[row]
-        text, image = _wide(tap.hidden[row, asked]), _wide(tap.hidden[row, seen])
+        text, image = widened(tap.hidden[row, asked]), widened(tap.hidden[row, seen])
         total = sum((torch.softmax(part @ text.T, -1).sum(0) for part in image.split(4096)), text.new_zeros(len(text)))
         weight = total / max(1, len(image))
         chosen = weight > weight.mean()
@@ -56,7 +52,7 @@ def rope_prior(rope: tuple[Tensor, Tensor]) -> Tensor:
 
     ``prior(m, n) = 2 / sqrt(d) * sum_i cos((m - n) theta_i)``.
     """
-    cos, sin = (_wide(t) for t in rope)
+    cos, sin = (widened(t) for t in rope)
     sign = torch.ones(cos.shape[-1], dtype=cos.dtype, device=cos.device)
     sign[: cos.shape[-1] // 2] = -1
     return (cos + sign * sin) * cos.shape[-1] ** -0.25
@@ -96,9 +92,9 @@ class RaterAttention:
         """Gather the raters' rows only."""
         chosen = tap.given["raters"]
         count = chosen.sum(1)
-        index = torch.argsort((~chosen).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]
+        index, _ = compacted(chosen, None if tap.text is None else tap.text[1])  # no more than the question's tokens
         rows, mask = tap.rows(index)
-        weight = (torch.arange(index.shape[1], device=count.device) < count[:, None]).to(_wide(rows).dtype)
+        weight = (torch.arange(index.shape[1], device=count.device) < count[:, None]).to(widened(rows).dtype)
         attention = attention_rows(rows, tap.key, scaling=tap.scaling, mask=mask, reduce="none")
         if self.heads is None:
             return rate(attention, weight)
@@ -149,7 +145,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
     centres, owner : Tensor
         ``(clusters,)`` tokens in descending order of density times distance, and ``(n,)`` the cluster of every token.
     """
-    x = _wide(tokens)
+    x = widened(tokens)
     n, scale = len(x), x.shape[1] ** 0.5
 
     square = torch.cat([dot(part, part).diagonal() for part in x.split(64)])  # made like the products: copies are 0 apart
@@ -180,7 +176,7 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
         gap.append(d.masked_fill(density[None] <= density[lo : lo + block, None], torch.inf).amin(1))
     gaps = torch.cat(gap)
     gaps = torch.where(torch.isinf(gaps), widest, gaps)
-    centres = torch.sort(density * gaps, descending=True, stable=True).indices[:clusters]
+    centres = topk((density * gaps)[None], min(clusters, n))[0]
     owner = torch.cat([distances(lo)[:, centres].argmin(1) for lo in range(0, n, block)])  # ties: the earlier centre
     owner[centres] = torch.arange(clusters, device=owner.device)
     return centres, owner
@@ -188,10 +184,9 @@ def density_peaks(tokens: Tensor, clusters: int, noise: Tensor | None = None, *,
 
 def merge(tokens: Tensor, owner: Tensor, clusters: int) -> Tensor:
     """Return the mean of each cluster, ``(clusters, D)``, with the release's guard in the divisor."""
-    x = _wide(tokens)
-    count = x.new_zeros(clusters).index_add(0, owner, x.new_ones(len(x)))
-    total = x.new_zeros(clusters, x.shape[1]).index_add(0, owner, x)
-    return (total / (count[:, None] + 1e-6)).to(tokens.dtype)
+    x = widened(tokens)
+    total, count = (merge_scatter(t[None], owner[None], clusters, mean=False)[0] for t in (x, torch.ones_like(x[:, :1])))
+    return (total / (count + 1e-6)).to(tokens.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------- stages
@@ -270,11 +265,11 @@ class SparseVLMStage(Reducer):
             return None
         mark = signals.fingerprint[image] if signals.fingerprint else 0
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + mark + self.stage_index) & 0x7FFFFFFFFFFFFFFF)
-        return torch.rand(n, generator=generator).to(signals.features.device)
+        return torch.rand(n, generator=generator).to(signals.features.device, non_blocking=True)
 
     def select(self, signals: Signals) -> Selection:
         """Keep the best; merge a part of the others into tokens that follow them."""
-        score, total = _wide(signals.rater_attention), signals.budget
+        score, total = widened(signals.rater_attention), signals.budget
         n = signals.shape[1]
         if not self.merges or total >= n:
             with torch.no_grad():
@@ -289,9 +284,8 @@ class SparseVLMStage(Reducer):
         for image in range(len(score)):
             tokens = signals.features[image]
             with torch.no_grad():
-                order = torch.sort(score[image], descending=True, stable=True).indices
-                stay = order[:kept].sort().values
-                again = order[kept : kept + recycled]
+                order = topk(score[image : image + 1], min(kept + recycled, n))[0]
+                stay, again = order[:kept].sort().values, order[kept:]
                 centres, group = density_peaks(tokens[again], clusters, self.noise(signals, image, len(again)))
                 slots = torch.cat([stay, again[centres]])
                 if self.position_policy == "compact":  # merged tokens come last, as in the release

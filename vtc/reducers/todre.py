@@ -47,7 +47,7 @@ def random_pivot(signals: Signals, seed: int) -> Tensor:
         mark = signals.fingerprint[image] if signals.fingerprint else 0
         generator = torch.Generator().manual_seed((seed * 1_000_003 + mark) & 0x7FFFFFFFFFFFFFFF)
         picks.append(torch.randint(n, (1,), generator=generator))
-    return torch.cat(picks).to(signals.features.device)
+    return torch.cat(picks).to(signals.features.device, non_blocking=True)
 
 
 @dataclass(frozen=True, kw_only=True)

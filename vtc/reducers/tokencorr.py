@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import apportion, count_similar, merge_scatter, pairwise_top1
+from vtc.kernels import apportion, compacted, count_similar, merge_scatter, pairwise_top1
 from vtc.registry import register
 from vtc.signals import all_keys, cls_attn
-from vtc.views import NO_CLS
+from vtc.views import NO_CLS, members
 
 
 @register("tokencorr", paper="arXiv:2407.14439", presets={"paper": {"keep": 1.0}})
@@ -125,64 +125,77 @@ class TokenCorr(Reducer):
     def outstanding(self, attention: Tensor) -> Tensor:
         """Mark the outliers of the attention ``(n,)`` of one view."""
         values = attention.double()
-        low, high = torch.quantile(values, values.new_tensor([0.25, 0.75])).unbind()
+        low, high = values.quantile(0.25), values.quantile(0.75)
         return values > high + self.factor * (high - low)
 
-    def different(self, keys: Tensor) -> int:
-        """Return how many patches of one view with ``keys (n, d)`` are not redundant, at least one."""
+    def different(self, keys: Tensor) -> Tensor:
+        """Return how many patches of one view with ``keys (n, d)`` are not redundant, at least one, ``()``."""
         alike = count_similar(keys[None], self.alpha)[0]
-        return max(1, int((alike < self.beta * len(keys)).sum()))
+        return (alike < self.beta * len(keys)).sum().clamp(min=1)
 
-    def ranked(self, signals: Signals, image: int, view: int, tokens: Tensor) -> tuple[Tensor, int]:
-        """Return the ``tokens (n,)`` of one view, the most wanted first, and how many are wanted."""
+    def ranked(self, signals: Signals, image: int, view: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ``tokens (n,)`` of one view, the most wanted first, and how many are wanted, ``()``."""
         attention = signals.low_attn[image, tokens].double()
         if self.sampling == "random":
             mark = signals.fingerprint[image] if signals.fingerprint else 0
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + mark * 31 + view) & 0x7FFFFFFFFFFFFFFF)
             noise = -torch.log(torch.empty(len(tokens), dtype=torch.float64).exponential_(generator=generator))
-            attention = attention.log() + noise.to(attention.device)  # the highest of these: a draw without replacement
+            # the highest of these: a draw without replacement
+            attention = attention.log() + noise.to(attention.device, non_blocking=True)
         first = self.outstanding(signals.high_attn[image, tokens])
         order = torch.sort(attention, descending=True, stable=True).indices
-        wanted = first.index_fill(0, order[: self.different(signals.all_keys[image, tokens])], True)
-        late = signals.high_attn[image, tokens].double().masked_fill(~first, -torch.inf)
-        front = torch.sort(late, descending=True, stable=True).indices[: int(first.sum())]
-        return tokens[torch.cat([front, order[~first[order]]])], int(wanted.sum())
+        late = signals.high_attn[image, tokens].double()
+        # outliers first, by their attention, then the others by theirs
+        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=order.device))
+        front = torch.sort(torch.where(first, late, -torch.inf), descending=True, stable=True).indices
+        place = torch.empty_like(order).scatter(0, front, torch.arange(len(order), device=order.device))
+        turn = torch.where(first, place, len(order) + rank).argsort()
+        return tokens[turn], (first | (rank < self.different(signals.all_keys[image, tokens]))).sum()
 
     def select(self, signals: Signals) -> Selection:
         """Keep what every view wants, within the budget."""
         with torch.no_grad():
-            batch, _ = signals.shape
-            view, real = signals.of("view"), signals.of("slot") >= 0
+            found = [
+                [self.ranked(signals, image, v, m) if len(m) else (m, m.sum()) for v, m in enumerate(own[:-1])]
+                for image, own in enumerate(members(signals))
+            ]
+            counts = torch.stack(
+                [torch.stack([count for _, count in views]) for views in found]
+            ).tolist()  # the host shares out
             kept = []
-            for image in range(batch):
-                members = [((view[image] == v) & real[image]).nonzero()[:, 0] for v in range(signals.layout.views)]
-                views = [self.ranked(signals, image, v, m) if len(m) else (m, 0) for v, m in enumerate(members)]
-                wanted = [count for _, count in views]
-                if not self.adaptive:
-                    quota = apportion(signals.budget, wanted, [len(m) for m in members])
-                else:
-                    quota = apportion(signals.budget, wanted, wanted)
-                kept.append(torch.cat([order[:share] for (order, _), share in zip(views, quota, strict=True)]).sort().values)
-            count = torch.tensor([len(k) for k in kept], device=view.device)
-            longest = int(count.max())
-            index = torch.stack([torch.cat([k, k.new_zeros(longest - len(k))]) for k in kept])
-            valid = torch.arange(longest, device=view.device) < count[:, None]
+            for views, wanted in zip(found, counts, strict=True):
+                quota = apportion(signals.budget, wanted, wanted if self.adaptive else [len(order) for order, _ in views])
+                kept.append([(order[:share], order[share:]) for (order, _), share in zip(views, quota, strict=True)])
+            chosen = [torch.cat([stay for stay, _ in views]) for views in kept]
+            marked = torch.zeros(signals.shape, dtype=torch.bool, device=signals.entries.device)
+            for row, at in zip(marked, chosen, strict=True):
+                row.index_fill_(0, at, True)
+            count = [len(at) for at in chosen]
+            index, valid = compacted(marked, count[0] if len(set(count)) == 1 else None)
         note = "" if signals.cls is not None else NO_CLS
-        valid = None if bool(valid.all()) else valid
         if not self.merge:
-            return Selection(index, valid=valid, note=note)
+            return Selection(index, valid=valid, note=note, slotted=True)
         with torch.no_grad():
-            owner = torch.stack([self.owners(signals, b, tokens, view[b], real[b]) for b, tokens in enumerate(kept)])
-        return Selection(index, merge_scatter(signals.features, owner, longest), owner, valid, note)
+            place = torch.where(marked, marked.cumsum(1) - 1, -1)
+            owner = torch.stack([self.owners(signals.all_keys[b], place[b], views) for b, views in enumerate(kept)])
+        return Selection(index, merge_scatter(signals.features, owner, index.shape[1]), owner, valid, note, slotted=True)
 
-    def owners(self, signals: Signals, image: int, kept: Tensor, view: Tensor, real: Tensor) -> Tensor:
-        """Return ``(N,)`` the place in ``kept`` each token of an image is merged into, -1 where its view keeps none."""
-        owner = torch.full_like(view, -1)
-        owner[kept] = torch.arange(len(kept), device=kept.device)
-        for v in range(signals.layout.views):
-            left = ((view == v) & real & (owner < 0)).nonzero()[:, 0]
-            to = kept[view[kept] == v]
-            if len(left) and len(to):
-                keys = signals.all_keys[image]
-                owner[left] = owner[to][pairwise_top1(keys[None, left], keys[None, to])[1][0]]
+    @staticmethod
+    def owners(keys: Tensor, place: Tensor, views: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return ``(N,)`` the kept token each token of an image is merged into, -1 where its view keeps none.
+
+        Parameters
+        ----------
+        keys : Tensor
+            ``(N, d)``.
+        place : Tensor
+            ``(N,)`` number of every kept token, -1 for the others.
+        views : list of (Tensor, Tensor)
+            Tokens of every view that stay, and that leave.
+        """
+        owner = place.clone()
+        for stay, left in views:
+            if len(left) and len(stay):
+                stay = stay.sort().values  # the lowest among equals
+                owner[left] = place[stay[pairwise_top1(keys[None, left], keys[None, stay])[1][0]]]
         return owner

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import k_means, k_medoids, merge_scatter, seat_clusters
+from vtc.kernels import k_means, k_medoids, merge_scatter, seat_clusters, topk, widened
 from vtc.registry import register
 from vtc.signals import received_attn
 from vtc.views import each_view
@@ -143,14 +143,15 @@ class TokenPooling(Reducer):
             if self.wants_fingerprint:
                 mark = signals.fingerprint[0] if signals.fingerprint else 0
                 generator = torch.Generator().manual_seed((self.seed * 1_000_003 + mark) & 0x7FFFFFFFFFFFFFFF)
-                first = torch.randint(features.shape[1], (1,), generator=generator).to(features.device)
+                first = torch.randint(features.shape[1], (1,), generator=generator).to(features.device, non_blocking=True)
                 weight, start = None, third_party_start(features[0], first, k)[None]
             else:
                 significance = signals.received_attn
                 weight = significance if self.weighted else None
-                start = torch.sort(significance, dim=1, descending=True, stable=True).indices[:, :k]
+                start = topk(significance, k)
             if self.method == "kmedoids":
-                return Selection(self.medoids(features, weight, start)[0].unique()[None])
+                found = self.medoids(features, weight, start)[0]  # only the third-party code finds one twice
+                return Selection(found.unique()[None] if self.compat else found.sort(1).values)
             centres, owner = k_means(features, start, self.iterations, weight=weight)
             anchors, owner = seat_clusters(features[0], centres[0], owner[0])
             order = anchors.argsort()
@@ -171,7 +172,7 @@ def third_party_start(features: Tensor, first: Tensor, k: int) -> Tensor:
 
     Chosen tokens count as 0 away, so they come again only when nothing else is left.
     """
-    wide = features if features.dtype == torch.float64 else features.float()
+    wide = widened(features)
     picks = [first]
     far = torch.cdist(wide[first], wide)[0].index_fill(0, first, 0.0)
     for _ in range(k - 1):
@@ -185,7 +186,7 @@ def _third_party(
     features: Tensor, weight: Tensor | None, start: Tensor, iterations: int, block: int = 1024
 ) -> tuple[Tensor, Tensor]:
     """Medoids ``(K,)`` and clusters ``(N,)`` of one view by the rules of the third-party code."""
-    wide = features if features.dtype == torch.float64 else features.float()
+    wide = widened(features)
     cost = torch.cat([torch.cdist(part, wide).sum(1) for part in wide.split(block)])
     cost = cost if weight is None else cost * weight.to(cost.dtype)
     by_cost, medoids = torch.sort(cost, stable=True).indices, start

@@ -48,7 +48,7 @@ def match(key: Tensor, valid: Tensor, r: Tensor, *, has_cls: bool) -> tuple[Tens
 
     Tokens go to two sets in turn; each of the first finds its most similar of the second by cosine; the ``r`` most similar
     pairs are merged. What is left of the first set comes first (ascending with a class token, else by falling similarity),
-    then the second set. Padding has the owner -1.
+    then the second set. Padding has the owner -1. A view that merges nothing stays as it is.
 
     Parameters
     ----------
@@ -64,9 +64,10 @@ def match(key: Tensor, valid: Tensor, r: Tensor, *, has_cls: bool) -> tuple[Tens
     start = int(has_cls)  # the class token shifts the turns by one
     first, second = slice(start, None, 2), slice(1 - start, None, 2)
     a_valid, b_valid = valid[:, first], valid[:, second]
-    owner = torch.full_like(valid, -1, dtype=torch.long)
+    same = torch.where(valid, torch.arange(valid.shape[1], device=key.device), -1)
     if a_valid.shape[1] == 0 or b_valid.shape[1] == 0:
-        return torch.where(valid, torch.arange(valid.shape[1], device=key.device), -1), valid.sum(1)
+        return same, valid.sum(1)
+    owner = torch.full_like(same, -1)
     b = torch.where(b_valid[..., None], key[:, second], key[:, second][:, :1])  # padding repeats the first: it never wins
     value, best = pairwise_top1(key[:, first], b)
     best = torch.where(b_valid.gather(1, best), best, 0)
@@ -79,6 +80,7 @@ def match(key: Tensor, valid: Tensor, r: Tensor, *, has_cls: bool) -> tuple[Tens
     place = stays.cumsum(1) - 1 if has_cls else rank - r[:, None]
     owner[:, first] = torch.where(merged, unmerged + best, torch.where(stays, place, -1))
     owner[:, second] = torch.where(b_valid, unmerged + b_valid.cumsum(1) - 1, -1)
+    owner = torch.where(r[:, None] > 0, owner, same)  # as released, and whatever the other views of the call merge
     return owner, valid.sum(1) - merged.sum(1)
 
 
@@ -199,12 +201,13 @@ class ToMe(EncoderMerger):
 
     def merge(self, state: EncoderState) -> tuple[Tensor, Tensor] | None:
         """Match the tokens of each view."""
-        count = state.valid.sum(1)
         if self._rates:
-            wanted = [min(self._rates[state.layer], most(n)) for n in count.tolist()]
+            wanted = [min(self._rates[state.layer], most(n)) for n in state.counts]
         else:
             left = self._layers - state.layer
-            wanted = [next_step(n, t, left) for n, t in zip(count.tolist(), state.target.tolist(), strict=True)]
+            wanted = [next_step(n, t, left) for n, t in zip(state.counts, state.targets, strict=True)]
         if not any(wanted):
             return None
-        return match(state.taps["keys"], state.valid, torch.tensor(wanted, device=count.device), has_cls=self._cls)
+        r = torch.tensor(wanted)
+        owner, _ = match(state.taps["keys"], state.valid, r.to(state.valid.device, non_blocking=True), has_cls=self._cls)
+        return owner, torch.tensor(state.counts) - r  # on the host, which wants to know

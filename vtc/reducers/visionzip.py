@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vtc.core import Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, merge_scatter, pairwise_top1
+from vtc.kernels import apportion, compacted, merge_scatter, pairwise_top1, topk, widened
 from vtc.registry import register
 from vtc.signals import cls_attn, keys
+from vtc.views import NO_CLS, complement, entries_of_views, in_slot_order, per_layout
 
 
 @register(
@@ -117,7 +118,7 @@ class VisionZip(Reducer):
         """Zip every view that gets a share of the budget."""
         layout, cls = signals.layout, signals.cls
         room = int((layout.slot >= 0).sum())
-        members = [((layout.view == v) & ((layout.slot >= 0) | self.official)).nonzero()[:, 0] for v in range(layout.views)]
+        members = (with_padding if self.official else entries_of_views)(layout, signals.features.device)[: layout.views]
         head = int(cls is not None)
         capacity = [len(m) + head if len(m) else 0 for m in members]
         parts, merged = [], 0
@@ -125,7 +126,7 @@ class VisionZip(Reducer):
         for v, (dominant, contextual) in enumerate(split):
             if dominant == 0:  # fewer tokens than views
                 continue
-            at = members[v].to(signals.features.device)
+            at = members[v]
             part = zip_view(signals.features[:, at], signals.cls_attn[:, at], signals.keys[:, at], dominant - head, contextual)
             part.view, part.entries, part.first = v, at, merged
             part.head = signals.features[:, :0] if cls is None else cls[:, v : v + 1]
@@ -140,28 +141,30 @@ class VisionZip(Reducer):
         parts = self.views(signals)
         tokens, labels = in_order(parts, layout)
         count = tokens.shape[1]
-        # the tokens fill the first slots; entries of the view layout are not in slot order
-        room = (layout.slot >= 0).nonzero()[:, 0]
-        first = room[layout.slot[room].argsort()][:count]
+        first = in_slot_order(layout, device)[0][:count]  # the tokens fill the first slots
         turn = first.argsort()
-        place = torch.empty_like(turn)
-        place[turn] = torch.arange(count)
+        place = torch.empty_like(turn).scatter(0, turn, torch.arange(count, device=device))
         # where each patch went, by the labels of the tokens: a patch's entry, or n + its number for a contextual token
         total = n + sum(p.contextual.shape[1] for p in parts)
         where = torch.full((batch, total + 1), -1, device=device)  # the last column is for what has no label
-        where.scatter_(1, torch.where(labels >= 0, labels, total), place.to(device).expand(batch, -1))
+        where.scatter_(1, torch.where(labels >= 0, labels, total), place.expand(batch, -1))
         where[:, -1] = -1
         home = torch.full((batch, n), total, device=device)
         for part in parts:
             home[:, part.entries] = torch.where(part.owner >= 0, n + part.first + part.owner, part.entries)
         return Selection(
-            first[turn].to(device).expand(batch, -1).contiguous(),
-            tokens[:, turn.to(device)],
+            first[turn].expand(batch, -1).contiguous(),
+            tokens[:, turn],
             where.gather(1, home),
-            note=""
-            if signals.cls is not None
-            else "no class token in this tower: patches are scored by the attention they receive",
+            note="" if signals.cls is not None else NO_CLS,
+            slotted=True,
         )
+
+
+@per_layout
+def with_padding(layout: Layout) -> list[Tensor]:
+    """Return the ascending entries of every view, padding included, ``(n,)`` each."""
+    return [(layout.view == v).nonzero()[:, 0] for v in range(layout.views)]
 
 
 @dataclass(eq=False)
@@ -217,23 +220,21 @@ def zip_view(features: Tensor, score: Tensor, metric: Tensor, dominant: int, con
         return t[torch.arange(len(t), device=t.device)[:, None], index]  # copies whole rows, which gather does not
 
     with torch.no_grad():
-        ranked = torch.sort(score, dim=1, descending=True, stable=True).indices[:, :dominant]
+        ranked = topk(score, dominant)
         kept = ranked.sort(1).values
-        chosen = torch.zeros_like(score, dtype=torch.int8).scatter(1, ranked, 1)
-        rest = torch.sort(chosen, dim=1, stable=True).indices[:, : patches - dominant]
+        rest, _ = compacted(torch.ones_like(score, dtype=torch.bool).scatter(1, ranked, False), patches - dominant)
     owner = torch.full_like(score, -1, dtype=torch.long)
     if contextual == 0:
         return ZippedView(ranked, kept, take(features, kept), features.new_zeros(len(features), 0, width), owner)
     left = patches - dominant
     step = max(1, left // contextual)
     target = torch.arange(contextual, device=features.device) * step
-    other = torch.ones(left, dtype=torch.bool, device=features.device)
-    other[target] = False
     with torch.no_grad():
+        other = complement(target, left)
         targets, others = rest[:, target], rest[:, other]
         _, joined = pairwise_top1(take(metric, others), take(metric, targets))
         owner.scatter_(1, others, joined)
-    wide = features if features.dtype == torch.float64 else features.float()
+    wide = widened(features)
     made = take(wide, targets) + merge_scatter(wide, owner, contextual)
     owner.scatter_(1, targets, torch.arange(contextual, device=features.device).expand(len(features), -1))
     return ZippedView(ranked, kept, take(features, kept), made.to(features.dtype), owner)
@@ -262,8 +263,8 @@ def in_order(parts: list[ZippedView], layout: Layout) -> tuple[Tensor, Tensor]:
     pieces = [piece for p in whole for piece in (*heads([p]), *patches([p]), *merged([p]))]
     if crops:
         tokens, entries = (torch.cat(t, 1) for t in zip(*patches(crops), strict=True))
-        y, x = layout.y.to(entries.device)[entries], layout.x.to(entries.device)[entries]
-        raster = (y * (int(layout.x.max()) + 1) + x).argsort(1)
+        there = layout.on(entries.device)
+        raster = (there.y[entries] * (int(layout.x.max()) + 1) + there.x[entries]).argsort(1)
         pieces.append((tokens.gather(1, raster[..., None].expand_as(tokens)), entries.gather(1, raster)))
         pieces += heads(crops) + merged(crops)
     return torch.cat([t for t, _ in pieces], 1), torch.cat([label for _, label in pieces], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,4 +92,4 @@ class VisPruner(Reducer):
         """Keep the patches of every view."""
         with torch.no_grad():
             chosen = each_view(signals, self.choose, floor=self.official)
-        return chosen if signals.cls is not None else Selection(chosen.index, valid=chosen.valid, note=NO_CLS)
+        return chosen if signals.cls is not None else dataclasses.replace(chosen, note=NO_CLS)

@@ -4,18 +4,23 @@ A pick needs its cosines with all tokens. Taken one at a time they cost a pass o
 tokens in one product: the picks that are likely to come next. What is likely is found out by playing the next steps on the few
 tokens with the best scores. Every pick is the exact best of all tokens; the guess decides no more than whether its cosines are
 there already.
+
+Products are made where the features are, decisions on the host: a step takes a few operations on short vectors, which NumPy does
+in a fraction of the time that torch takes to start them, and a device is asked once per guess instead of once per step.
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from vtc.kernels.linear import Cosines, dot, lengths, own_images, widened
+from vtc.kernels.ref.linear import Cosines, own_images, unit_rows, widened
 
 _FEWEST, _MOST = 4, 64
 """Rows of cosines made at a time. One would be a matrix-vector product, which rounds equal tokens differently."""
@@ -29,39 +34,39 @@ class _Rule(abc.ABC):
 
     Attributes
     ----------
-    taken : Tensor
-        ``(N,)`` bool: chosen already.
+    closed : array
+        ``(N,)`` added to the scores: minus infinity for tokens chosen already, 0 for the others.
     """
 
-    taken: Tensor
+    closed: np.ndarray
 
     @abc.abstractmethod
-    def score(self) -> Tensor:
+    def score(self) -> np.ndarray:
         """Return ``(N,)``: the larger, the sooner chosen."""
 
-    def reduced(self, picks: Tensor, cosine: Tensor, at: Tensor | slice) -> Tensor:
+    def reduced(self, picks: np.ndarray, cosine: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
         """Turn cosines ``(M, n)`` of some tokens with those ``at`` into what :meth:`add` takes, row by row."""
         return cosine
 
-    def add(self, pick: int, row: Tensor) -> None:
+    def add(self, pick: int, row: np.ndarray) -> None:
         """Take note of a pick."""
-        self.taken[pick] = True
+        self.closed[pick] = -np.inf
 
-    def narrow(self, at: Tensor) -> _Rule:
+    def narrow(self, at: np.ndarray) -> _Rule:
         """Return the same of the tokens ``at`` alone, to play with."""
         return dataclasses.replace(self, **{f.name: getattr(self, f.name)[at] for f in dataclasses.fields(self)})
 
     def best(self) -> int:
         """Return the token to choose next, the lowest among equals."""
-        return int(self.score().masked_fill(self.taken, -torch.inf).argmax())
+        return int((self.score() + self.closed).argmax())
 
 
-def _run(rule: _Rule, cosines: Cosines, k: int, first: int | None = None) -> list[int]:
-    """Return ``k`` picks, in order."""
-    n, picks, place, served, ahead = len(cosines), [], {}, 0, _FEWEST
+def _run(rule: _Rule, cosines: Cosines, k: int, first: int | None = None) -> Tensor:
+    """Return ``(k,)`` picks, in order."""
+    n, picks, place, served, ahead, device = len(cosines), [], {}, 0, _FEWEST, cosines.tokens.device
     if cosines.cost <= _WHOLE:  # cheaper than guessing
-        of = torch.arange(n, device=rule.taken.device)
-        rows, place = rule.reduced(of, cosines.rows(of), slice(None)), {i: i for i in range(n)}
+        of = np.arange(n)
+        rows, place = rule.reduced(of, _on_host(cosines.among, of, device), slice(None)), {i: i for i in range(n)}
     for step in range(k):
         pick = first if step == 0 and first is not None else rule.best()
         if pick not in place:
@@ -70,22 +75,28 @@ def _run(rule: _Rule, cosines: Cosines, k: int, first: int | None = None) -> lis
             else:
                 ahead = min(max(_FEWEST, 2 * served), _MOST, max(_FEWEST, k - step))
                 guess = _ahead(rule, cosines, pick, ahead)
-            of = torch.tensor(guess, device=rule.taken.device)
-            rows = rule.reduced(of, cosines.rows(of), slice(None))
+            of = np.array(guess)
+            rows = rule.reduced(of, _on_host(cosines.rows, of, device), slice(None))
             place, served = {token: i for i, token in enumerate(guess)}, 0
         rule.add(pick, rows[place[pick]])
         picks.append(pick)
         served += 1
-    return picks
+    return torch.tensor(picks, device=device)
+
+
+def _on_host(made: Callable[[Tensor], Tensor], of: np.ndarray, device: torch.device) -> np.ndarray:
+    """Return what is ``made`` of some tokens on the device."""
+    return made(torch.from_numpy(of).to(device, non_blocking=True)).cpu().numpy()
 
 
 def _ahead(rule: _Rule, cosines: Cosines, pick: int, count: int) -> list[int]:
     """Return ``pick`` and the ``count - 1`` tokens that would follow if there were only those with the best scores."""
-    score = rule.score().masked_fill(rule.taken, -torch.inf)
-    pool = score.topk(min(4 * count, len(score))).indices
-    pool = torch.cat([pool.new_tensor([pick]), pool[pool != pick]])
-    small, cosine = rule.narrow(pool), cosines.among(pool)
-    rows = rule.reduced(pool, cosine, pool)
+    score = rule.score() + rule.closed
+    many = min(3 * count, len(score))
+    pool = np.sort(np.argpartition(score, -many)[-many:])
+    pool = np.concatenate([[pick], pool[pool != pick]])
+    small = rule.narrow(pool)
+    rows = rule.reduced(pool, _on_host(cosines.among, pool, cosines.tokens.device), pool)
     chosen = [0]
     for _ in range(min(count, len(pool)) - 1):
         small.add(chosen[-1], rows[chosen[-1]])
@@ -97,30 +108,30 @@ def _ahead(rule: _Rule, cosines: Cosines, pick: int, count: int) -> list[int]:
 class _Farthest(_Rule):
     """Weight times distance to the nearest chosen token."""
 
-    near: Tensor
-    weight: Tensor
+    near: np.ndarray
+    weight: np.ndarray
 
-    def score(self) -> Tensor:
+    def score(self) -> np.ndarray:
         return self.weight * self.near
 
-    def reduced(self, picks: Tensor, cosine: Tensor, at: Tensor | slice) -> Tensor:
-        return 1 - cosine
+    def reduced(self, picks: np.ndarray, cosine: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
+        return np.subtract(1, cosine, out=cosine)
 
-    def add(self, pick: int, row: Tensor) -> None:
+    def add(self, pick: int, row: np.ndarray) -> None:
         super().add(pick, row)
-        torch.minimum(self.near, row, out=self.near)
+        np.minimum(self.near, row, out=self.near)
 
 
 @dataclass
 class _LeastSum(_Rule):
     """Smallest sum of cosines with the chosen tokens."""
 
-    total: Tensor
+    total: np.ndarray
 
-    def score(self) -> Tensor:
+    def score(self) -> np.ndarray:
         return -self.total
 
-    def add(self, pick: int, row: Tensor) -> None:
+    def add(self, pick: int, row: np.ndarray) -> None:
         super().add(pick, row)
         self.total += row
 
@@ -131,44 +142,47 @@ class _Determinant(_Rule):
     Rows of the Cholesky factor are appended pick by pick; ``base`` of them are in the rows that :meth:`add` gets already.
     """
 
-    def __init__(self, weight: Tensor, whole: Tensor, k: int) -> None:
-        super().__init__(torch.zeros_like(weight, dtype=torch.bool))
-        self.weight, self.gain = weight, whole.clone()
-        self.least = 8 * torch.finfo(whole.dtype).eps * whole  # rounding of a gain that is really zero
-        self.factor = weight.new_empty(k, len(weight))
+    def __init__(self, weight: np.ndarray, whole: np.ndarray, k: int) -> None:
+        super().__init__(np.zeros_like(weight))
+        self.weight, self.gain = weight, whole.copy()
+        self.least = 8 * np.finfo(whole.dtype).eps * whole  # rounding of a gain that is really zero
+        self.factor = np.empty((k, len(weight)), weight.dtype)
         self.base = self.count = 0
 
-    def score(self) -> Tensor:
+    def score(self) -> np.ndarray:
         return self.gain
 
     def best(self) -> int:
         pick = super().best()
         if self.gain[pick] > self.least[pick]:
             return pick
-        return int(self.weight.masked_fill(self.taken, -torch.inf).argmax())
+        return int((self.weight + self.closed).argmax())
 
-    def reduced(self, picks: Tensor, cosine: Tensor, at: Tensor | slice) -> Tensor:
-        rows = cosine.mul_(self.weight[at]).mul_(self.weight[picks][:, None])
+    def reduced(self, picks: np.ndarray, cosine: np.ndarray, at: np.ndarray | slice) -> np.ndarray:
+        cosine *= self.weight[at]
+        cosine *= self.weight[picks][:, None]
         if self.count:
             known = self.factor[: self.count]
-            rows.addmm_(known[:, picks].T, known[:, at], alpha=-1)
+            torch.from_numpy(cosine).addmm_(torch.from_numpy(known[:, picks]).T, torch.from_numpy(known[:, at]), alpha=-1)
         if isinstance(at, slice):
             self.base = self.count
-        return rows
+        return cosine
 
-    def add(self, pick: int, row: Tensor) -> None:
+    def add(self, pick: int, row: np.ndarray) -> None:
         super().add(pick, row)
         if self.gain[pick] > self.least[pick]:
-            since = self.factor[self.base : self.count]
             new = self.factor[self.count]
-            torch.sub(row, since[:, pick] @ since, out=new)
-            new /= self.gain[pick].sqrt()
-            self.gain -= new.square()
+            new[:] = row
+            if self.base < self.count:
+                since = torch.from_numpy(self.factor[self.base : self.count])
+                new -= (since[:, pick] @ since).numpy()
+            new /= np.sqrt(self.gain[pick])
+            self.gain -= new * new
             self.count += 1
 
-    def narrow(self, at: Tensor) -> _Determinant:
+    def narrow(self, at: np.ndarray) -> _Determinant:
         small = _Determinant(self.weight[at], self.gain[at], min(len(at), _MOST))
-        small.taken, small.least = self.taken[at], self.least[at]
+        small.closed, small.least = self.closed[at], self.least[at]
         return small
 
 
@@ -193,11 +207,10 @@ def farthest_point(features: Tensor, k: int, first: Tensor) -> Tensor:
         ``(B, k)`` int64 in pick order.
     """
     out = []
-    for x, start in zip(own_images(widened(features)), first.tolist(), strict=True):
-        one = x.new_ones(len(x))
-        rule = _Farthest(torch.zeros_like(one, dtype=torch.bool), one * torch.inf, one)
-        out.append(_run(rule, Cosines(x), k, start))
-    return torch.tensor(out, device=features.device)
+    for x, start in zip(own_images(widened(features.detach())), first.tolist(), strict=True):
+        one = np.ones(len(x), np.float64 if x.dtype == torch.float64 else np.float32)
+        out.append(_run(_Farthest(0 * one, np.inf * one, one), Cosines(x), k, start))
+    return torch.stack(out)
 
 
 def farthest_point_weighted(features: Tensor, weight: Tensor, k: int) -> Tensor:
@@ -220,11 +233,11 @@ def farthest_point_weighted(features: Tensor, weight: Tensor, k: int) -> Tensor:
         ``(B, k)`` int64 in pick order.
     """
     out = []
-    for x, w in zip(own_images(widened(features)), widened(weight), strict=True):
-        far = torch.full_like(w, torch.inf)
-        rule = _Farthest(torch.zeros_like(w, dtype=torch.bool), far, w)
-        out.append(_run(rule, Cosines(x), k, int(w.argmax())))
-    return torch.tensor(out, device=features.device)
+    for x, w in zip(own_images(widened(features.detach())), widened(weight.detach()), strict=True):
+        heavy = w.cpu().numpy()
+        rule = _Farthest(np.zeros_like(heavy), np.full_like(heavy, np.inf), heavy)
+        out.append(_run(rule, Cosines(x), k, int(heavy.argmax())))
+    return torch.stack(out)
 
 
 def max_sum(features: Tensor, k: int, first: Tensor) -> Tensor:
@@ -233,10 +246,10 @@ def max_sum(features: Tensor, k: int, first: Tensor) -> Tensor:
     Arguments and result as in :func:`farthest_point`.
     """
     out = []
-    for x, start in zip(own_images(widened(features)), first.tolist(), strict=True):
-        zero = x.new_zeros(len(x))
-        out.append(_run(_LeastSum(torch.zeros_like(zero, dtype=torch.bool), zero), Cosines(x), k, start))
-    return torch.tensor(out, device=features.device)
+    for x, start in zip(own_images(widened(features.detach())), first.tolist(), strict=True):
+        zero = np.zeros(len(x), np.float64 if x.dtype == torch.float64 else np.float32)
+        out.append(_run(_LeastSum(zero, zero.copy()), Cosines(x), k, start))
+    return torch.stack(out)
 
 
 def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = True) -> Tensor:
@@ -261,15 +274,16 @@ def greedy_dpp(features: Tensor, relevance: Tensor, k: int, *, guard: bool = Tru
     Tensor
         ``(B, k)`` int64 in pick order.
     """
-    pairs = zip(own_images(widened(features)), own_images(widened(relevance).to(widened(features).dtype)), strict=True)
+    wide = widened(features.detach())
+    pairs = zip(own_images(wide), own_images(widened(relevance.detach()).to(wide.dtype)), strict=True)
     if not guard:
         return torch.stack([_bare_dpp(x, w, k) for x, w in pairs])
     out = []
     for x, w in pairs:
         cosines = Cosines(x)
         whole = w.square() * (x.square().sum(1) * cosines.scale.square())
-        out.append(_run(_Determinant(w, whole, k), cosines, k))
-    return torch.tensor(out, device=features.device)
+        out.append(_run(_Determinant(w.cpu().numpy(), whole.cpu().numpy(), k), cosines, k))
+    return torch.stack(out)
 
 
 def _bare_dpp(unit: Tensor, weight: Tensor, k: int) -> Tensor:
@@ -286,43 +300,34 @@ def _bare_dpp(unit: Tensor, weight: Tensor, k: int) -> Tensor:
     return torch.stack(picks)
 
 
-def most_isolated(features: Tensor, *, block: int = 64) -> Tensor:
-    """Return ``(B,)``: the token whose nearest other token (``1 - cos``) is farthest, the lowest among equals.
+def shrinking_picks(features: Tensor, relevance: Tensor, k: int) -> Tensor:
+    """Greedy choice by a gain that every pick shrinks by the squared kernel entry over its own gain, O(N D) memory.
 
-    Every row of cosines bounds all other tokens' nearest distance from above, and tokens that cannot win any more are never
-    compared with all others. At worst somewhat more than half of the cosines are computed.
+    The kernel is ``r_i cos_ij r_j``, and gains start as its diagonal. Unlike in :func:`greedy_dpp` a pick is not made orthogonal
+    to earlier ones. A pick whose gain is not positive shrinks nothing.
 
     Parameters
     ----------
-    features : Tensor
-        ``(B, N, D)``.
-    block : int
-        Tokens compared with the others at a time.
+    features, relevance, k
+        As in :func:`greedy_dpp`.
+
+    Returns
+    -------
+    Tensor
+        ``(B, k)`` int64 in pick order, no token twice.
     """
-    return torch.tensor([_most_isolated(x, block) for x in own_images(widened(features))], device=features.device)
-
-
-def _most_isolated(x: Tensor, block: int) -> int:
-    scale = 1 / lengths(x)
-    token = torch.arange(len(x), device=x.device)  # whose rows x has: those not compared with all others yet, and some that are
-    done = torch.zeros_like(token, dtype=torch.bool)
-    near = x.new_full((len(x),), -torch.inf)  # largest cosine found so far
-    farthest, winner = -torch.inf, len(x)
-    some = token[:: -(-len(x) // block)]
-    while len(some):
-        cosine = dot(x, x[some]).mul_(scale[some]).mul_(scale[:, None])
-        cosine[some, torch.arange(len(some), device=x.device)] = -torch.inf
-        cosine[done] = -torch.inf  # counted when these were compared
-        distance = 1 - torch.maximum(near[some], cosine.amax(0))
-        best = float(distance.max())
-        which = int(token[some[distance == best]].min())
-        if best > farthest or (best == farthest and which < winner):
-            farthest, winner = best, which
-        torch.maximum(near, cosine.amax(1), out=near)
-        done[some] = True
-        if int(done.sum()) * 3 > len(done):  # their columns are no longer needed
-            left = ~done
-            x, scale, token, near, done = x[left], scale[left], token[left], near[left], done[left]
-        open_ = (~done & (1 - near >= farthest)).nonzero()[:, 0]
-        some = open_[near[open_].topk(min(block, len(open_)), largest=False).indices]
-    return winner
+    out = []
+    unit = unit_rows(features)
+    for u, w in zip(own_images(unit), own_images(widened(relevance).to(unit.dtype)), strict=True):
+        gain, picks = w * u.square().sum(1) * w, []
+        taken = torch.zeros(len(u), dtype=torch.bool, device=u.device)
+        for _ in range(k):
+            pick = gain.masked_fill(taken, -torch.inf).argmax()[None]
+            own = gain.index_select(0, pick)
+            row = w * w.index_select(0, pick) * (u @ u.index_select(0, pick)[0])
+            loss = (row / (own.clamp(min=0).sqrt() + 1e-6)).square()
+            gain = gain - torch.where(own > 0, loss, torch.zeros_like(loss))
+            taken = taken.index_fill(0, pick, True)
+            picks.append(pick)
+        out.append(torch.cat(picks))
+    return torch.stack(out)

@@ -26,12 +26,12 @@ def lengths(t: Tensor) -> Tensor:
 
 
 def own_images(t: Tensor) -> list[Tensor]:
-    """The entries of a batch, each in memory of its own.
+    """The entries of a batch, each in memory of its own, without gaps.
 
     Products are made image by image: how they round depends on the batch size and on where in memory an operand starts, and equal
     similarities (repeated tokens) must be broken in the same way in any batch.
     """
-    return [t[0]] if len(t) == 1 else [i.clone() for i in t]
+    return [t[0].contiguous()] if len(t) == 1 else [i.clone(memory_format=torch.contiguous_format) for i in t]
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -47,6 +47,20 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     ):  # Inductor wants constant weights there
         return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
     return a @ b.T
+
+
+def gram(rows: Tensor, block: int = 64) -> Tensor:
+    """``rows (n, D)`` times themselves transposed, ``(n, n)``: half of it is made, the rest is a reflection."""
+    n = len(rows)
+    if n <= 2 * block or rows.shape[1] < 4 * block:  # copying would cost more than it saves
+        return dot(rows, rows)
+    whole = rows.new_empty(n, n)
+    for lo in range(0, n, block):
+        hi = min(lo + block, n)
+        part = dot(rows[lo:], rows[lo:hi])
+        whole[lo:, lo:hi] = part
+        whole[lo:hi, hi:] = part[hi - lo :].T
+    return whole
 
 
 def along(tokens: Tensor, vector: Tensor) -> Tensor:
@@ -79,9 +93,9 @@ class Cosines:
 
     def rows(self, of: Tensor) -> Tensor:
         """Return ``(M, N)``: cosines of the tokens ``of (M,)`` with all tokens."""
-        return dot(self.tokens, self.tokens[of]).mul_(self.scale[of]).mul_(self.scale[:, None]).T.contiguous()
+        return dot(self.tokens[of], self.tokens).mul_(self.scale[of, None]).mul_(self.scale)
 
     def among(self, of: Tensor) -> Tensor:
         """Return ``(M, M)``: cosines of the tokens ``of (M,)`` with each other."""
         some, scale = self.tokens[of], self.scale[of]
-        return dot(some, some).mul_(scale).mul_(scale[:, None])
+        return gram(some).mul_(scale[:, None]).mul_(scale)
