@@ -38,14 +38,15 @@ def test_two_cuts_in_a_row(case):
     """Against a list comprehension per row: rows, padding, inverse, positions and the gather from one segment to the next."""
     first, second, real, compact_one, compact_two = case
     batch, q = real.shape
-    one, _ = cut(first, real, None, compact_one)
-    two, relative = cut(second, real, one, compact_two)
+    one, _ = cut(first, (first & real).sum(1).tolist(), real, None, compact_one)
+    two, relative = cut(second, (second & real).sum(1).tolist(), real, one, compact_two)
     at = [[c for c in range(q) if (second & real)[b, c]] for b in range(batch)]
     p = max(map(len, at))
     assert two.rows.shape == (batch, p)
     assert (two.valid is None) == all(len(a) == p for a in at)
     tokens = torch.arange(q).expand(batch, q)
-    assert torch.equal(take(take(tokens, one.rows, 1), relative, 1), two.rows)
+    held = torch.ones_like(two.rows, dtype=torch.bool) if two.valid is None else two.valid
+    assert torch.equal(take(take(tokens, one.rows, 1), relative, 1)[held], two.rows[held])
     for b, mine in enumerate(at):
         n = len(mine)
         assert two.rows[b, p - n :].tolist() == mine  # right-aligned, in order
@@ -64,7 +65,7 @@ def test_two_cuts_in_a_row(case):
 
 def test_a_cut_that_leaves_nothing():
     with pytest.raises(UnsupportedFeatureError, match="prefill_chunk_size"):
-        cut(torch.zeros(1, 4, dtype=torch.bool), torch.ones(1, 4, dtype=torch.bool), None, False)
+        cut(torch.zeros(1, 4, dtype=torch.bool), [0], torch.ones(1, 4, dtype=torch.bool), None, False)
 
 
 # ------------------------------------------------------------------------------------------------------------------- mask
@@ -75,7 +76,7 @@ def test_remap_mask(form, padded):
     q, seen = 7, 4
     real = torch.ones(2, q, dtype=torch.bool)
     keep = torch.tensor([[1, 1, 0, 1, 0, 1, 1], [1, 0, 0, 1, 1, 1, 1] if not padded else [1, 0, 0, 0, 0, 1, 1]]).bool()
-    seg, _ = cut(keep, real, None, False)
+    seg, _ = cut(keep, keep.sum(1).tolist(), real, None, False)
     past = torch.tensor([[0, 2, 3], [0, 1, 3]])  # keys of an earlier, reduced forward
     cols = torch.cat([past, seg.rows + seen], 1)
     valid = None if seg.valid is None else torch.cat([torch.ones_like(past, dtype=torch.bool), seg.valid], 1)
@@ -123,7 +124,7 @@ def test_remap_mask(form, padded):
 
 def test_remap_mask_makes_an_additive_mask_for_eager():
     keep = torch.tensor([[1, 0, 1, 1], [1, 0, 0, 1]]).bool()
-    seg, _ = cut(keep, torch.ones(2, 4, dtype=torch.bool), None, False)
+    seg, _ = cut(keep, keep.sum(1).tolist(), torch.ones(2, 4, dtype=torch.bool), None, False)
     got = remap_mask(
         None, seg, seg.rows, seg.valid, total=4, q=4, implementation="eager", dtype=torch.float32, device=torch.device("cpu")
     )
@@ -145,7 +146,7 @@ def filled(batch=2, held=3):
     cache = DynamicCache()
     rows = torch.randn(batch, 2, held, 4)
     keep = torch.tensor([[1, 0, 1, 0, 1], [1, 1, 0, 0, 1]]).bool()[:batch]
-    seg, _ = cut(keep, torch.ones(batch, 5, dtype=torch.bool), None, True)
+    seg, _ = cut(keep, keep.sum(1).tolist(), torch.ones(batch, 5, dtype=torch.bool), None, True)
     layer = pruned_layer(cache, 0)
     layer.begin(seg, 5)
     layer.update(rows, rows.clone())
@@ -178,7 +179,7 @@ def test_cache_layer_rows():
 def test_cache_layer_second_reduction_and_reset():
     cache, layer, first = filled()
     keep = torch.tensor([[1, 0, 1], [0, 0, 1]]).bool()
-    seg, _ = cut(keep, torch.ones(2, 3, dtype=torch.bool), None, True)
+    seg, _ = cut(keep, keep.sum(1).tolist(), torch.ones(2, 3, dtype=torch.bool), None, True)
     layer.begin(seg, 3)
     layer.update(*[torch.randn(2, 2, 2, 4)] * 2)
     assert layer.get_seq_length() == 8 and layer.stored() == 5

@@ -654,6 +654,26 @@ def test_gradients_through_merged_features(kind):
         assert ((gradient - want) * direction).abs().max() < TOLERANCE
 
 
+@pytest.mark.parametrize("name", ["fastervlm", "fastv"])
+def test_layers_compiled_one_by_one(name):
+    """Every decoder layer becomes one graph without a break, and a second prompt of that length needs no other: for serving."""
+    model = build("llava", dtype=torch.float32)
+    inputs, others = make_inputs("llava", model), make_inputs("llava", model, seed=1)
+    torch._dynamo.reset()
+    with torch.no_grad(), vtc.patch(model, name, keep=6):
+        want = [model(**x).logits for x in (inputs, others)]
+        torch._dynamo.utils.counters.clear()
+        layers = model.model.language_model.layers
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, backend="aot_eager", dynamic=False)
+        got = [model(**x).logits for x in (inputs, others)]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == len(layers)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
+
+
 def test_compiled_forward_and_patching_after_compiling():
     """A compiled patched forward is right, and a graph compiled before patching is not run unreduced behind the user's back."""
     model = build("llava", text=dict(num_hidden_layers=2), vision=dict(num_hidden_layers=2))

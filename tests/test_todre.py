@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from models import DECODER_LAYERS, build, image_features, image_spans, make_inputs, shared, visual_of
+from plain import signals
 from reference import Plan, hidden_reference, set_attention, slot_sources, text_of
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
@@ -27,16 +28,7 @@ EXAMPLE = torch.tensor([[1, 0], [0.9, 0.3], [0.2, 1], [-0.6, 0.8], [-1, -0.1], [
 
 
 def signals_of(features: Tensor, budget: int, layout: Layout | None = None, **taps: Tensor) -> Signals:
-    batch, n = features.shape[:2]
-    return Signals(
-        features=features,
-        layout=layout or Layout.flat(n),
-        entries=torch.arange(n).expand(batch, n),
-        budget=budget,
-        slots=n,
-        taps=taps,
-        fingerprint=tuple(range(100, 100 + batch)),
-    )
+    return signals(features, budget, layout, marks=tuple(range(100, 100 + len(features))), **taps)
 
 
 # ------------------------------------------------------------------------------------------------------------- diversity

@@ -123,7 +123,10 @@ class Kind(enum.IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Geometry of one image's visual entries, in the order the model lists them. All tensors are ``(N,)``, int64, on the CPU.
+    """Geometry of one image's visual entries, in the order the model lists them. All tensors are ``(N,)``, int64.
+
+    Adapters make layouts on the CPU; :meth:`on` gives copies on other devices, made once: moving a tensor to a GPU makes the host
+    wait for all the GPU has to do.
 
     Adapters return the *same object* for images of the same geometry: the engine batches images whose layouts are identical.
 
@@ -166,6 +169,40 @@ class Layout:
         """Return the number of entries."""
         return self.kind.shape[0]
 
+    @functools.cached_property
+    def _copies(self) -> dict[torch.device, Layout]:
+        return {self.kind.device: self}
+
+    @torch.inference_mode(False)  # what is kept may serve a later call that wants gradients
+    def on(self, device: torch.device) -> Layout:
+        """Return this layout with its tensors on ``device``, the same object every time."""
+        if device not in self._copies:
+            names = ("kind", "view", "row", "col", "y", "x", "slot")
+            tensors = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+            made = dataclasses.replace(self, **tensors)
+            # found here, not there: what the host reads from a GPU it waits for
+            made.__dict__.update({k: getattr(self, k).to(device, non_blocking=True) for k in ("patches", "newlines")})
+            self._copies[device] = made
+        return self._copies[device]
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def patches(self) -> Tensor:
+        """Ascending ``(n,)`` entries that are patches with a slot."""
+        return self.is_patch.nonzero()[:, 0]
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def every(self) -> Tensor:
+        """All entries, ``(N,)``."""
+        return torch.arange(len(self))
+
+    @functools.cached_property
+    @torch.inference_mode(False)
+    def newlines(self) -> Tensor:
+        """Ascending ``(n,)`` entries that are newlines."""
+        return (self.kind == Kind.NEWLINE).nonzero()[:, 0]
+
     @property
     def views(self) -> int:
         """Number of views of the image."""
@@ -174,7 +211,7 @@ class Layout:
     @functools.cached_property
     def has_newlines(self) -> bool:
         """Whether the image has newline tokens."""
-        return bool((self.kind == Kind.NEWLINE).any())
+        return len(self.newlines) > 0
 
     @property
     def is_patch(self) -> Tensor:
@@ -223,6 +260,8 @@ class Signals:
         ``(B, T, D)`` embeddings of the prompt's text tokens and their validity, where the reducer asked for them.
     fingerprint : tuple of int
         One integer per image, an exact function of its pixels: seeds for reproducible per-image randomness.
+    listed : Tensor or None
+        ``(N,)`` on the CPU: the entries of every image, where the engine knows them (read :attr:`known`).
     """
 
     features: Tensor
@@ -235,6 +274,15 @@ class Signals:
     text: Tensor | None = None
     text_mask: Tensor | None = None
     fingerprint: tuple[int, ...] = ()
+    listed: Tensor | None = None
+
+    @property
+    def known(self) -> Tensor | None:
+        """``(N,)`` on the CPU: the entries of every image. ``None``: only the device knows them, the host would have to wait."""
+        n = self.entries.shape[1]
+        if n == len(self.layout):
+            return self.layout.every
+        return self.listed if self.listed is not None and len(self.listed) == n else None
 
     def __getattr__(self, name: str) -> Tensor:
         """Give tapped signals as attributes (``signals.cls_attn``); an absent one raises with its name."""
@@ -250,17 +298,53 @@ class Signals:
 
     def of(self, attribute: str) -> Tensor:
         """Return a layout attribute (``"row"``, ``"view"`` ...) of every token, ``(B, N)`` on the features' device."""
-        return getattr(self.layout, attribute).to(self.entries.device)[self.entries]
+        return getattr(self.layout.on(self.entries.device), attribute)[self.entries]
 
-    def check(self, where: str) -> Signals:
-        """Raise :class:`InvalidSignalError` if a signal holds NaN or infinite values; return ``self``."""
-        for name, value in {"features": self.features, **self.taps}.items():
-            if value.is_floating_point() and not torch.isfinite(value).all():
-                raise InvalidSignalError(
-                    f"signal '{name}' at {where} contains NaN or infinite values: run the model in bfloat16 or float32, or "
-                    "check the input image"
-                )
+    def check(self, where: str, later: list[tuple[str, Tensor]] | None = None) -> Signals:
+        """Raise :class:`InvalidSignalError` if a signal holds NaN or infinite values; return ``self``.
+
+        Parameters
+        ----------
+        where : str
+            The place, for the message.
+        later : list or None
+            A GPU's answers are appended here, for :func:`settle` to look at when all work is under way: reading them at once would
+            make the host wait. ``None``: wait.
+        """
+        answers = [
+            (f"signal '{name}' at {where}", all_finite(value))
+            for name, value in {"features": self.features, **self.taps}.items()
+            if value.is_floating_point()
+        ]
+        if later is not None and self.features.device.type != "cpu":
+            later += answers
+        else:
+            settle(answers)
         return self
+
+
+def all_finite(value: Tensor) -> Tensor:
+    """A number that is finite exactly if all of a tensor's are: 0-dimensional, on its device, in one pass over memory."""
+    value = value.detach()
+    wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+    if value.device.type != "cpu":
+        return torch.linalg.vector_norm(value, torch.inf, dtype=wide) if value.numel() else value.new_zeros((), dtype=wide)
+    total = value.sum(dtype=wide)  # on a CPU over 30 times as fast; one that is not finite may have overflowed
+    return total if torch.isfinite(total) or not torch.isfinite(value).all() else torch.zeros_like(total)
+
+
+def settle(answers: list[tuple[str, Tensor]]) -> None:
+    """Raise :class:`InvalidSignalError` for the first signal that was not finite. One host synchronisation, if any answer waits."""
+    if not answers:
+        return
+    numbers, device = [number for _, number in answers], answers[0][1].device
+    if any(n.dtype != numbers[0].dtype or n.device != device for n in numbers):  # (a model may be spread over several GPUs)
+        numbers = [n.to(device, torch.float64) for n in numbers]
+    for (what, _), number in zip(answers, torch.stack(numbers).tolist(), strict=True):
+        if not math.isfinite(number):
+            raise InvalidSignalError(
+                f"{what} contains NaN or infinite values: run the model in bfloat16 or float32, or check the input image"
+            )
 
 
 # --------------------------------------------------------------------------------------------------------- selection
@@ -281,6 +365,8 @@ class Selection:
         ``(B, K)`` bool, where images keep different numbers: False entries of ``index`` are padding. ``None``: all count.
     note : str
         Anything the user should read in the statistics (for example a substituted signal).
+    slotted : bool
+        Promise that no survivor is a padding patch (one without a slot): otherwise the host must wait for a GPU to count them.
     """
 
     index: Tensor
@@ -288,6 +374,7 @@ class Selection:
     owner: Tensor | None = None
     valid: Tensor | None = None
     note: str = ""
+    slotted: bool = False
 
     def __post_init__(self) -> None:
         """Check shapes early, so that a faulty reducer fails at its own door."""
@@ -672,6 +759,9 @@ class EncoderState:
         ``(V,)`` int64: patches each view is to end with.
     size : Tensor or None
         Mergers only: ``(V, n)`` float32, how many patches each token stands for.
+    counts, targets : tuple of int
+        Real patches of each view, and :attr:`target`, as the host knows them: read these instead of the tensors. Looked up in the
+        tensors where they are not given.
     """
 
     layer: int
@@ -681,6 +771,15 @@ class EncoderState:
     carry: Mapping[str, Tensor]
     target: Tensor
     size: Tensor | None = None
+    counts: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Fill in what was not given."""
+        if not self.counts:
+            object.__setattr__(self, "counts", tuple(self.valid.sum(1).tolist()))
+        if not self.targets:
+            object.__setattr__(self, "targets", tuple(self.target.tolist()))
 
 
 class EncoderReducer(Reducer):
@@ -749,6 +848,8 @@ class EncoderMerger(EncoderReducer):
 
     def merge(self, state: EncoderState) -> tuple[Tensor, Tensor] | None:
         """Return ``owner (V, n)`` int64, the place of the token each one is merged into, and the tokens left, ``(V,)`` int64.
+
+        The engine looks at the tokens left: best given on the CPU.
 
         The places of a view are ``0 .. left - 1``, in the order the next layer lists them; padding has -1. ``None``: no change.
         """

@@ -15,11 +15,32 @@ import torch
 from torch import Tensor
 
 from vtc.core import Need
-from vtc.kernels import attention_colsum, attention_rows
+from vtc.kernels import attention_colsum, attention_rows, compacted, widened
+
+
+class _Prompt:
+    """What taps of the language model know of the prompt's text."""
+
+    visual: Tensor | None
+    valid: Tensor | None
+    text: tuple[int, int] | None
+
+    @property
+    def question(self) -> Tensor:
+        """``(B, Q)`` bool: see :func:`question_of`."""
+        return question_of(self.visual, self.valid)
+
+    def listed(self, *, question: bool) -> tuple[Tensor, Tensor]:
+        """Indices ``(B, T)`` of the text tokens, or of the question's alone, in order, and which of them exist, ``(B, T)`` bool."""
+        asked = self.question if question else self.valid & ~self.visual
+        count = asked.sum(1)
+        longest = int(count.max()) if self.text is None else self.text[question]
+        index, _ = compacted(asked, max(1, longest))
+        return index, torch.arange(index.shape[1], device=count.device) < count[:, None]
 
 
 @dataclass(frozen=True, eq=False)
-class AttentionTap:
+class AttentionTap(_Prompt):
     """q, k, v of one attention layer in one forward pass.
 
     Attributes
@@ -45,6 +66,8 @@ class AttentionTap:
         Text only: the signals of earlier layers named in ``Need.uses``, of the tokens of this forward.
     rope : (Tensor, Tensor) or None
         Text only: cosines and sines ``(B or 1, Q, d)`` the queries are rotated by.
+    text : (int, int) or None
+        Text only: the most text tokens, and the most tokens of a question, in any row. ``None``: a GPU is asked where they matter.
     """
 
     query: Tensor
@@ -59,11 +82,7 @@ class AttentionTap:
     cls: bool = False
     given: Mapping[str, Tensor] = field(default_factory=dict)
     rope: tuple[Tensor, Tensor] | None = None
-
-    @property
-    def question(self) -> Tensor:
-        """``(B, Q)`` bool: see :func:`question_of`."""
-        return question_of(self.visual, self.valid)
+    text: tuple[int, int] | None = None
 
     def rows(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return query rows ``(B, H, R, d)`` and their mask ``(B, 1 or H, R, K)`` (or None) for ``index (B, R)``."""
@@ -84,7 +103,7 @@ class AttentionTap:
 
 
 @dataclass(frozen=True, eq=False)
-class StateTap:
+class StateTap(_Prompt):
     """Hidden states at one place of a decoder layer in one forward pass (:attr:`vtc.core.Need.of` says which place).
 
     Attributes
@@ -101,6 +120,8 @@ class StateTap:
         The language model's final norm.
     given : mapping
         The signals of earlier layers named in ``Need.uses``.
+    text : (int, int) or None
+        As in :class:`AttentionTap`.
     """
 
     hidden: Tensor
@@ -110,11 +131,7 @@ class StateTap:
     norm: Callable[[Tensor], Tensor]
     before: Tensor | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def question(self) -> Tensor:
-        """``(B, Q)`` bool: see :func:`question_of`."""
-        return question_of(self.visual, self.valid)
+    text: tuple[int, int] | None = None
 
 
 def question_of(visual: Tensor, valid: Tensor) -> Tensor:
@@ -178,12 +195,12 @@ def _received_attention(tap: AttentionTap) -> Tensor:
 
 def _mean_keys(tap: AttentionTap) -> Tensor:
     """Keys averaged over heads, unscaled, ``(B, K, d)``."""
-    return tap.patches(tap.key.float().mean(1) if tap.key.dtype != torch.float64 else tap.key.mean(1))
+    return tap.patches(widened(tap.key).mean(1))
 
 
 def _mean_values(tap: AttentionTap) -> Tensor:
     """Values averaged over heads, ``(B, K, d)``."""
-    return tap.patches(tap.value.float().mean(1) if tap.value.dtype != torch.float64 else tap.value.mean(1))
+    return tap.patches(widened(tap.value).mean(1))
 
 
 def _cls_value_affinity(tap: AttentionTap) -> Tensor:
@@ -194,7 +211,7 @@ def _cls_value_affinity(tap: AttentionTap) -> Tensor:
 
 def _mean_query_attention(tap: AttentionTap) -> Tensor:
     """Softmax row of the mean query over all tokens, mean over heads (towers without a class token)."""
-    query = tap.query.float() if tap.query.dtype != torch.float64 else tap.query
+    query = widened(tap.query)
     if tap.mask is None:
         mask, mean = None, query.mean(2, keepdim=True)
     else:  # padded views: the mask is the same for every row, and padding has no say in the mean
@@ -206,8 +223,7 @@ def _mean_query_attention(tap: AttentionTap) -> Tensor:
 
 def _wide(t: Tensor) -> Tensor:
     """``(B, H, K, d)`` to ``(B, K, H d)``: the heads side by side, as the layer's projection made them."""
-    t = t.transpose(1, 2).flatten(2)
-    return t if t.dtype == torch.float64 else t.float()
+    return widened(t.transpose(1, 2).flatten(2))
 
 
 def _wide_keys(tap: AttentionTap) -> Tensor:
@@ -229,7 +245,7 @@ def _cls_logits(tap: AttentionTap) -> Tensor:
 
 def _unlike_mean(tap: ProjectionTap) -> Tensor:
     """Negative cosine of every patch with the mean patch of its view, ``(V, P)``."""
-    x = tap.features if tap.features.dtype == torch.float64 else tap.features.float()
+    x = widened(tap.features)
     real = torch.ones_like(x[..., :1]) if tap.valid is None else tap.valid[..., None].to(x.dtype)
     mean = (x * real).sum(1, keepdim=True) / real.sum(1, keepdim=True)
     return -torch.nn.functional.cosine_similarity(x, mean, dim=-1)
@@ -245,9 +261,9 @@ def zeroth_order_sensitivity(features: Tensor, project: Callable[[Tensor], Tenso
     step : float
         Length of the step to either side.
     """
-    x = features if features.dtype == torch.float64 else features.float()
+    x = widened(features)
     total = x.new_zeros(x.shape[:-1])
-    for u in directions.to(x.device, x.dtype):
+    for u in directions.to(x.device, x.dtype, non_blocking=True):
         u = step * u / (u.norm() + 1e-12)
         total += (project(x + u) - project(x - u)).norm(dim=-1)
     return total / (2 * step * len(directions))
@@ -291,7 +307,7 @@ def _last_value_logits(tap: AttentionTap) -> Tensor:
 
 def _all_values(tap: AttentionTap) -> Tensor:
     """Values averaged over heads, ``(B, K, d)``."""
-    return tap.value.mean(1) if tap.value.dtype == torch.float64 else tap.value.float().mean(1)
+    return widened(tap.value).mean(1)
 
 
 def _modality_mass(tap: AttentionTap) -> Tensor:
@@ -329,7 +345,7 @@ def _key_norm(tap: AttentionTap) -> Tensor:
     The sum depends on the rotation. Keys are turned back by that of the row's first real token, which changes nothing unless
     padding shifts the row's positions.
     """
-    key = tap.key if tap.key.dtype == torch.float64 else tap.key.float()
+    key = widened(tap.key)
     if tap.rope is not None:
         first = tap.valid.int().argmax(1)
         cos, sin = (t.to(key.dtype).expand(len(key), -1, -1)[torch.arange(len(key), device=t.device), first] for t in tap.rope)
@@ -354,12 +370,10 @@ def _places(tap: StateTap) -> Tensor:
 
 def _question_attention(tap: AttentionTap) -> Tensor:
     """Attention of the text behind the last visual token, mean over heads, then over these rows, ``(B, K)``."""
-    asked = tap.question
-    count = asked.sum(1)
-    index = torch.argsort((~asked).to(torch.int8), dim=1, stable=True)[:, : int(count.max())]  # the rows first, in order
+    index, real = tap.listed(question=True)
     rows, mask = tap.rows(index)
-    weight = (torch.arange(index.shape[1], device=count.device) < count[:, None]).to(torch.float32)
-    return attention_colsum(rows, tap.key, scaling=tap.scaling, mask=mask, weight=weight) / count[:, None]
+    weight = real.to(torch.float32)
+    return attention_colsum(rows, tap.key, scaling=tap.scaling, mask=mask, weight=weight) / weight.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -371,10 +385,7 @@ class _PeakTextAttention:
 
     def __call__(self, tap: AttentionTap) -> Tensor:
         """Return ``(B, K)``; text tokens are taken a block at a time."""
-        asked = tap.question if self.question else tap.valid & ~tap.visual
-        count = asked.sum(1)
-        index = torch.argsort((~asked).to(torch.int8), dim=1, stable=True)[:, : max(1, int(count.max()))]
-        real = torch.arange(index.shape[1], device=count.device) < count[:, None]
+        index, real = tap.listed(question=self.question)
         best = None
         for at, use in zip(index.split(self.block, 1), real.split(self.block, 1), strict=True):
             rows, mask = tap.rows(at)

@@ -102,8 +102,8 @@ class _Canvas:
             self.image.paste(other, (0, 0), slope)
 
     def _paper(self) -> tuple[int, int, int]:
-        base = self.rng.choice([rng_high := 255 - abs(self.rng.normal(0, 18)), rng_high, rng_high, self.rng.uniform(0, 70),
-                                self.rng.uniform(70, 255)])  # fmt: skip
+        light, dark, between = 255 - abs(self.rng.normal(0, 18)), self.rng.uniform(0, 70), self.rng.uniform(70, 255)
+        base = self.rng.choice([light, light, light, dark, between])
         return tuple(int(np.clip(base + self.rng.normal(0, 10), 0, 255)) for _ in range(3))
 
     def colour(self, away: float, around: Sequence[int] | None = None) -> tuple[int, int, int]:

@@ -8,19 +8,96 @@ rounding depends on the batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from vtc.core import Newlines, Positions, Reducer, Scorer, Selection, Signals, Stage
+from vtc.core import Layout, Newlines, Positions, Reducer, Scorer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import absorb_neighbours, apportion, topk_per_group
+from vtc.kernels import absorb_neighbours, apportion, compacted, topk, topk_per_group
 
 NO_CLS = "no class token in this tower: patches are scored by the attention they receive"
 """Note of a method that had to do without the class token."""
+
+
+def per_layout(make: Callable[[Layout], Sequence[Tensor]]) -> Callable[[Layout, torch.device], list[Tensor]]:
+    """Decorate a function of a layout: what it returns is made once per layout, on the CPU, and kept on every device asked for."""
+    made: WeakKeyDictionary[Layout, dict[torch.device, list[Tensor]]] = WeakKeyDictionary()
+
+    @functools.wraps(make)
+    def kept(layout: Layout, device: torch.device) -> list[Tensor]:
+        own = made.setdefault(layout, {})
+        if device not in own:
+            with torch.inference_mode(False):  # later calls may want gradients
+                own[device] = [t.to(device, non_blocking=True) for t in make(layout)]
+        return own[device]
+
+    return kept
+
+
+def _split(layout: Layout, known: Tensor) -> list[Tensor]:
+    """Return the places of every view's entries among some ``known (N,)`` ones, and last those of newlines; padding has none."""
+    view, real = layout.view[known], layout.slot[known] >= 0
+    return [((view == v) & real).nonzero()[:, 0] for v in [*range(layout.views), -1]]
+
+
+@per_layout
+def entries_of_views(layout: Layout) -> list[Tensor]:
+    """Return the ascending entries of every view that have a slot, and last the newlines, ``(n,)`` each."""
+    return _split(layout, layout.every)
+
+
+@per_layout
+def patches_of_views(layout: Layout) -> list[Tensor]:
+    """Return the same as places among the layout's patches: without newlines."""
+    return _split(layout, layout.patches)
+
+
+def _known_members(signals: Signals, device: torch.device) -> list[Tensor]:
+    if len(signals.known) == len(signals.layout):
+        return entries_of_views(signals.layout, device)
+    if signals.known is signals.layout.patches:
+        return patches_of_views(signals.layout, device)
+    return [t.to(device, non_blocking=True) for t in _split(signals.layout, signals.known)]
+
+
+_MEMBERS: WeakKeyDictionary[Signals, list[list[Tensor]]] = WeakKeyDictionary()
+
+
+def members(signals: Signals) -> list[list[Tensor]]:
+    """Return per image the ascending tokens ``(n,)`` of every view, and last the newlines; padding patches (no slot) are left out.
+
+    The host waits for the device only where it does not know the entries, and once.
+    """
+    if signals not in _MEMBERS:
+        _MEMBERS[signals] = _members(signals)
+    return _MEMBERS[signals]
+
+
+def _members(signals: Signals) -> list[list[Tensor]]:
+    batch, device = signals.shape[0], signals.entries.device
+    if signals.known is not None:
+        return [_known_members(signals, device)] * batch
+    views = signals.layout.views
+    group = signals.of("view")
+    group = torch.where(signals.of("slot") < 0, views + 1, torch.where(group < 0, views, group))
+    size = torch.zeros(batch, views + 2, dtype=torch.long, device=device).scatter_add(1, group, torch.ones_like(group))
+    order = torch.argsort(group, dim=1, stable=True)
+    return [list(own.split(sizes)[:-1]) for own, sizes in zip(order, size.tolist(), strict=True)]
+
+
+def on_host(signals: Signals, *attributes: str) -> list[Tensor]:
+    """Return layout attributes of the tokens of the first image, ``(n,)`` each on the CPU.
+
+    The host waits for the device only where it does not know the entries.
+    """
+    at = signals.entries[0].cpu() if signals.known is None else signals.known
+    return [getattr(signals.layout, name)[at] for name in attributes]
 
 
 def ask(part: Reducer, signals: Signals) -> Selection:
@@ -36,8 +113,7 @@ def ask(part: Reducer, signals: Signals) -> Selection:
     if isinstance(part, Scorer) and type(part).select is Scorer.select:
         with torch.no_grad():
             frame, quota = frame_quotas(signals)
-            marked = topk_per_group(part.score(signals), frame, quota)
-            return Selection(marked.nonzero()[:, 1].view(signals.shape[0], -1))
+            return Selection(compacted(topk_per_group(part.score(signals), frame, quota), signals.budget)[0])
     return each_view(signals, part.select, rows=frozenset(n.name for n in part.needs if n.axis == "row"))
 
 
@@ -72,13 +148,12 @@ def each_view(
     """
     batch, n = signals.shape
     device = signals.features.device
-    view, real = signals.of("view"), signals.of("slot") >= 0
-    parts = [_one_image(signals, b, view[b], real[b], choose, floor, always, rows) for b in range(batch)]
-    longest = max(len(p.index[0]) for p in parts)
+    parts = [_one_image(signals, b, own, choose, floor, always, rows) for b, own in enumerate(members(signals))]
+    count = [len(p.index[0]) for p in parts]
+    longest = max(count)
     valid = None
-    if any(len(p.index[0]) < longest for p in parts):
-        count = torch.tensor([len(p.index[0]) for p in parts], device=device)
-        valid = torch.arange(longest, device=device) < count[:, None]
+    if min(count) < longest:
+        valid = torch.arange(longest, device=device) < torch.tensor(count).to(device, non_blocking=True)[:, None]
 
     def pad(t: Tensor) -> Tensor:
         return t if t.shape[1] == longest else torch.cat([t, t.new_zeros(1, longest - t.shape[1], *t.shape[2:])], 1)
@@ -88,39 +163,35 @@ def each_view(
         features = torch.cat([pad(_own(p, signals.features[b : b + 1])) for b, p in enumerate(parts)])
         owner = torch.cat([_owners(p, n) for p in parts])
     notes = list(dict.fromkeys(p.note for p in parts if p.note))
-    return Selection(torch.cat([pad(p.index) for p in parts]), features, owner, valid, "; ".join(notes))
+    return Selection(torch.cat([pad(p.index) for p in parts]), features, owner, valid, "; ".join(notes), slotted=True)
 
 
 def _one_image(
     signals: Signals,
     image: int,
-    view: Tensor,
-    real: Tensor,
+    members: list[Tensor],
     choose: Callable[[Signals], Selection],
     floor: bool,
     always: bool,
     rows: frozenset[str],
 ) -> Selection:
-    """Return the selection (batch 1) of one image."""
-    views, n = signals.layout.views, signals.shape[1]
-    if views == 1 and signals.budget < n and bool(((view == 0) & real).all()):  # one picture: nothing to share or put together
-        part = choose(narrow(signals, image, view, signals.budget, 0, rows))
-        if bool((part.index[0].diff() > 0).all()):
-            return part
-    members = [((view == v) & real).nonzero()[:, 0] for v in [*range(views), -1]]
+    """Return the selection (batch 1) of one image; ``members`` are the tokens of its views and its newlines."""
+    views, n, device = signals.layout.views, signals.shape[1], signals.features.device
     size = [len(m) for m in members]
+    if views == 1 and signals.budget < n == size[0]:  # one picture: nothing to share or put together
+        return choose(narrow(signals, image, members[0], signals.budget, 0, rows))
     if floor and signals.budget >= views:
         quota = [min(s, signals.budget // views) for s in size[:-1]] + [0]
     else:
         quota = apportion(signals.budget, [1.0] * views + [0.0], size)
-    index, features, owner, note, start = [], [], torch.full((1, n), -1, device=view.device), [], 0
+    index, features, owner, note, start = [], [], torch.full((1, n), -1, device=device), [], 0
     merged = False
     for v, (tokens, share) in enumerate(zip(members, quota, strict=True)):
         if share == 0:
             continue
         mine = narrow(signals, image, tokens, share, v, rows)
         whole = share == len(tokens) and not always
-        part = Selection.all(len(tokens), 1, view.device) if whole else choose(mine)
+        part = Selection.all(len(tokens), 1, device) if whole else choose(mine)
         index.append(tokens[part.index])
         features.append((part, mine.features))
         own = _owners(part, len(tokens))
@@ -129,7 +200,7 @@ def _one_image(
         merged = merged or part.features is not None
         note.append(part.note)
     order = torch.cat(index, 1).argsort(1)
-    place = torch.empty_like(order).scatter(1, order, torch.arange(start, device=view.device)[None])
+    place = torch.empty_like(order).scatter(1, order, torch.arange(start, device=device)[None])
     chosen = torch.cat(index, 1).gather(1, order)
     notes = "; ".join(dict.fromkeys(x for x in note if x))
     if not merged:
@@ -146,11 +217,13 @@ def frame_quotas(signals: Signals) -> tuple[Tensor, Tensor]:
     views = signals.layout.views
     frame = signals.of("view")
     frame = torch.where(frame < 0, views, frame)
-    size = torch.zeros(len(frame), views + 1, dtype=torch.long, device=frame.device).scatter_add(
-        1, frame, torch.ones_like(frame)
-    )
-    quota = [apportion(signals.budget, [1.0] * views + [0.0], row) for row in size.tolist()]
-    return frame, torch.tensor(quota, device=frame.device)
+    return frame, torch.tensor(shares_of_views(signals)).to(frame.device, non_blocking=True)
+
+
+def shares_of_views(signals: Signals) -> list[list[int]]:
+    """Return per image how many tokens each view keeps, the budget shared evenly, and last how many newlines."""
+    weight = [1.0] * signals.layout.views + [0.0]
+    return [apportion(signals.budget, weight, [len(m) for m in own]) for own in members(signals)]
 
 
 def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
@@ -161,29 +234,37 @@ def in_first_slots(signals: Signals, chosen: Selection) -> Selection:
     """
     if chosen.features is None:
         return chosen
-    slot = signals.layout.slot
-    room = (slot >= 0).nonzero()[:, 0]
-    room = room[slot[room].argsort()]  # entries of the view layout are not in slot order
+    (room,) = in_slot_order(signals.layout, chosen.index.device)
     batch, most = chosen.index.shape
     count = [most] * batch if chosen.valid is None else chosen.valid.sum(1).tolist()
     index, features, owner = torch.zeros_like(chosen.index), [], []
     for b, k in enumerate(count):
-        first = room[:k].to(chosen.index.device)
+        first = room[:k]
         turn = first.argsort()
         index[b, :k] = first[turn]
         features.append(torch.cat([chosen.features[b, turn], chosen.features[b, k:]]))
         place = torch.empty_like(turn).scatter(0, turn, torch.arange(k, device=turn.device))
         owner.append(torch.where(chosen.owner[b] >= 0, place[chosen.owner[b].clamp(min=0)], -1))
-    return dataclasses.replace(chosen, index=index, features=torch.stack(features), owner=torch.stack(owner))
+    return dataclasses.replace(chosen, index=index, features=torch.stack(features), owner=torch.stack(owner), slotted=True)
+
+
+@per_layout
+def in_slot_order(layout: Layout) -> tuple[Tensor]:
+    """Return the entries that have a slot, ``(n,)``, the first slot first: entries of a view layout are not in slot order."""
+    room = (layout.slot >= 0).nonzero()[:, 0]
+    return (room[layout.slot[room].argsort()],)
 
 
 def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int, rows: frozenset[str] = frozenset()) -> Signals:
     """Return the signals of some ``tokens (n,)`` of one image (batch 1); taps named in ``rows`` belong to the whole image."""
-    at = slice(image, image + 1)
+    at, whole = slice(image, image + 1), len(tokens) == signals.shape[1]
 
     def of(t: Tensor) -> Tensor:
-        return t[at] if len(tokens) == signals.shape[1] else t[at, tokens]  # all of them: nothing to copy
+        return t[at] if whole else t[at, tokens]  # all of them: nothing to copy
 
+    known = signals.known
+    if known is not None and not whole:
+        known = known[_known_members(signals, known.device)[view]]
     return dataclasses.replace(
         signals,
         features=of(signals.features),
@@ -194,6 +275,7 @@ def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int,
         text=signals.text[at] if signals.text is not None else None,
         text_mask=signals.text_mask[at] if signals.text_mask is not None else None,
         fingerprint=signals.fingerprint[at] if signals.fingerprint else (),
+        listed=known,
     )
 
 
@@ -263,12 +345,12 @@ class AbsorbingReducer(Reducer):
         share : float or None
             Share of outliers, where it is not to be taken from this view.
         """
-        attention, room = signals.wide_cls_attn[0], max(1, signals.budget - 1)
+        attention, room = signals.wide_cls_attn, max(1, signals.budget - 1)
         if share is not None:
-            room = min(room, int(len(attention) * share))
+            room = min(room, int(attention.shape[1] * share))
         elif self.adaptive:
-            room = min(room, max(1, round(outliers(attention) * len(attention))))
-        return torch.sort(attention, descending=True, stable=True).indices[:room]
+            room = min(room, max(1, round(outliers(attention) * attention.shape[1])))
+        return topk(attention, min(room, attention.shape[1]))[0]
 
     def kept(self, signals: Signals, share: float | None) -> tuple[Tensor, Tensor]:
         """Return the patches of one view that get a token, in order, and those that are summed up in the last one."""
@@ -311,12 +393,11 @@ class AbsorbingReducer(Reducer):
 def outliers(attention: Tensor) -> float:
     """Share of values above the third quartile plus one and a half interquartile ranges."""
     values = attention.double().flatten()
-    low, high = torch.quantile(values, torch.tensor([0.25, 0.75], dtype=values.dtype, device=values.device)).tolist()
+    low, high = values.quantile(0.25), values.quantile(0.75)
     return float((values > high + 1.5 * (high - low)).double().mean())
 
 
 def complement(chosen: Tensor, n: int) -> Tensor:
-    """Return the ascending positions below ``n`` that are not ``chosen``."""
-    rest = torch.ones(n, dtype=torch.bool, device=chosen.device)
-    rest[chosen] = False
-    return rest.nonzero()[:, 0]
+    """Return the ascending positions below ``n`` that are not ``chosen``, which are all different."""
+    rest = torch.ones(1, n, dtype=torch.bool, device=chosen.device).index_fill(1, chosen, False)
+    return compacted(rest, n - len(chosen))[0][0]

@@ -186,11 +186,9 @@ class PrunedStaticLayer(_Pruned, StaticLayer):
         return self.cols, self.valid
 
 
-def _classes() -> dict[type, type]:
-    known: dict[type, type] = {DynamicLayer: PrunedLayer, DynamicSlidingWindowLayer: PrunedSlidingLayer}
-    if compat.static_cache_tracks_length():
-        known[StaticLayer] = PrunedStaticLayer
-    return known
+_KINDS: dict[type, type] = {DynamicLayer: PrunedLayer, DynamicSlidingWindowLayer: PrunedSlidingLayer}
+if compat.static_cache_tracks_length():
+    _KINDS[StaticLayer] = PrunedStaticLayer
 
 
 def check_cache(cache: Any) -> None:
@@ -206,7 +204,7 @@ def check_cache(cache: Any) -> None:
     if replicate is not None:
         kinds.add(replicate)
     for kind in kinds:
-        if not issubclass(kind, _Pruned) and kind not in _classes():
+        if not issubclass(kind, _Pruned) and kind not in _KINDS:
             raise UnsupportedFeatureError(
                 f"cache layers of type {kind.__name__} cannot hold a reduced sequence: use the default DynamicCache"
                 + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, StaticLayer) else "")
@@ -221,8 +219,9 @@ def pruned_layer(cache: Cache, i: int) -> _Pruned:
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[i]
     if not isinstance(layer, _Pruned):
-        check_cache(cache)
-        new = object.__new__(_classes()[type(layer)])
+        if type(layer) not in _KINDS:
+            check_cache(cache)
+        new = object.__new__(_KINDS[type(layer)])
         new.__dict__.update(layer.__dict__)
         cache.layers[i] = layer = new
     return layer

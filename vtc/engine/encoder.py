@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts
-from vtc.errors import InvalidSignalError, UnsupportedFeatureError
+from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, settle
+from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import merge_scatter
 from vtc.stats import Clock
 
@@ -40,17 +40,23 @@ class EncoderRun:
     carry : dict
         What the reducer carries from layer to layer.
     ids, valid : Tensor or None
-        ``(V, n)`` patch each token stands at, and whether it is not padding. ``None``: all patches, no padding.
+        ``(V, n)`` patch each token stands at, and whether it is not padding, which comes last. ``None``: all patches, no padding.
+    counts : list of int or None
+        Tokens of each view, padding left out, as the host knows them. ``None``: all patches.
     size, owner : Tensor or None
         Merging: ``(V, n)`` patches each token stands for; ``(V, patches)`` token each patch is in.
-    target : Tensor or None
-        ``(V,)`` patches each view is to end with.
+    image, target : Tensor or None
+        ``(V,)`` image each view belongs to, and patches it is to end with.
+    targets : tuple of int
+        The latter, for the host.
     left : Tensor or None
         States of all tokens when some of them left for a while.
     merged, branch : Tensor or None
         Merged tokens of the layer that is running, and what its MLP makes of them.
     lengths : list of list of int
         Patches of each view entering each layer, where somebody counts them.
+    answers : list of (str, Tensor)
+        Whether signals were finite, where a GPU has yet to tell (see :func:`vtc.core.settle`).
     fired : bool
         Whether the reducer has acted.
     """
@@ -63,14 +69,22 @@ class EncoderRun:
     carry: dict[str, Tensor] = field(default_factory=dict)
     ids: Tensor | None = None
     valid: Tensor | None = None
+    counts: list[int] | None = None
     size: Tensor | None = None
     owner: Tensor | None = None
+    image: Tensor | None = None
     target: Tensor | None = None
+    targets: tuple[int, ...] = ()
     left: Tensor | None = None
     merged: Tensor | None = None
     branch: Tensor | None = None
     lengths: list[list[int]] = field(default_factory=list)
+    answers: list[tuple[str, Tensor]] = field(default_factory=list)
     fired: bool = False
+
+    def patches(self, view: int) -> Tensor:
+        """Return the patches ``(n,)`` at which the tokens of one view stand."""
+        return self.ids[view] if self.counts is None else self.ids[view, : self.counts[view]]
 
 
 class EncoderStage:
@@ -163,10 +177,12 @@ class EncoderStage:
         device = hidden.device
         if run.target is None:
             each = [b for count in run.views for b in self.part.patch_budgets(count, n, self.facts, video=run.video)]
-            run.target = torch.tensor(each, device=device)
-        image = torch.repeat_interleave(torch.arange(len(run.views), device=device), torch.tensor(run.views, device=device))
+            run.target, run.targets = torch.tensor(each).to(device, non_blocking=True), tuple(each)
+            image = [i for i, count in enumerate(run.views) for _ in range(count)]
+            run.image = torch.tensor(image).to(device, non_blocking=True)
         valid = run.valid if run.valid is not None else torch.ones(views, n, dtype=torch.bool, device=device)
-        return EncoderState(layer, run.taps, valid, image, run.carry, run.target, run.size)
+        counts = tuple(run.counts or [n] * views)
+        return EncoderState(layer, run.taps, valid, run.image, run.carry, run.target, run.size, counts, run.targets)
 
     def drop(self, run: EncoderRun, hidden: Tensor, layer: int) -> Tensor:
         """Let the reducer drop patches after ``layer``."""
@@ -177,8 +193,8 @@ class EncoderStage:
             run.fired = True
             if alive is None:
                 return hidden
-            check_finite(self.part.name, {**state.taps, **run.carry}, state.valid, layer)
-            index = narrow(run, state.valid, alive & state.valid)
+            check_finite(self.part.name, {**state.taps, **run.carry}, run.valid, layer, run.answers)
+            index = narrow(run, alive & state.valid)
         if index is None:
             return hidden
         if self.part.returns is not None and run.left is None:
@@ -197,7 +213,7 @@ class EncoderStage:
         if run.valid is not None:  # padding lies on patches that have left
             hidden = torch.where(self.with_head(run.valid, True)[..., None], hidden, run.left.gather(1, at))
         back = run.left.scatter(1, at, hidden)
-        run.ids = run.valid = run.left = None
+        run.ids = run.valid = run.counts = run.left = None
         return back
 
     def mask(self, run: EncoderRun, i: int, hidden: Tensor) -> Tensor | None:
@@ -236,7 +252,7 @@ class EncoderStage:
         hidden = args[0]
         with torch.no_grad(), run.clock.span(hidden.device):
             state = self.state(run, i, hidden)
-            check_finite(self.part.name, state.taps, state.valid, i)
+            check_finite(self.part.name, state.taps, run.valid, i, run.answers)
             found = self.part.merge(state)
             run.taps = {}
             run.fired = True
@@ -248,7 +264,8 @@ class EncoderStage:
 
     def merge(self, run: EncoderRun, hidden: Tensor, valid: Tensor, owner: Tensor, count: Tensor) -> Tensor:
         """Return the merged states; bring the record of patches, sizes and padding up to date."""
-        places = int(count.max())
+        run.counts = count.tolist()  # no wait where the reducer, who knows them, leaves them on the host
+        places = max(run.counts)
         size = run.size if run.size is not None else torch.ones_like(owner, dtype=torch.float32)
         whole = self.with_head(torch.where(owner >= 0, owner + self.head, owner), 0)
         merged = merge_scatter(hidden, whole, places + self.head, weight=self.with_head(size, 1.0))
@@ -257,13 +274,16 @@ class EncoderStage:
         sizes = torch.zeros_like(size[:, :1]).expand(-1, places)
         run.size = sizes.scatter_add(1, to, torch.where(owner >= 0, size, torch.zeros_like(size)))
         patches = ids.shape[1] if run.owner is None else run.owner.shape[1]
-        first = ids if run.real is None else torch.where(run.real.to(ids.device).gather(1, ids), ids, ids + patches)
+        if run.real is None:
+            first = ids
+        else:
+            run.real = run.real.to(ids.device, non_blocking=True)
+            first = torch.where(run.real.gather(1, ids), ids, ids + patches)
         first = torch.where(owner >= 0, first, 2 * patches)
         first = torch.full_like(first[:, :1], 2 * patches).expand(-1, places).scatter_reduce(1, to, first, "amin")
         run.ids = torch.where(first < 2 * patches, first % patches, 0)
         run.owner = owner if run.owner is None else owner.gather(1, run.owner)
-        ragged = bool((count != places).any())
-        run.valid = torch.arange(places, device=count.device) < count[:, None] if ragged else None
+        run.valid = prefix(run.counts, owner.device)
         run.size = run.size.clamp(min=1)  # padding
         return merged
 
@@ -285,30 +305,45 @@ class EncoderStage:
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
 
-def check_finite(name: str, signals: dict[str, Tensor], valid: Tensor, layer: int) -> None:
-    """Raise before patches are chosen by numbers that are not finite."""
+def check_finite(
+    name: str, signals: dict[str, Tensor], valid: Tensor | None, layer: int, later: list[tuple[str, Tensor]]
+) -> None:
+    """Raise where patches are chosen by numbers that are not finite; a GPU's answers go to ``later`` (:func:`vtc.core.settle`)."""
     for signal, value in signals.items():
-        if not torch.isfinite(value[valid]).all():
-            raise InvalidSignalError(
-                f"signal '{signal}' of '{name}' at tower layer {layer} contains NaN or infinite values: run the model in bfloat16 "
-                "or float32, or check the input image"
-            )
+        if not value.is_floating_point():
+            continue
+        if valid is not None:  # padding may hold anything
+            value = value.masked_fill(~valid.view(*valid.shape, *[1] * (value.dim() - 2)), 0)
+        answer = f"signal '{signal}' of '{name}' at tower layer {layer}", all_finite(value)
+        if value.device.type == "cpu":
+            settle([answer])
+        else:
+            later.append(answer)
 
 
-def narrow(run: EncoderRun, valid: Tensor, alive: Tensor) -> Tensor | None:
-    """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped."""
-    if torch.equal(alive, valid):
+def narrow(run: EncoderRun, alive: Tensor) -> Tensor | None:
+    """Record the survivors; return their ``(views, n)`` index, or None when nothing is dropped.
+
+    How many of each view are alive follows from the picture: this is the one place where the host waits for it.
+    """
+    views, n = alive.shape
+    counts = alive.sum(1).tolist()
+    if counts == (run.counts or [n] * views):
         return None
-    count = alive.sum(1)
-    longest = int(count.max())  # all of them where one view keeps everything and another does not
     # survivors first, in order; padding holds some of the leftovers
-    index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, :longest]
-    ragged = bool((count != longest).any())
-    ids = run.ids if run.ids is not None else torch.arange(alive.shape[1], device=alive.device).expand_as(alive)
-    run.ids = ids.gather(1, index)
-    run.valid = torch.arange(longest, device=alive.device) < count[:, None] if ragged else None
+    index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, : max(counts)]
+    ids = run.ids if run.ids is not None else torch.arange(n, device=alive.device).expand_as(alive)
+    run.ids, run.valid, run.counts = ids.gather(1, index), prefix(counts, alive.device), counts
     run.carry = {
         k: v.gather(1, index.view(*index.shape, *[1] * (v.dim() - 2)).expand(-1, -1, *v.shape[2:]))
         for k, v in run.carry.items()
     }
     return index
+
+
+def prefix(counts: list[int], device: torch.device) -> Tensor | None:
+    """Return ``(V, n)`` bool, the first ``counts`` of every view; ``None`` where all have the same."""
+    longest = max(counts)
+    if min(counts) == longest:
+        return None
+    return torch.arange(longest, device=device) < torch.tensor(counts).to(device, non_blocking=True)[:, None]

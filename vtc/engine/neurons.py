@@ -101,7 +101,7 @@ class NeuronSide:
                     f"decoder layer {layer} has no MLP of plain gate, up and down projections (quantized, adapted or of another "
                     "form): drop the option that decodes with core neurons"
                 )
-            text.want(need)
+            text.taps.want(need)
         self.undo: list[Callable[[], None]] = []
 
     def install(self) -> None:

@@ -8,6 +8,7 @@ the survivors in their order, four by four, and what it returns is put back to f
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,6 +50,8 @@ class PackedRun:
         The full sequence when some patches left for a while.
     tokens : list of Tensor or None
         Per image, which of its merged tokens are there, ascending; known at the end.
+    answers : list of (str, Tensor)
+        Whether signals were finite, where a GPU has yet to tell (see :func:`vtc.core.settle`).
     fired : bool
         Whether the reducer has acted.
     """
@@ -63,6 +66,7 @@ class PackedRun:
     targets: list[int] | None = None
     left: Tensor | None = None
     tokens: list[Tensor] | None = None
+    answers: list[tuple[str, Tensor]] = field(default_factory=list)
     fired: bool = False
 
     def __post_init__(self) -> None:
@@ -142,7 +146,8 @@ class PackedStage:
             run.pieces, run.rows, run.left = list(run.full), None, None
         if run.rows is not None:
             ends = torch.tensor([0, *run.pieces]).cumsum(0)
-            kwargs = {**kwargs, "cu_seqlens": ends.to(kwargs["cu_seqlens"])}
+            given = kwargs["cu_seqlens"]
+            kwargs = {**kwargs, "cu_seqlens": ends.to(given.device, given.dtype, non_blocking=True)}
             kwargs["position_embeddings"] = tuple(t[run.rows] for t in kwargs["position_embeddings"])
             if kwargs.get("max_seqlen") is not None:
                 kwargs["max_seqlen"] = max(run.pieces)
@@ -161,29 +166,45 @@ class PackedStage:
                     for count, at in each
                     for target in self.part.patch_budgets(count, run.full[at], self.facts, video=run.video)
                 ]
-            kept, start = [], 0
+            marks = []
             for piece, n in enumerate(run.pieces):
                 taps = {name: values[piece] for name, values in run.taps.items()}
                 valid = torch.ones(1, n, dtype=torch.bool, device=hidden.device)
-                image, target = (torch.tensor([v], device=hidden.device) for v in (0, run.targets[piece]))
-                carry, alive = self.part.step(EncoderState(layer, taps, valid, image, run.carry[piece], target))
-                index = torch.arange(n, device=hidden.device)
+                image, target = (torch.full((1,), v, device=hidden.device) for v in (0, run.targets[piece]))
+                known = (n,), (run.targets[piece],)
+                state = EncoderState(layer, taps, valid, image, run.carry[piece], target, None, *known)
+                run.carry[piece], alive = self.part.step(state)
                 if alive is not None:
-                    check_finite(self.part.name, {**taps, **carry}, valid, layer)
-                    index = alive[0].nonzero()[:, 0]
-                    carry = {name: t[:, index] for name, t in carry.items()}
-                run.carry[piece] = carry
-                kept.append(index + start)
-                start += n
+                    check_finite(self.part.name, {**taps, **run.carry[piece]}, None, layer, run.answers)
+                marks.append(alive)
             run.taps, run.fired = {}, True
-            index = torch.cat(kept)
-        if len(index) == start:
+            index = self.survivors(run, marks)
+        if index is None:
             return hidden
         if self.part.returns is not None:
             run.left = hidden
-        run.pieces = [len(k) for k in kept]
         run.rows = index if run.rows is None else run.rows[index]
         return hidden[index]
+
+    @staticmethod
+    def survivors(run: PackedRun, marks: list[Tensor | None]) -> Tensor | None:
+        """Shorten the record of every block to the patches marked ``(1, n)`` (``None``: all); return their rows, None for all."""
+        if all(m is None for m in marks):
+            return None
+        device = next(m.device for m in marks if m is not None)
+        sums = [torch.full((), n, device=device) if m is None else m.sum() for m, n in zip(marks, run.pieces, strict=True)]
+        counts, kept, start = torch.stack(sums).tolist(), [], 0  # the one place where the host waits
+        if counts == run.pieces:
+            return None
+        for piece, (alive, n, count) in enumerate(zip(marks, run.pieces, counts, strict=True)):
+            index = torch.arange(n, device=device)
+            if count < n:
+                index = torch.argsort((~alive[0]).to(torch.int8), stable=True)[:count]
+                run.carry[piece] = {name: t[:, index] for name, t in run.carry[piece].items()}
+            kept.append(index + start)
+            start += n
+        run.pieces = counts
+        return torch.cat(kept)
 
     def before_merger(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Drop behind the last layer; the merger must be given whole squares."""
@@ -204,12 +225,13 @@ class PackedStage:
         if run is None or run.rows is None:
             return None
         merge = self.facts.merge
+        starts = torch.tensor([0, *run.full]).cumsum(0).tolist()  # rows of the blocks
         if self.part.fills_first_slots:
-            starts = torch.tensor([0, *run.full]).cumsum(0)[:-1].tolist()
-            place = torch.cat([torch.arange(n // merge) + at // merge for n, at in zip(run.pieces, starts, strict=True)])
-            place = place.to(out.device)
+            place = torch.cat([torch.arange(n // merge) + at // merge for n, at in zip(run.pieces, starts, strict=False)])
+            place = place.to(out.device, non_blocking=True)
         else:
             place = run.rows[::merge] // merge
-        ends = torch.tensor([0, *run.full]).cumsum(0)[torch.tensor([0, *run.views]).cumsum(0)] // merge
-        run.tokens = [place[(place >= a) & (place < b)] - a for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)]
+        blocks = torch.tensor([0, *run.views]).cumsum(0).tolist()  # of the images
+        left = [sum(run.pieces[a:b]) // merge for a, b in itertools.pairwise(blocks)]
+        run.tokens = [mine - starts[a] // merge for mine, a in zip(place.split(left), blocks, strict=False)]
         return out.new_zeros(sum(run.full) // merge, out.shape[-1]).index_copy(0, place, out)

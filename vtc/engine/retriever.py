@@ -43,10 +43,11 @@ class RetrieverHandle(BaseHandle):
         name = self.family.vectors
         vectors: Tensor = getattr(out, name)
         mask = call.get("attention_mask")
-        mask = torch.ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+        mask = torch.ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
         clock = Clock()
         with clock.span(vectors.device):
-            pooled = pool_vectors(vectors, self.reducer, mask=mask)
+            there = [row.nonzero()[:, 0].to(vectors.device, non_blocking=True) for row in mask]
+            pooled = pool_vectors([own[at] for own, at in zip(vectors, there, strict=True)], self.reducer)
         self.account(mask, pooled, clock)
         longest, left = max(map(len, pooled)), not bool(mask[:, 0].all())
         padded = [nn.functional.pad(p, (0, 0, longest - len(p), 0) if left else (0, 0, 0, longest - len(p))) for p in pooled]

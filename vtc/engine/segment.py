@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.errors import UnsupportedFeatureError
+from vtc.kernels import select_compact
 
 
 @dataclass(eq=False)
@@ -25,26 +27,39 @@ class Segment:
         ``(B, P)`` number subtracted from each token's position id (compact positions); ``None`` means 0.
     shift : Tensor or None
         ``(B,)`` the same for tokens that come later.
-    inverse : Tensor
-        ``(B, q)`` physical index of every logical token, -1 where it is dropped.
+    kept : Tensor
+        ``(B, q)`` bool, the same tokens as a table.
     """
 
     rows: Tensor
     valid: Tensor | None
     delta: Tensor | None
     shift: Tensor | None
-    inverse: Tensor = field(repr=False)
+    kept: Tensor = field(repr=False)
+
+    @functools.cached_property
+    def rank(self) -> Tensor:
+        """``(B, q)`` physical index of the last token held at or before each logical one; negative where there is none."""
+        rank = self.kept.cumsum(1) - 1
+        return rank if self.valid is None else rank + (self.valid.shape[1] - self.valid.sum(1, keepdim=True))
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """``(B, q)`` physical index of every logical token, -1 where it is dropped."""
+        return torch.where(self.kept, self.rank, -1)
 
 
-def cut(keep: Tensor, real: Tensor, prev: Segment | None, compact: bool) -> tuple[Segment, Tensor]:
+def cut(keep: Tensor, counts: list[int], real: Tensor | None, prev: Segment | None, compact: bool) -> tuple[Segment, Tensor]:
     """Build the segment that holds the tokens marked in ``keep``.
 
     Parameters
     ----------
     keep : Tensor
         ``(B, q)`` bool over the logical tokens of this forward.
-    real : Tensor
-        ``(B, q)`` bool, False on padding (padding is thrown away).
+    counts : list of int
+        How many of each row are kept, padding left out: known to the host, which then need not wait for the device.
+    real : Tensor or None
+        ``(B, q)`` bool, False on padding (padding is thrown away); ``None``: there is none.
     prev : Segment or None
         What the layers before held; ``None`` = everything.
     compact : bool
@@ -56,36 +71,33 @@ def cut(keep: Tensor, real: Tensor, prev: Segment | None, compact: bool) -> tupl
     relative : Tensor
         ``(B, P)`` index of the segment's tokens inside ``prev``.
     """
-    keep = keep & real
-    current = keep
+    current = keep = keep if real is None else keep & real
     if prev is not None:
         current = keep.gather(1, prev.rows)
         if prev.valid is not None:
             current = current & prev.valid
-    n = current.sum(1)
-    p = int(n.max())  # the one host synchronisation of a cut
+    p = max(counts)
     if p == 0:
         raise UnsupportedFeatureError(
             "nothing is left of this forward: reducers do not go together with chunked prefill (prefill_chunk_size)"
         )
-    # a stable sort of the keep table right-aligns the survivors in order: logits[:, -1] stays the last token
-    relative = torch.argsort(current.to(torch.int8), dim=1, stable=True)[:, current.shape[1] - p :]
-    rows = relative if prev is None else prev.rows.gather(1, relative)
-    ragged = bool((n != p).any())
-    valid = torch.arange(p, device=n.device) >= (p - n)[:, None] if ragged else None
+    n = None if min(counts) == p else torch.tensor(counts).to(keep.device, non_blocking=True)
+    # the kept tokens in order, on the right: logits[:, -1] stays the last token
+    relative, taken = select_compact(current.to(torch.float32), p, [] if prev is None else [prev.rows], count=n)
+    valid = None
+    if n is not None:
+        valid, relative = relative >= 0, relative.clamp(min=0)
+    rows = relative if prev is None else taken[0]
 
     delta, shift = None, None
-    if compact:
-        held = torch.zeros_like(real).scatter_(1, rows, torch.ones_like(rows, dtype=torch.bool) if valid is None else valid)
-        gone = real & ~held
-        delta, shift = (gone.cumsum(1) - gone.long()).gather(1, rows), gone.sum(1)
+    if compact and real is None and n is None:  # the gaps closed so far: what follows in fewer operations
+        delta, shift = rows - torch.arange(p, device=rows.device), rows.new_full(rows.shape[:1], keep.shape[1] - p)
+    elif compact:
+        gone = ~keep if real is None else real & ~keep
+        delta, shift = gone.cumsum(1).gather(1, rows), gone.sum(1)
     elif prev is not None and prev.delta is not None:
         delta, shift = prev.delta.gather(1, relative), prev.shift
-
-    inverse = torch.full_like(rows[:, :1].expand(-1, real.shape[1]), -1).contiguous()
-    index = torch.arange(p, device=rows.device).expand_as(rows)
-    inverse.scatter_(1, rows, index if valid is None else torch.where(valid, index, -1))
-    return Segment(rows, valid, delta, shift, inverse), relative
+    return Segment(rows, valid, delta, shift, keep), relative
 
 
 def take(t: Tensor, index: Tensor, dim: int) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage
+from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, settle
 from vtc.engine import taps
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
@@ -28,7 +28,7 @@ from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
 from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
-from vtc.views import ask
+from vtc.views import ask, per_layout
 
 Key = tuple[str, str, int]
 _RUN: contextvars.ContextVar[TowerRun | None] = contextvars.ContextVar("vtc_tower_run", default=None)
@@ -58,6 +58,8 @@ class VisionRecord:
         Per image, what the tower-side reducer merged (see :class:`vtc.stats.KeptTokens`), for pictures.
     clock : Clock
         Time spent on signals and selection.
+    answers : list of (str, Tensor)
+        Whether signals were finite, where a GPU has yet to tell (see :func:`vtc.core.settle`).
     video : bool
         Whether these are videos.
     """
@@ -70,6 +72,7 @@ class VisionRecord:
     fingerprint: list[int]
     merges: list[list[tuple[Tensor, Tensor, Tensor]]]
     clock: Clock
+    answers: list[tuple[str, Tensor]] = field(default_factory=list)
     video: bool = False
 
     @property
@@ -89,6 +92,7 @@ class TowerRun:
     cls: Tensor | None = None
     small: tuple[int, int] | None = None  # IMAGE: the grid the tower ran on
     chosen: list[Selection] | None = None  # VISION: per image
+    prints: list[int] = field(default_factory=list)  # fingerprint of each image
     fired: set[int] = field(default_factory=set)
 
     @property
@@ -111,7 +115,7 @@ class TowerSide:
         self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
         self.projection = Projection(family.projector) if self.projected else None
         self.undo: list[Callable[[], None]] = []
-        self.on_record: Callable[[VisionRecord], None] | None = None
+        self.on_record: Callable[[VisionRecord], bool] | None = None  # whether it will settle the record's answers
 
     # ----------------------------------------------------------------------------------------------------- installing
     def install(self) -> None:
@@ -165,7 +169,11 @@ class TowerSide:
     def get_features(
         self, original: Callable[..., Any], describe: Callable[..., VisionCall], video: bool, *args: Any, **kwargs: Any
     ) -> Any:
-        """Run the model's own method with a record open, and attach the record to what it returns."""
+        """Run the model's own method with a record open, and attach the record to what it returns.
+
+        On a GPU the host does not wait in here for the answers whether signals were finite where a language model follows, in the
+        same forward or in ``generate``: the text side raises for them. Called alone, this method waits once all is under way.
+        """
         if _RUN.get() is not None:  # the model makes the features of videos as those of images
             return original(*args, **kwargs)
         call = inspect.signature(original).bind(*args, **kwargs).arguments
@@ -182,14 +190,20 @@ class TowerSide:
             with torch.no_grad(), run.clock.span(run.call.pixels.device):
                 pixels = PixelTap(run.call.pixels, run.call.patches[0].grids[0])
                 run.recorded = {need.key: need.measure(pixels) for need in self.seen}
+        if self.fingerprint and not run.call.from_features:
+            run.prints = fingerprints(run.call)  # now: a GPU that is to read them has nothing else to do yet
         token = _RUN.set(run)
         try:
             out = original(*args, **kwargs)
+        except Exception:
+            settle(run.encoder.answers)  # numbers that are not finite explain what went wrong
+            raise
         finally:
             _RUN.reset(token)
         features = compat.features_of(out)
         if run.call.from_features:
             run.call = by_length([f.reshape(-1, f.shape[-1]) for f in features])
+            run.prints = fingerprints(run.call) if self.fingerprint else []
         lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
         record.video = video
@@ -203,8 +217,9 @@ class TowerSide:
         made = MADE.get()
         if made is not None:
             made.append(record)
-        if self.on_record is not None:
-            self.on_record(record)
+        taken = self.on_record is not None and self.on_record(record)
+        if made is None and not taken:
+            settle(record.answers)
         return out
 
     def observe(
@@ -338,7 +353,7 @@ class TowerSide:
             views, layout = run.call.views[members[0]], run.call.patches[members[0]]
             asked = part.wanted(run.call.slots[members[0]], self.family.facts)
             whole = not part.decides_itself and asked >= len(run.call.slots[members[0]])
-            rows = torch.tensor([starts[m] + v for m in members for v in range(views)], device=features.device)
+            rows = torch.tensor([starts[m] + v for m in members for v in range(views)]).to(features.device, non_blocking=True)
             mine = features[rows].reshape(len(members), -1, features.shape[-1])
             fits = (
                 run.cls is not None and run.cls.shape[-1] == mine.shape[-1]
@@ -359,19 +374,23 @@ class TowerSide:
                     slots=slots,
                     taps=own,
                     cls=run.cls[rows].reshape(len(members), views, -1) if fits else None,
-                    fingerprint=tuple(fingerprint(run.call, m) for m in members) if part.wants_fingerprint else (),
+                    fingerprint=tuple(run.prints[m] for m in members) if part.wants_fingerprint else (),
                 )
                 if not whole:
-                    selection = ask(part, signals.check(f"the vision tower's output ('{part.name}')"))
+                    selection = ask(part, signals.check(f"the vision tower's output ('{part.name}')", run.encoder.answers))
             merged = selection.features
             if merged is None:
                 merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))
+            valid = (
+                None if selection.valid is None else selection.valid.cpu()
+            )  # images keep different numbers: how many, decides
             for j, m in enumerate(members):
                 at, own_tokens = selection.index[j : j + 1], merged[j]
-                if selection.valid is not None:  # images keep different numbers
-                    at, own_tokens = at[:, selection.valid[j]], own_tokens[selection.valid[j]]
+                if valid is not None:
+                    real = valid[j].nonzero()[:, 0].to(at.device, non_blocking=True)
+                    at, own_tokens = at[:, real], own_tokens[real]
                 owner = None if selection.owner is None else selection.owner[j : j + 1]
-                chosen[m], tokens[m] = Selection(at, None, owner, note=selection.note), own_tokens
+                chosen[m], tokens[m] = Selection(at, None, owner, note=selection.note, slotted=selection.slotted), own_tokens
         run.fired.add(id(part))
         longest = max(t.shape[0] for t in tokens)
         packed = features.new_zeros(len(tokens), longest, features.shape[-1])
@@ -401,7 +420,7 @@ class TowerSide:
             full = full.index_copy(0, index_all, torch.cat(source))
             return full.view(total, per, -1)
         if part.stage is Stage.IMAGE and run.small is not None:
-            ids = nearest_cells(run.small, (rows, cols)).to(out.device).expand(total, -1)
+            ids = nearest_cells(run.small, (rows, cols)).to(out.device, non_blocking=True).expand(total, -1)
         elif run.encoder.ids is not None:
             ids = run.encoder.ids
         else:
@@ -421,44 +440,28 @@ class TowerSide:
     # ------------------------------------------------------------------------------------------------------- record
     def finish(self, run: TowerRun, device: torch.device) -> VisionRecord:
         """Translate what happened per view into slots of each image."""
-        part, facts = self.part, self.family.facts
-        per = facts.grid[0] * facts.grid[1]
-        entries, stages, merges, start = [], [], [], 0
-        encoder = run.encoder
+        part, facts, encoder = self.part, self.family.facts, run.encoder
         if encoder.fired:
             run.fired.add(id(part))
         acted = part is not None and id(part) in run.fired
-        for image, (slots, patches, views) in enumerate(zip(run.call.slots, run.call.patches, run.call.views, strict=True)):
-            alive = None
-            note = ""
-            merges.append([])
-            if acted and run.chosen is not None:
-                selection = run.chosen[image]
-                alive, note = selection.index[0], selection.note
-                if selection.owner is not None:
-                    merges[-1].append((patches.slot, selection.index[0], selection.owner[0]))
-            elif acted and run.small is not None:
-                cells = nearest_cells(run.small, facts.grid).to(device)
-                alive = (torch.arange(views, device=device)[:, None] * per + cells[None]).flatten()
-                group = torch.arange(views)[:, None] * len(cells) + covering_cells(run.small, facts.grid)[None]
-                merges[-1].append((patches.slot, alive, group.flatten()))
-            elif acted and isinstance(encoder, PackedRun):
-                alive = None if encoder.tokens is None else encoder.tokens[image].to(device)
-            elif acted and encoder.ids is not None:
-                ids = encoder.ids[start : start + views] + torch.arange(views, device=device)[:, None] * per
-                real = torch.ones_like(ids, dtype=torch.bool) if encoder.valid is None else encoder.valid[start : start + views]
-                alive = ids[real]
-                if encoder.owner is not None:
-                    shift = real.sum(1).cumsum(0) - real.sum(1)
-                    merges[-1].append((patches.slot, alive, (encoder.owner[start : start + views] + shift[:, None]).flatten()))
+        images = list(zip(run.call.slots, run.call.patches, run.call.views, strict=True))
+        found = [self.survivors(run, image) if acted else (None, "", []) for image in range(len(images))]
+        short: dict[int, Tensor] = {}
+        for image, ((slots, patches, _), (alive, _, _)) in enumerate(zip(images, found, strict=True)):
             whole = alive is None or len(alive) == len(patches)
             if acted and not isinstance(part, EncoderReducer):  # all patches are not yet the whole image: newlines count, too
                 whole = not part.decides_itself and part.wanted(slots, facts) >= len(slots)
-            kept = every = torch.arange(len(slots), device=device)
             if not whole:
-                alive = torch.arange(len(patches), device=device) if alive is None else alive
-                kept = add_newlines(slots, slots_of(patches, alive), every, part.newline_policy)
-            entries.append(kept)
+                short[image] = torch.arange(len(patches)) if alive is None else alive
+        slotted = [run.chosen is not None and run.chosen[i].slotted for i in short]
+        kept = dict(zip(short, slots_of([(run.call.patches[i], a) for i, a in short.items()], slotted), strict=True))
+        entries, stages = [], []
+        for image, ((slots, patches, views), (_, note, _)) in enumerate(zip(images, found, strict=True)):
+            if image in kept:
+                own = add_newlines(slots, kept[image], None, part.newline_policy).to(device, non_blocking=True)
+            else:
+                own = torch.arange(len(slots), device=device)
+            entries.append(own)
             row: list[StageStats] = []
             if acted:
                 asked = part.wanted(slots, facts)
@@ -469,28 +472,59 @@ class TowerSide:
                     note = part.note(asked, len(slots))
                 note = "; ".join(x for x in (note, SHORT if part.budget.exceeds(len(slots)) else "") if x)
                 asked = None if part.decides_itself else asked
-                row.append(StageStats(part.name, part.stage.value, 0, len(slots), len(kept), asked, note))
+                row.append(StageStats(part.name, part.stage.value, 0, len(slots), len(own), asked, note))
             stages.append(row)
-            start += views
         signals = {key: self.on_slots(run, value) for key, value in run.recorded.items()}
-        prints = [fingerprint(run.call, i) for i in range(len(run.call.views))] if self.fingerprint else []
-        return VisionRecord(run.call.slots, entries, signals, stages, set(run.fired), prints, merges, run.clock)
+        merges = [merged for _, _, merged in found]
+        return VisionRecord(
+            run.call.slots, entries, signals, stages, set(run.fired), run.prints, merges, run.clock, encoder.answers
+        )
+
+    def survivors(self, run: TowerRun, image: int) -> tuple[Tensor | None, str, list[tuple[Tensor, Tensor, Tensor]]]:
+        """Return the patches of an image that are left (entries of its view layout; ``None``: all), a note, and what was merged."""
+        encoder, patches, views = run.encoder, run.call.patches[image], run.call.views[image]
+        rows, cols = self.family.facts.grid
+        if run.chosen is not None:
+            selection = run.chosen[image]
+            alive, owner = selection.index[0], selection.owner
+            return alive, selection.note, [] if owner is None else [(patches.slot, alive, owner[0])]
+        if run.small is not None:
+            cells = nearest_cells(run.small, (rows, cols))
+            alive = (torch.arange(views)[:, None] * rows * cols + cells[None]).flatten()
+            group = torch.arange(views)[:, None] * len(cells) + covering_cells(run.small, (rows, cols))[None]
+            return alive, "", [(patches.slot, alive, group.flatten())]
+        if isinstance(encoder, PackedRun):
+            return None if encoder.tokens is None else encoder.tokens[image], "", []
+        if encoder.ids is None:
+            return None, "", []
+        start = sum(run.call.views[:image])
+        alive = torch.cat([encoder.patches(start + v) + v * rows * cols for v in range(views)])
+        if encoder.owner is None:
+            return alive, "", []
+        before = torch.tensor([0, *encoder.counts[start : start + views]]).cumsum(0)[:-1, None]
+        owner = encoder.owner[start : start + views] + before.to(alive.device, non_blocking=True)
+        return alive, "", [(patches.slot, alive, owner.flatten())]
 
     def on_slots(self, run: TowerRun, values: Tensor) -> list[Tensor]:
         """Rearrange ``(views, patches, ...)`` into one ``(slots, ...)`` tensor per image."""
         out, start = [], 0
         values = values.flatten(0, 1)
         for slots, patches in zip(run.call.slots, run.call.patches, strict=True):
-            grids = torch.tensor(slots.grids)
-            first = grids.prod(1).cumsum(0) - grids.prod(1)  # of each view
-            patch = slots.kind == Kind.PATCH
-            view = slots.view.clamp(min=0)
-            source = torch.where(patch, first[view] + slots.row * grids[view, 1] + slots.col, 0).to(values.device)
+            source, patch = sources(slots, values.device)
             mine = values[(start + source).clamp(max=len(values) - 1)]
-            patch = patch.to(values.device).view(-1, *[1] * (values.dim() - 1))
-            out.append(torch.where(patch, mine, torch.zeros_like(mine)))
+            out.append(torch.where(patch.view(-1, *[1] * (values.dim() - 1)), mine, torch.zeros_like(mine)))
             start += len(patches)
         return out
+
+
+@per_layout
+def sources(slots: Layout) -> tuple[Tensor, Tensor]:
+    """Return the patch of the image's views that each slot holds, and whether it holds one, ``(slots,)`` both."""
+    grids = torch.tensor(slots.grids)
+    first = grids.prod(1).cumsum(0) - grids.prod(1)  # of each view
+    patch = slots.kind == Kind.PATCH
+    view = slots.view.clamp(min=0)
+    return torch.where(patch, first[view] + slots.row * grids[view, 1] + slots.col, 0), patch
 
 
 def current_encoder() -> EncoderRun | PackedRun | None:
@@ -507,27 +541,40 @@ def real_patches(call: VisionCall, grid: tuple[int, int]) -> Tensor | None:
 
 def of_cells(call: VisionCall, values: Tensor) -> Tensor:
     """Turn values of tower patches ``(views, patches, ...)`` into those of the projector's tokens: the mean of their patches."""
-    return values if call.cells is None else values[:, call.cells.to(values.device)].mean(2)
+    return values if call.cells is None else values[:, call.cells.to(values.device, non_blocking=True)].mean(2)
 
 
-def slots_of(patches: Layout, alive: Tensor) -> Tensor:
-    """Return the slots of the patches ``alive`` (entries of the view layout), ascending; padding has none."""
-    at = patches.slot.to(alive.device)[alive]
-    return at[at >= 0].sort().values
+def slots_of(alive: list[tuple[Layout, Tensor]], slotted: Sequence[bool] | None = None) -> list[Tensor]:
+    """Return the slots of the patches alive (entries of the view layout), ascending, for each image; padding has none.
+
+    ``slotted`` says of which images it is known that no padding is among them.
+    """
+    at = [patches.on(index.device).slot[index].sort().values for patches, index in alive]  # padding comes first
+    some = [i for i, (patches, _) in enumerate(alive) if len(patches.patches) < len(patches)]
+    padded = some if slotted is None else [i for i in some if not slotted[i]]
+    if padded:  # the host waits once
+        for i, count in zip(padded, torch.stack([(at[i] < 0).sum() for i in padded]).tolist(), strict=True):
+            at[i] = at[i][count:]
+    return at
 
 
-def add_newlines(slots: Layout, kept: Tensor, alive: Tensor, policy: str) -> Tensor:
-    """Return ascending patch slots ``kept`` together with the newline slots among ``alive`` that the policy keeps.
+def add_newlines(slots: Layout, kept: Tensor, alive: Tensor | None, policy: str) -> Tensor:
+    """Return ascending patch slots ``kept`` together with the newline slots among ``alive`` (``None``: all) that the policy keeps.
 
     ``"compete"`` and ``"none"`` add nothing.
     """
-    if policy not in ("all", "with_row"):
+    if policy not in ("all", "with_row") or not slots.has_newlines:
         return kept
-    newline = alive[(slots.kind == Kind.NEWLINE).to(alive.device)[alive]]
+    here = slots.on(kept.device)
+    newline = here.newlines
+    if alive is not None and len(alive) < len(slots):
+        newline = alive[here.kind[alive] == Kind.NEWLINE]
     if policy == "with_row":
-        y, view = slots.y.to(kept.device), slots.view.to(kept.device)
-        crops = kept[view[kept] > 0] if slots.thumbnail else kept
-        newline = newline[torch.isin(y[newline], y[crops])]
+        last = int(slots.y.max()) + 1  # rows of no crop
+        row = here.y[kept]
+        row = torch.where(here.view[kept] > 0, row, last) if slots.thumbnail else row
+        holds = torch.zeros(last + 1, dtype=torch.bool, device=kept.device).index_fill(0, row, True)
+        newline = newline[holds[here.y[newline]]]
     return torch.cat([kept, newline]).sort().values
 
 
@@ -545,15 +592,18 @@ def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return (rows[:, None] * small[1] + cols[None]).flatten()
 
 
-def fingerprint(call: VisionCall, image: int) -> int:
-    """Return an integer that depends on the image's pixels exactly, whatever the batch: a wrapping sum of weighted bit patterns."""
-    start = sum(call.views[:image])
-    own = call.pixels[image] if isinstance(call.pixels, list) else call.pixels[start : start + call.views[image]]
-    pixels = own.detach().contiguous()
-    size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[pixels.element_size()]
-    bits = pixels.view(size).flatten().long()
-    weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647
-    return int((bits * weight).sum()) & 0x7FFFFFFFFFFFFFFF
+def fingerprints(call: VisionCall) -> list[int]:
+    """Return an integer per image that depends on its pixels exactly, not on the batch: a wrapping sum of weighted bit patterns."""
+    sums, start = [], 0
+    for image, views in enumerate(call.views):
+        own = call.pixels[image] if isinstance(call.pixels, list) else call.pixels[start : start + views]
+        start += views
+        pixels = own.detach().contiguous()
+        size = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[pixels.element_size()]
+        bits = pixels.view(size).flatten().long()
+        weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647
+        sums.append((bits * weight).sum())
+    return [int(s) & 0x7FFFFFFFFFFFFFFF for s in torch.stack(sums).tolist()] if sums else []
 
 
 class _Absent:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage
+from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage, settle
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.handle import BaseHandle
 from vtc.engine.tower import replace_attribute
@@ -86,8 +86,12 @@ class VitHandle(BaseHandle):
         try:
             with self.running():
                 out = original(pixels, *args, **kwargs)
+        except Exception:
+            settle(run.answers)  # numbers that are not finite explain what went wrong
+            raise
         finally:
             _PASS.reset(token)
+        settle(run.answers)
         self.account(run)
         return out
 
@@ -109,7 +113,7 @@ class VitHandle(BaseHandle):
         run = self.current()
         if run is not None:
             n = args[0].shape[1] - int(self.family.facts.has_cls)
-            run.lengths.append([n] * args[0].shape[0] if run.valid is None else run.valid.sum(1).tolist())
+            run.lengths.append([n] * args[0].shape[0] if run.counts is None else run.counts)
 
     def pool(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         """Let a reducer made for the tower's output act between two blocks."""
@@ -126,7 +130,7 @@ class VitHandle(BaseHandle):
         with run.clock.span(hidden.device):
             entries = torch.arange(n, device=hidden.device).expand(hidden.shape[0], -1)
             signals = Signals(patches, layout, entries, budget, n, run.taps, cls=hidden[:, None, 0] if head else None)
-            chosen: Selection = ask(part, signals.check(f"block {part.tower_layer} ('{part.name}')"))
+            chosen: Selection = ask(part, signals.check(f"block {part.tower_layer} ('{part.name}')", run.answers))
             if chosen.valid is not None:
                 raise UnsupportedFeatureError(
                     f"'{part.name}' keeps different numbers of tokens of a batch's pictures here: use another option or batch 1"
@@ -151,9 +155,7 @@ class VitHandle(BaseHandle):
             per_layer = [counts[i] for counts in run.lengths]
             n = per_layer[0]
             layout = self.layout(n)
-            ids = torch.arange(n)
-            if run.ids is not None:
-                ids = run.ids[i] if run.valid is None else run.ids[i, run.valid[i]]
+            ids = torch.arange(n) if run.ids is None else run.patches(i)
             merges = [] if run.owner is None else [(torch.arange(n), ids, run.owner[i])]
             encoder = isinstance(part, EncoderReducer)
             asked = part.view_budgets(1, n, facts)[0] if encoder else part.wanted(layout, facts)

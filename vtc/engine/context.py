@@ -1,0 +1,203 @@
+"""State of one forward of the text model: which images there are, which of their tokens are left, what was tapped."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtc.core import Kind, Layout
+from vtc.engine.cache import _Pruned
+from vtc.engine.segment import Segment
+from vtc.engine.tower import VisionRecord
+from vtc.stats import Clock, StageStats
+
+CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
+"""Of the multimodal forward that runs, until its text model takes it."""
+
+
+@dataclass(eq=False)
+class Instance:
+    """One image in one batch row (beams repeat rows, so one image may have several instances).
+
+    Attributes
+    ----------
+    row : int
+        Batch row.
+    image : int
+        Index into the vision record.
+    record : VisionRecord
+        That record: of the call's images, or of its videos.
+    columns : Tensor
+        ``(slots,)`` logical column of every slot.
+    run : slice or None
+        The same, where they are one run of columns.
+    layout : Layout
+        Slot layout.
+    entries : Tensor
+        ``(n,)`` slots still alive, ascending.
+    patches : Tensor or None
+        Those of them that are patches, where it is known without asking the device.
+    stages : list of StageStats
+        What reducers did to it.
+    merges : list
+        What merging reducers did to it, for pictures.
+    """
+
+    row: int
+    image: int
+    record: VisionRecord
+    columns: Tensor
+    run: slice | None
+    layout: Layout
+    entries: Tensor
+    patches: Tensor | None
+    stages: list[StageStats]
+    merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all slots are alive."""
+        return len(self.entries) == len(self.layout)
+
+    def only_patches(self) -> Tensor:
+        """Return the slots alive that are patches."""
+        if self.patches is not None:
+            return self.patches
+        return self.entries[self.layout.on(self.entries.device).kind[self.entries] == Kind.PATCH]
+
+
+@dataclass(eq=False)
+class Context:
+    """State of one forward of the text model.
+
+    What the host decides (how many tokens each row holds, which images there are) follows from one look at ids and padding before
+    anything runs, and from shapes: a GPU is not waited for again until the last layer is under way.
+    """
+
+    visual: Tensor | None = None  # (B, q) bool; None: no new visual tokens in this forward
+    real: Tensor | None = None  # (B, q) bool, not padding
+    q: int = 0
+    padded: bool = False  # whether `real` is not True everywhere
+    places: dict[bool, Tensor] = field(default_factory=dict)  # "are videos" -> their part of `visual`, on the CPU
+    text: list[int] = field(default_factory=list)  # text tokens of each row
+    longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row
+    held: list[int] = field(default_factory=list)  # tokens of each row that the layers hold, padding left out
+    answers: list[tuple[str, Tensor]] = field(default_factory=list)  # whether signals were finite, to be looked at in the end
+    records: dict[bool, VisionRecord] = field(default_factory=dict)  # the same key
+    instances: list[Instance] = field(default_factory=list)
+    keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
+    current: Segment | None = None
+    memo: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
+    tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
+    fired: set[int] = field(default_factory=set)
+    per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
+    clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
+    rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+    static: bool = False  # its keys come with empty slots behind them
+    step: Step | None = None  # what the layer before was given
+
+    def alive(self) -> list[int]:
+        """Tokens of each row that are text or still chosen."""
+        counts = list(self.text)
+        for it in self.instances:
+            counts[it.row] += len(it.entries)
+        return counts
+
+    def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
+        for k, r, value in self.memo:
+            if k == key and all(_same(a, b) for a, b in zip(r, refs, strict=True)):
+                return value
+        self.memo.append((key, refs, make()))
+        return self.memo[-1][2]
+
+
+class Group:
+    """Images of one geometry that show a reducer equally many of their tokens.
+
+    Attributes
+    ----------
+    members : list of Instance
+        The images.
+    layout : Layout
+        Their slot layout.
+    entries : Tensor
+        ``(B, n)`` slots shown.
+    whole : bool
+        Whether these are all their slots. Then a slice does for a gather, where the columns are one run.
+    """
+
+    def __init__(self, members: list[Instance], shown: list[Tensor]) -> None:
+        self.members, self.layout = members, members[0].layout
+        self.entries = _stacked(shown)
+        self.whole = self.entries.shape[1] == len(self.layout)
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        """``(B,)`` batch row of each."""
+        return torch.tensor([it.row for it in self.members]).to(self.entries.device, non_blocking=True)
+
+    @functools.cached_property
+    def columns(self) -> Tensor:
+        """``(B, n)`` logical columns of the slots shown."""
+        columns = _stacked([it.columns for it in self.members])
+        return columns if self.whole else columns.gather(1, self.entries)
+
+    def places(self, seg: Segment | None) -> Tensor:
+        """``(B, n)`` their columns among the tokens of ``seg``."""
+        return self.columns if seg is None else seg.inverse[self.rows[:, None], self.columns]
+
+    def narrow(self, values: Tensor, seg: Segment | None, offset: int = 0) -> Tensor:
+        """Return ``(B, n, ...)`` of values ``(batch, offset + tokens of seg, ...)``."""
+        runs = [it.run for it in self.members]
+        if seg is None and self.whole and None not in runs:
+            parts = zip(self.members, runs, strict=True)
+            return _stacked([values[it.row, offset + run.start : offset + run.stop] for it, run in parts])
+        return values[self.rows[:, None], self.places(seg) + offset]
+
+    def chosen(self, values: list[Tensor]) -> Tensor:
+        """Return ``(B, n, ...)`` of values per image ``(slots, ...)``."""
+        stacked = _stacked(values).to(self.entries.device)
+        if self.whole:
+            return stacked
+        index = self.entries.view(*self.entries.shape, *[1] * (stacked.dim() - 2))
+        return stacked.gather(1, index.expand(-1, -1, *stacked.shape[2:]))
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+@dataclass(eq=False)
+class Step:
+    """What one decoder layer was given: the next layer gets the same if its cache and inputs are the same."""
+
+    held: tuple[Any, ...]  # what its mask and positions depend on, see `state`
+    given: dict[str, Any]  # arguments as they came
+    changed: dict[str, Any]  # and as they went on
+
+    @staticmethod
+    def state(layer: _Pruned, seg: Segment | None = None, before: Tensor | None = None) -> tuple[Any, ...]:
+        """What a layer's mask and positions depend on: its reduced cache, and in a prefill its segment and the shift before it."""
+        return layer.cols, layer.valid, layer.shift, seg, before, layer.end
+
+    def fits(self, state: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a layer in this state and with these arguments gets the same."""
+        return (
+            all(a is b for a, b in zip(state[:-1], self.held[:-1], strict=True))
+            and state[-1] == self.held[-1]
+            and all(_same(kwargs.get(k), v) for k, v in self.given.items())
+        )
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Identity; of the tensors in it for a tuple, whose own identity ``torch.compile`` cannot tell."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+    return a is b

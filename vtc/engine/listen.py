@@ -1,0 +1,251 @@
+"""Signals of the language model: tapped while its layers run, or looked at when a layer is entered."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtc.core import Need, Reducer
+from vtc.engine import taps
+from vtc.engine.cache import _Pruned
+from vtc.engine.context import Context, Group
+from vtc.engine.rope import rope_of, rotate
+from vtc.engine.segment import Segment, take
+from vtc.errors import NotReducedError, UnsupportedFeatureError
+from vtc.families.base import Family
+from vtc.signals import AttentionTap, StateTap
+
+_INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
+
+
+class _Preview:
+    """Stands in the place of the context where a layer's forward runs only up to its attention."""
+
+
+class _Seen(Exception):  # noqa: N818  carries a result, not a mishap
+    """q, k, v and scaling of an attention that was only looked at."""
+
+    def __init__(self, *parts: Any) -> None:
+        super().__init__()
+        self.parts = parts
+
+
+class TextTaps:
+    """All taps of one model's decoder layers.
+
+    Attributes
+    ----------
+    needs : dict
+        By layer: signals of its attention.
+    looks : dict
+        By layer: signals taken when it is entered, before its reducers act.
+    inside : dict
+        By layer: signals of its modules.
+    """
+
+    def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
+        self.family, self.facts = family, family.facts
+        self.needs: dict[int, list[Need]] = {}
+        self.looks: dict[int, list[Need]] = {}
+        self.inside: dict[int, list[Need]] = {}
+        for part in parts:
+            for need in part.needs:
+                if need.source == "text":
+                    self.want(need.resolve(self.facts.provides))
+
+    def want(self, need: Need) -> None:
+        """Note a signal, and first those its measure reads."""
+        for other in need.uses:
+            self.want(other)
+        layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
+        place = self.needs if need.of == "attention" else self.looks if need.of in ("preview", "hidden") else self.inside
+        if need not in place.setdefault(layer, []):
+            place[layer].append(need)
+
+    def install(self, undo: list[Callable[[], None]]) -> None:
+        """Put the hooks on; what takes them off is appended to ``undo``, one by one."""
+        for i in sorted({*self.needs, *(i for i, wanted in self.looks.items() if any(n.of == "preview" for n in wanted))}):
+            undo.append(taps.attach(self.family.text_attention[i], functools.partial(self.observe, i)))
+        for i, wanted in self.inside.items():
+            self.watch_modules(i, {n.of for n in wanted}, undo)
+
+    def entered(self, i: int, ctx: Context) -> None:
+        """Note which forward enters layer ``i``, for the hooks of its modules."""
+        if self.inside:
+            _INSIDE.set(ctx if i in self.inside else None)
+
+    def left(self) -> None:
+        """Forget it."""
+        if self.inside and _INSIDE.get() is not None:
+            _INSIDE.set(None)
+
+    def observe(
+        self,
+        i: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
+        ctx: Context | None,
+    ) -> None:
+        """Compute the signals wanted of decoder layer ``i`` (prefill with images only)."""
+        if isinstance(ctx, _Preview):
+            raise _Seen(query, key, value, scaling)
+        if ctx is None or ctx.visual is None or i not in self.needs:
+            return
+        if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
+            return
+        with torch.no_grad(), ctx.clock.span(query.device):
+            q = query.shape[2]
+            seg = ctx.keep[i][0] if i in ctx.keep else None
+            visual, valid, last = tokens_of(ctx, seg)
+            if ctx.static:  # only ever empty before a prompt that is reduced
+                key, value = key[:, :, :q], value[:, :, :q]
+                mask = mask[..., :q] if isinstance(mask, Tensor) else mask
+            keys = key.shape[2]
+            full = mask
+            if isinstance(mask, Tensor) and mask.dim() == 2:  # FlashAttention: padding only
+                causal = (
+                    torch.arange(keys, device=query.device)[None] <= (torch.arange(q, device=query.device) + keys - q)[:, None]
+                )
+                full = mask.bool()[:, None, None, :] & causal
+            tap = AttentionTap(query, key, value, scaling, full, True, last, visual, valid, rope=ctx.rope, text=ctx.longest)
+            for need in self.needs[i]:
+                own = replace(tap, given=self.given(ctx, need, seg)) if need.uses else tap
+                ctx.tapped[need.key] = (need.measure(own), seg, keys - q)
+
+    @staticmethod
+    def given(ctx: Context, need: Need, seg: Segment | None) -> dict[str, Tensor]:
+        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``."""
+        out = {}
+        for other in need.uses:
+            value, held, offset = ctx.tapped[other.key]
+            if other.axis == "keys":
+                rows = torch.arange(ctx.q, device=value.device).expand(value.shape[0], -1) if seg is None else seg.rows
+                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)  # padding was held nowhere
+                value = take(value, at + offset, 1)
+            out[other.name] = value
+        return out
+
+    def look(self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> None:
+        """Compute the signals that layer ``i`` gives of the tokens there before its reducers act.
+
+        Tokens of earlier forwards (a KV cache handed in) have no part in a preview.
+        """
+        seg = ctx.current
+        with torch.no_grad(), ctx.clock.span(hidden.device):
+            if i in ctx.keep and ctx.keep[i][1] is not None:  # layer 0, after a cut at the boundary
+                hidden = take(hidden, ctx.keep[i][1], 1)
+            visual, valid, last = tokens_of(ctx, seg)
+            state = StateTap(hidden, last, visual, valid, self.family.text.norm, text=ctx.longest)
+            ahead: AttentionTap | None = None
+            for need in self.looks[i]:
+                if need.of == "hidden":
+                    tap: Any = state
+                else:
+                    if ahead is None:
+                        ahead = self.preview(ctx, i, layer, kwargs, hidden, seg)
+                    tap = ahead
+                ctx.tapped[need.key] = (need.measure(replace(tap, given=self.given(ctx, need, seg))), seg, 0)
+
+    def preview(
+        self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor, seg: Segment | None
+    ) -> AttentionTap:
+        """Return q, k, v of layer ``i`` for ``hidden``: its forward runs up to the attention, and without the KV cache."""
+        cache, before = kwargs.get("past_key_values"), None
+        if cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
+            before = cache.layers[i].shift
+        own = {k: v for k, v in kwargs.items() if k.startswith("position_embeddings")}
+        own["position_ids"] = kwargs.get("position_ids")
+        rotate(self.family.text, ctx, i, own, hidden, seg, before)
+        own["position_ids"] = None
+        try:
+            layer.forward(hidden, attention_mask=None, past_key_values=None, use_cache=False, _vtc=_Preview(), **own)
+        except _Seen as seen:
+            query, key, value, scaling = seen.parts
+        else:
+            raise UnsupportedFeatureError(
+                f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
+            )
+        visual, valid, last = tokens_of(ctx, seg)
+        mask = None
+        if ctx.padded if seg is None else seg.valid is not None:
+            at = torch.arange(valid.shape[1], device=valid.device)
+            # padding rows see themselves: no empty softmax row
+            mask = ((at <= at[:, None]) & (valid[:, None, :] | (at == at[:, None])))[:, None]
+        return AttentionTap(
+            query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(layer, own), text=ctx.longest
+        )
+
+    def watch_modules(self, i: int, places: set[str], undo: list[Callable[[], None]]) -> None:
+        """Hook the modules of layer ``i`` that the signals of ``places`` come from."""
+        mlp = getattr(self.family.layers[i], "mlp", None)
+        modules = {
+            "attention_update": self.family.text_attention[i],
+            "mlp_update": mlp,
+            "neurons": getattr(mlp, "down_proj", None),
+        }
+        for place in sorted(places):
+            if modules[place] is None:
+                raise UnsupportedFeatureError(
+                    f"decoder layer {i} has no module for '{place}' signals: this text model's MLP is not of a known form"
+                )
+            hook = functools.partial(self.observe_module, i, place)
+            undo.append(modules[place].register_forward_hook(hook, with_kwargs=True).remove)
+
+    def observe_module(
+        self, i: int, place: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> None:
+        """Compute the signals of one module of decoder layer ``i`` (prefill with images only)."""
+        ctx = _INSIDE.get()
+        if ctx is None:
+            return
+        before = args[0] if args else kwargs["hidden_states"]
+        hidden = before if place == "neurons" else out[0] if isinstance(out, tuple) else out
+        with torch.no_grad(), ctx.clock.span(hidden.device):
+            seg = ctx.keep[i][0]
+            visual, valid, last = tokens_of(ctx, seg)
+            tap = StateTap(hidden, last, visual, valid, self.family.text.norm, before=before, text=ctx.longest)
+            for need in self.inside[i]:
+                if need.of == place:
+                    own = replace(tap, given=self.given(ctx, need, seg)) if need.uses else tap
+                    ctx.tapped[need.key] = (need.measure(own), seg, 0)
+
+    def signals_of(self, ctx: Context, part: Reducer, group: Group) -> dict[str, Tensor]:
+        """Narrow every signal the part needs to the candidates of a group."""
+        out: dict[str, Tensor] = {}
+        for need in part.needs:
+            if need.source == "vision":
+                key = need.resolve(self.facts.provides).key
+                out[need.name] = group.chosen([it.record.signals[key][it.image] for it in group.members])
+                continue
+            if need.key not in ctx.tapped:
+                raise NotReducedError(
+                    f"'{part.name}' needs '{need.name}' of decoder layer {need.layer}, which was not computed in this forward"
+                )
+            value, seg, offset = ctx.tapped[need.key]
+            out[need.name] = value[group.rows] if need.axis == "row" else group.narrow(value, seg, offset)
+        return out
+
+
+def tokens_of(ctx: Context, seg: Segment | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds."""
+    if seg is None:
+        visual, valid = ctx.visual, ctx.real
+    else:
+        valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
+        visual = ctx.visual.gather(1, seg.rows)
+        visual = visual if seg.valid is None else visual & valid
+    held = valid.shape[1]
+    if ctx.padded and seg is None:
+        index = torch.arange(held, device=valid.device)
+        return visual, valid, torch.where(valid, index, -1).max(1).values
+    return visual, valid, torch.full_like(valid[:, 0], held - 1, dtype=torch.long)  # a segment's padding is on the left
