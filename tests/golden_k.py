@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Kind, Layout, Signals
 from vtc.engine.project import Projection
-from vtc.engine.segment import cut, take
+from vtc.engine.segment import cut
 from vtc.engine.tower import add_newlines
-from vtc.kernels import k_means, nearest_centre
+from vtc.kernels import k_means, nearest_centre, take
 from vtc.reducers.tokenpooling import third_party_start
 from vtc.signals import AttentionTap, wide_cls_attn, wide_keys, zeroth_order_sensitivity
 from vtc.views import narrow

@@ -12,9 +12,10 @@ from transformers import DynamicCache
 
 import vtc
 from vtc.engine.cache import PrunedLayer, pruned_layer
-from vtc.engine.segment import cut, remap_mask, take
+from vtc.engine.segment import cut, remap_mask
 from vtc.errors import UnsupportedFeatureError, VtcError
 from vtc.eval.hooks import measure
+from vtc.kernels import take
 from vtc.stats import HISTORY, CallStats, StatsLog
 
 

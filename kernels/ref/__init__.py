@@ -11,7 +11,7 @@ from vtc.kernels.ref.greedy import farthest_point, farthest_point_weighted, gree
 from vtc.kernels.ref.hierarchy import ward
 from vtc.kernels.ref.linear import along, dot, unit_rows, widened
 from vtc.kernels.ref.merge import absorb_neighbours, merge_scatter
-from vtc.kernels.ref.select import compacted, select_compact, smallest, topk, topk_mask, topk_per_group, topk_sorted
+from vtc.kernels.ref.select import compacted, select_compact, smallest, take, topk, topk_mask, topk_per_group, topk_sorted
 from vtc.kernels.ref.share import apportion, coarse_grid
 from vtc.kernels.ref.similarity import (
     connectivity,
@@ -55,6 +55,7 @@ __all__ = [
     "shrinking_picks",
     "similarity_rows",
     "smallest",
+    "take",
     "topk",
     "topk_mask",
     "topk_per_group",

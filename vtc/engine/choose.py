@@ -8,10 +8,9 @@ from torch import Tensor
 from vtc.core import Reducer, Selection, Signals, Stage, settle
 from vtc.engine.context import Context, Group, Instance
 from vtc.engine.listen import TextTaps, tokens_of
-from vtc.engine.segment import take
 from vtc.engine.tower import VisionRecord, add_newlines
 from vtc.errors import UnsupportedFeatureError
-from vtc.kernels import compacted
+from vtc.kernels import compacted, take
 from vtc.stats import SHORT, StageStats
 from vtc.views import ask
 

@@ -15,6 +15,7 @@ from vtc.core import Kind, Layout
 from vtc.engine.cache import _Pruned
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
+from vtc.kernels import take
 from vtc.stats import Clock, StageStats
 
 CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
@@ -166,8 +167,7 @@ class Group:
         stacked = _stacked(values).to(self.entries.device)
         if self.whole:
             return stacked
-        index = self.entries.view(*self.entries.shape, *[1] * (stacked.dim() - 2))
-        return stacked.gather(1, index.expand(-1, -1, *stacked.shape[2:]))
+        return take(stacked, self.entries)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vtc import compat
 from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, settle
 from vtc.errors import UnsupportedFeatureError
-from vtc.kernels import merge_scatter
+from vtc.kernels import merge_scatter, take
 from vtc.stats import Clock
 
 
@@ -200,7 +200,7 @@ class EncoderStage:
         if self.part.returns is not None and run.left is None:
             run.left = hidden
         gather = index if not self.head else torch.cat([torch.zeros_like(index[:, :1]), index + 1], 1)
-        return hidden.gather(1, gather[..., None].expand(-1, -1, hidden.shape[2]))
+        return take(hidden, gather)
 
     def bring_back(self, run: EncoderRun, hidden: Tensor) -> Tensor:
         """Write the tokens back to their patches; those that had left are as they were then."""
@@ -334,10 +334,7 @@ def narrow(run: EncoderRun, alive: Tensor) -> Tensor | None:
     index = torch.argsort((~alive).to(torch.int8), dim=1, stable=True)[:, : max(counts)]
     ids = run.ids if run.ids is not None else torch.arange(n, device=alive.device).expand_as(alive)
     run.ids, run.valid, run.counts = ids.gather(1, index), prefix(counts, alive.device), counts
-    run.carry = {
-        k: v.gather(1, index.view(*index.shape, *[1] * (v.dim() - 2)).expand(-1, -1, *v.shape[2:]))
-        for k, v in run.carry.items()
-    }
+    run.carry = {k: take(v, index) for k, v in run.carry.items()}
     return index
 
 

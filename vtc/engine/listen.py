@@ -16,9 +16,10 @@ from vtc.engine import taps
 from vtc.engine.cache import _Pruned
 from vtc.engine.context import Context, Group
 from vtc.engine.rope import rope_of, rotate
-from vtc.engine.segment import Segment, take
+from vtc.engine.segment import Segment
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
+from vtc.kernels import take
 from vtc.signals import AttentionTap, StateTap
 
 _INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs

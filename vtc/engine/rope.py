@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from vtc import compat
 from vtc.engine.context import Context
-from vtc.engine.segment import Segment, take
+from vtc.engine.segment import Segment
 from vtc.errors import UnsupportedFeatureError
+from vtc.kernels import take
 
 
 def rotate(

@@ -100,20 +100,6 @@ def cut(keep: Tensor, counts: list[int], real: Tensor | None, prev: Segment | No
     return Segment(rows, valid, delta, shift, keep), relative
 
 
-def take(t: Tensor, index: Tensor, dim: int) -> Tensor:
-    """Gather along ``dim`` with a ``(B, P)`` index; the batch is the dimension before ``dim`` (broadcast if it is 1)."""
-    batch = dim - 1
-    shape = list(t.shape)
-    shape[batch], shape[dim] = index.shape
-    view = [1] * t.dim()
-    view[batch], view[dim] = index.shape
-    if t.shape[batch] != index.shape[0]:
-        full = list(t.shape)
-        full[batch] = index.shape[0]
-        t = t.expand(full)
-    return t.gather(dim, index.to(t.device).view(view).expand(shape))
-
-
 def remap_mask(
     mask: Any,
     seg: Segment | None,

@@ -26,10 +26,11 @@ from vtc.engine.choose import Chooser, find_instances, keep_table, write
 from vtc.engine.context import CURRENT, Context, Step
 from vtc.engine.listen import TextTaps
 from vtc.engine.rope import rope_of, rotate
-from vtc.engine.segment import Segment, cut, remap_mask, take
+from vtc.engine.segment import Segment, cut, remap_mask
 from vtc.engine.tower import MADE, TowerSide, VisionRecord
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
+from vtc.kernels import take
 from vtc.signals import question_of
 from vtc.stats import CallStats, Clock, ImageStats, KeptTokens, StatsLog
 

@@ -26,6 +26,7 @@ from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
+from vtc.kernels import take
 from vtc.signals import AttentionTap, PixelTap, ProjectionTap
 from vtc.stats import SHORT, Clock, StageStats
 from vtc.views import ask, per_layout
@@ -380,7 +381,7 @@ class TowerSide:
                     selection = ask(part, signals.check(f"the vision tower's output ('{part.name}')", run.encoder.answers))
             merged = selection.features
             if merged is None:
-                merged = mine.gather(1, selection.index[..., None].expand(-1, -1, mine.shape[-1]))
+                merged = take(mine, selection.index)
             valid = (
                 None if selection.valid is None else selection.valid.cpu()
             )  # images keep different numbers: how many, decides

@@ -16,6 +16,7 @@ from vtc.engine.handle import BaseHandle
 from vtc.engine.tower import replace_attribute
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Transformer
+from vtc.kernels import take
 from vtc.signals import AttentionTap
 from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStats
 from vtc.views import ask
@@ -138,7 +139,7 @@ class VitHandle(BaseHandle):
             run.ids, run.owner = chosen.index, chosen.owner
             kept = chosen.features
             if kept is None:
-                kept = patches.gather(1, chosen.index[..., None].expand(-1, -1, hidden.shape[2]))
+                kept = take(patches, chosen.index)
         run.taps = {}
         return (torch.cat([hidden[:, :head], kept.to(hidden.dtype)], 1), *args[1:])
 

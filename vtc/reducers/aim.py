@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Scorer, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, attention_walk, merge_scatter, pairwise_top1
+from vtc.kernels import apportion, attention_walk, merge_scatter, pairwise_top1, take
 from vtc.registry import register
 from vtc.schedule import checked, closest_count, layer_average
 from vtc.signals import AttentionTap, all_keys
@@ -168,7 +168,7 @@ class AIMMerge(Reducer):
         order = at.argsort(1)
         if not self.official:  # each in the place of the token it grew from; the release lines them up in the order of merging
             rank = order.argsort(1)
-            values = values.gather(1, order[..., None].expand_as(values))
+            values = take(values, order)
             owner = torch.where(owner >= 0, rank.gather(1, owner.clamp(min=0)), owner)
         return Selection(at.gather(1, order), values, owner)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError
-from vtc.kernels import compacted, topk, topk_mask, widened
+from vtc.kernels import compacted, take, topk, topk_mask, widened
 from vtc.registry import register
 from vtc.signals import StateTap, final_states, key_norm, places
 
@@ -36,7 +36,7 @@ class TextPivots:
     def __call__(self, tap: StateTap) -> Tensor:
         """Gather, then normalise."""
         index, there = _best_text(tap, self.count)
-        states = tap.hidden.gather(1, index[..., None].expand(-1, -1, tap.hidden.shape[2]))
+        states = take(tap.hidden, index)
         return torch.where(there[..., None], tap.norm(states), 0.0)
 
 
@@ -137,13 +137,13 @@ class DART(Reducer):
         """
         p = min(self.image_pivots, signals.shape[1] if self.official else signals.budget)
         image = topk(signals.key_norm, p)
-        states = signals.final_states.gather(1, image[..., None].expand(-1, -1, signals.final_states.shape[2]))
+        states = take(signals.final_states, image)
         where = signals.places.gather(1, image)
         if self.text_pivots:
             states = torch.cat([states, signals.text_pivots.to(states.dtype)], 1)
             where = torch.cat([where, signals.text_places], 1)
         index = self.visit(where, p)
-        return image, states.gather(1, index[..., None].expand(-1, -1, states.shape[2])), where.gather(1, index)
+        return image, take(states, index), where.gather(1, index)
 
     def visit(self, where: Tensor, p: int) -> Tensor:
         """Return the order ``(B, P)`` of visits to pivots at the places ``where (B, P)``; the first ``p`` are the image's."""

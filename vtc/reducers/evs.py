@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Facts, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import compacted, topk_per_group, topk_sorted, widened
+from vtc.kernels import compacted, take, topk_per_group, topk_sorted, widened
 from vtc.registry import register
 from vtc.views import frame_quotas, members, shares_of_views
 
@@ -71,7 +71,7 @@ class Evs(Reducer):
         where = where.scatter(1, at, torch.arange(at.shape[1], device=at.device).expand_as(at))
         before = where.gather(1, (place - rows * cols).clamp(min=0))
         known = (frame > 0) & (before >= 0)
-        other = unit.gather(1, before.clamp(min=0)[..., None].expand_as(unit))
+        other = take(unit, before.clamp(min=0))
         return torch.where(known, 1 - (unit * other).sum(-1), torch.inf)
 
     def select(self, signals: Signals) -> Selection:

@@ -18,6 +18,7 @@ from vtc.kernels import (
     merge_scatter,
     pairwise_top1,
     shrinking_picks,
+    take,
     topk,
     topk_mask,
     topk_sorted,
@@ -182,7 +183,7 @@ class Script(Reducer):
     def absorb(self, features: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Average the dropped tokens into the kept ones; return ``(B, K, D)`` and the kept token each went into, ``(B, N)``."""
         with torch.no_grad():
-            kept = features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+            kept = take(features, index)
             _, owner = pairwise_top1(features, kept)
             places = torch.arange(index.shape[1], device=index.device).expand_as(index)
             owner = owner.scatter(1, index, places)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vtc.core import Facts, Need, Newlines, Positions, Reducer, Schedule, Selection, Signals, Stage, check_bounds
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import attention_rows, compacted, dot, merge_scatter, smallest, topk, topk_sorted, widened
+from vtc.kernels import attention_rows, compacted, dot, merge_scatter, smallest, take, topk, topk_sorted, widened
 from vtc.registry import register
 from vtc.schedule import check_ratios, checked, place_cuts, stage_counts
 from vtc.signals import AttentionTap, StateTap
@@ -79,7 +79,7 @@ def rate(attention: Tensor, weight: Tensor, heads: int | None = None, visual: Te
         return rows.mean(1) / count
     strength = (rows if visual is None else rows * visual[:, None]).sum(-1)
     best = topk_sorted(strength, heads)
-    return rows.gather(1, best[..., None].expand(-1, -1, rows.shape[2])).mean(1) / count
+    return take(rows, best).mean(1) / count
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class RaterAttention:
             return rate(attention, weight)
         q = tap.query.shape[2]
         vectors = rope_prior(tap.rope).expand(len(chosen), -1, -1)
-        prior = vectors.gather(1, index[..., None].expand(-1, -1, vectors.shape[2])) @ vectors.transpose(1, 2)
+        prior = take(vectors, index) @ vectors.transpose(1, 2)
         score = rate(attention[..., -q:] / _away_from_zero(prior)[:, None], weight, self.heads, tap.visual)
         return torch.nn.functional.pad(score, (tap.key.shape[2] - q, 0))  # keys of earlier forwards are nobody's candidates
 

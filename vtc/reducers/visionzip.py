@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vtc.core import Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import apportion, compacted, merge_scatter, pairwise_top1, topk, widened
+from vtc.kernels import apportion, compacted, merge_scatter, pairwise_top1, take, topk, widened
 from vtc.registry import register
 from vtc.signals import cls_attn, keys
 from vtc.views import NO_CLS, complement, entries_of_views, in_slot_order, per_layout
@@ -265,6 +265,6 @@ def in_order(parts: list[ZippedView], layout: Layout) -> tuple[Tensor, Tensor]:
         tokens, entries = (torch.cat(t, 1) for t in zip(*patches(crops), strict=True))
         there = layout.on(entries.device)
         raster = (there.y[entries] * (int(layout.x.max()) + 1) + there.x[entries]).argsort(1)
-        pieces.append((tokens.gather(1, raster[..., None].expand_as(tokens)), entries.gather(1, raster)))
+        pieces.append((take(tokens, raster), entries.gather(1, raster)))
         pieces += heads(crops) + merged(crops)
     return torch.cat([t for t, _ in pieces], 1), torch.cat([label for _, label in pieces], 1)
