@@ -18,46 +18,73 @@ class Case:
         Options that keep everything.
     count : {"exact", "at_most", "all"}
         Whether every image keeps exactly the tokens the stage reports as requested, at most that many, or all (they skip layers).
+    waits : tuple of str
+        Functions in which the host waits for a GPU between the tower and the last layer: only where the number of tokens, and with
+        it the host's next step, depends on what the GPU finds.
     """
 
     mild: dict[str, Any]
     harsh: dict[str, Any]
     whole: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
     count: Literal["exact", "at_most", "all"] = "exact"
+    waits: tuple[str, ...] = ()
 
 
 CASES: dict[str, Case] = {
     "aim": Case({"keep": 10, "start": 2, "stop": 12}, {"keep": 0.3, "start": 1, "stop": 12}, {"keep": 1.0, "prune": False}),
     "cdpruner": Case({"keep": 10}, {"keep": 0.2}),
-    "corematching": Case({"keep": 10}, {"keep": 0.2, "rule": "topk"}, {"keep": 1.0, "rule": "topk"}, "at_most"),
+    # as many tokens as the knee of a curve says
+    "corematching": Case(
+        {"keep": 10}, {"keep": 0.2, "rule": "topk"}, {"keep": 1.0, "rule": "topk"}, "at_most", waits=("compacted", "reduce")
+    ),
     "dart": Case({"keep": 10}, {"keep": 0.2, "layer": 1}),
     "divprune": Case({"keep": 10}, {"keep": 0.2}),
-    "docprune": Case({"keep": 10}, {"keep": 0.2, "dilate": False}, {"keep": 1.0, "threshold": float("-inf")}, "at_most"),
+    # as many as show text
+    "docprune": Case(
+        {"keep": 10}, {"keep": 0.2, "dilate": False}, {"keep": 1.0, "threshold": float("-inf")}, "at_most", waits=("compacted",)
+    ),
     "downsample": Case({"keep": 12}, {"keep": 5}, count="at_most"),
     "evs": Case({"keep": 10}, {"keep": 0.2}),
     "fastervlm": Case({"keep": 10}, {"keep": 0.2}),
     "fastv": Case({"keep": 10}, {"keep": 0.2, "layer": 1}),
-    "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most"),
-    "flowcut": Case({"keep": 10}, {"keep": 0.2}, count="at_most"),
-    "globalcom2": Case({"keep": 10}, {"keep": 0.2}),
+    # newlines of rows that keep a token
+    "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most", waits=("add_newlines",)),
+    # views drop by their own scores; padding may survive
+    "flowcut": Case({"keep": 10}, {"keep": 0.2}, count="at_most", waits=("narrow", "slots_of", "only_patches")),
+    # crops share the budget by their scores
+    "globalcom2": Case({"keep": 10}, {"keep": 0.2}, waits=("quota",)),
     "gridpool": Case({"keep": 10}, {"keep": 0.2}, count="at_most"),
-    "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}),
+    # SciPy's clustering
+    "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}, waits=("ward",)),
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
-    "ptp": Case({"keep": 10}, {"keep": 0.2, "layer": 1, "region": "mean"}),
+    # crops share by salience; newlines as in flexpool
+    "ptp": Case({"keep": 10}, {"keep": 0.2, "layer": 1, "region": "mean"}, waits=("weights", "add_newlines")),
     "pyramiddrop": Case({"keep": 8}, {"avg_tokens": 0.5}),
     "random": Case({"keep": 10}, {"keep": 0.2, "seed": 3}),
     "script": Case({"keep": 10}, {"keep": 0.2, "rule": "joint"}),
-    "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all"),
-    "sparsevlm": Case({"keep": 10}, {"keep": 0.2, "version": "2"}),
-    "todre": Case({"keep": 10}, {"keep": 0.2, "diversity": "kcenter"}),
-    "tokencorr": Case({"keep": 10}, {"keep": 0.2, "sampling": "random"}, {"keep": 1.0, "adaptive": False}, "at_most"),
+    # as many as the class token attends to
+    "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all", waits=("narrow",)),
+    # as many as the words that match
+    "sparsevlm": Case({"keep": 10}, {"keep": 0.2, "version": "2"}, waits=("raters",)),
+    # all or none, as the text's attention says
+    "todre": Case({"keep": 10}, {"keep": 0.2, "diversity": "kcenter"}, waits=("reduce",)),
+    # as many as do not repeat each other
+    "tokencorr": Case(
+        {"keep": 10},
+        {"keep": 0.2, "sampling": "random"},
+        {"keep": 1.0, "adaptive": False},
+        "at_most",
+        waits=("select", "add_newlines"),
+    ),
     "tokenpooling": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}),
-    "tome": Case({"keep": 10}, {"keep": 0.4, "proportional": False}, {"keep": 1.0}, "at_most"),
+    # padding may be among what is left
+    "tome": Case({"keep": 10}, {"keep": 0.4, "proportional": False}, {"keep": 1.0}, "at_most", waits=("slots_of",)),
     "transprune": Case({"keep": 10}, {"keep": 0.2, "iga": False}),
     "uniform": Case({"keep": 10}, {"keep": 0.2}),
     "visionzip": Case({"keep": 10}, {"keep": 0.2, "contextual": 1}),
-    "vispruner": Case({"keep": 10}, {"keep": 0.2, "important": 0.25}),
+    # rounds of removal
+    "vispruner": Case({"keep": 10}, {"keep": 0.2, "important": 0.25}, waits=("nearest", "largest")),
     "zooprune": Case({"keep": 10, "directions": 4}, {"keep": 0.2, "directions": 2, "rank": 5}),
 }

@@ -32,22 +32,6 @@ FIRST = {"placeholders", "real_tokens", "fingerprints", "describe", "resize"}
 """Looks at ids, padding, picture sizes and pixels before the tower has begun: the GPU has nothing to do yet."""
 LAST = "settle"
 """The look at whether all signals were finite, behind the last layer."""
-WAITS = {
-    "corematching": {"compacted", "reduce"},  # as many tokens as the knee of a curve says
-    "docprune": {"compacted"},  # as many as show text
-    "flexpool": {"add_newlines"},  # newlines of rows that keep a token
-    "flowcut": {"narrow", "slots_of", "only_patches"},  # views drop by their own scores; padding may be among the survivors
-    "globalcom2": {"quota"},  # crops share the budget by their scores
-    "hierpool": {"ward"},  # SciPy's clustering
-    "ptp": {"weights", "add_newlines"},  # the same, and as in flexpool
-    "skipspan": {"narrow"},  # as many as the class token attends to
-    "sparsevlm": {"raters"},  # as many as the question's words that match
-    "todre": {"reduce"},  # all or none, as the text's attention says
-    "tokencorr": {"select", "add_newlines"},  # as many as do not repeat each other
-    "tome": {"slots_of"},  # padding may be among what is left
-    "vispruner": {"nearest", "<listcomp>"},  # rounds of removal
-}
-"""Where a reducer's number of tokens, and with it the host's next step, depends on what the GPU found."""
 
 
 @functools.cache
@@ -103,7 +87,7 @@ def test_who_waits(name: str) -> None:
         found = waits(there, inputs, name)
         assert found[LAST] <= 1 and all(found[f] <= 1 for f in FIRST), found
         between |= set(found) - FIRST - {LAST}
-    assert between == WAITS.get(name, set())
+    assert between == set(CASES[name].waits)
 
 
 @pytest.mark.parametrize("name", ANSWERING)

@@ -189,7 +189,10 @@ class PretendGPU(TorchDispatchMode):
             if "site-packages" in path.parts and "torch" not in path.parts:
                 return
             if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in ("vtc", "kernels"):
-                self.syncs[f"{path.relative_to(ROOT)}:{frame.f_lineno} {frame.f_code.co_name} ({what})"] += 1
+                place = f"{path.relative_to(ROOT)}:{frame.f_lineno}"
+                while frame.f_code.co_name.startswith("<") and frame.f_back is not None:  # a comprehension: no frame since 3.12
+                    frame = frame.f_back
+                self.syncs[f"{place} {frame.f_code.co_name} ({what})"] += 1
                 return
             frame = frame.f_back
 

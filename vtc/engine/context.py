@@ -174,30 +174,46 @@ def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
-@dataclass(eq=False)
 class Step:
-    """What one decoder layer was given: the next layer gets the same if its cache and inputs are the same."""
+    """What one decoder layer was given: the next layer gets the same if its cache and inputs are the same.
 
-    held: tuple[Any, ...]  # what its mask and positions depend on, see `state`
-    given: dict[str, Any]  # arguments as they came
-    changed: dict[str, Any]  # and as they went on
+    Parameters
+    ----------
+    layer : _Pruned
+        Its reduced cache.
+    seg, before : Segment, Tensor or None
+        In a prefill: the segment it holds, and the shift of its cache before this forward.
+    given, changed : dict
+        Its arguments as they came, and as they went on.
+    """
 
-    @staticmethod
-    def state(layer: _Pruned, seg: Segment | None = None, before: Tensor | None = None) -> tuple[Any, ...]:
-        """What a layer's mask and positions depend on: its reduced cache, and in a prefill its segment and the shift before it."""
-        return layer.cols, layer.valid, layer.shift, seg, before, layer.end
+    def __init__(
+        self, layer: _Pruned, seg: Segment | None, before: Tensor | None, given: dict[str, Any], changed: dict[str, Any]
+    ) -> None:
+        self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
+        self.seg, self.before, self.given, self.changed = seg, before, given, changed
 
-    def fits(self, state: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether a layer in this state and with these arguments gets the same."""
-        return (
-            all(a is b for a, b in zip(state[:-1], self.held[:-1], strict=True))
-            and state[-1] == self.held[-1]
-            and all(_same(kwargs.get(k), v) for k, v in self.given.items())
-        )
+    def fits(self, layer: _Pruned, seg: Segment | None, before: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether a layer with this cache and these arguments gets the same. Runs per layer and token: plain comparisons."""
+        if not (
+            layer.cols is self.cols
+            and layer.valid is self.valid
+            and layer.shift is self.shift
+            and layer.end == self.end
+            and seg is self.seg
+            and before is self.before
+        ):
+            return False
+        for name, value in self.given.items():
+            if isinstance(value, tuple):  # cosines and sines come together; a tuple's own identity torch.compile cannot tell
+                other = kwargs.get(name)
+                if not isinstance(other, tuple) or other[0] is not value[0]:
+                    return False
+            elif kwargs.get(name) is not value:
+                return False
+        return True
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Identity; of the tensors in it for a tuple, whose own identity ``torch.compile`` cannot tell."""
-    if isinstance(a, tuple) and isinstance(b, tuple):
-        return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
-    return a is b
+    """Identity; of the first tensor in it for a tuple (see :meth:`Step.fits`)."""
+    return a[0] is b[0] if isinstance(a, tuple) and isinstance(b, tuple) else a is b

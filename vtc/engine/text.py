@@ -280,7 +280,7 @@ class TextSide:
             return None
         if ctx.step is not None and ctx.visual is None and i not in self.taps.needs:
             held = kwargs["past_key_values"].layers
-            if i < len(held) and isinstance(held[i], _Pruned) and ctx.step.fits(Step.state(held[i]), kwargs):
+            if i < len(held) and isinstance(held[i], _Pruned) and ctx.step.fits(held[i], None, None, kwargs):
                 kwargs = {**kwargs, **ctx.step.changed}
                 del kwargs["_vtc"]
                 return args, kwargs
@@ -306,7 +306,7 @@ class TextSide:
             layer = pruned_layer(cache, i)
             before = layer.shift
             layer.begin(seg, ctx.q)
-            if ctx.step is not None and ctx.step.fits(Step.state(layer, seg, before), kwargs):
+            if ctx.step is not None and ctx.step.fits(layer, seg, before, kwargs):
                 kwargs |= ctx.step.changed
                 if i in self.taps.needs:
                     ctx.rope = rope_of(module, kwargs)
@@ -357,7 +357,7 @@ class TextSide:
         if isinstance(layer, _Pruned) and not isinstance(layer, StaticLayer):  # (those run compiled: nothing to save there)
             names = ["attention_mask", "position_ids", *(k for k in asked if k.startswith("position_embeddings"))]
             given, changed = {k: asked.get(k) for k in names}, {k: kwargs[k] for k in names if k in kwargs}
-            ctx.step = Step(Step.state(layer, seg, before if seg is not None else None), given, changed)
+            ctx.step = Step(layer, seg, before if seg is not None else None, given, changed)
         return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
 
     def enter(self, ctx: Context, i: int, hidden: Tensor) -> tuple[Tensor, Segment | None]:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from golden_l import FACTS, Several, facts_of, signals_of
+from golden_decoder import FACTS, Several, facts_of, signals_of
 from models import build, make_inputs, shared, visual_of
 from torch import Tensor
 

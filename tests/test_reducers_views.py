@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from golden_m import anyres_layout
+from golden_views import anyres_layout
 from models import make_inputs, shared
 from plain import check_batch_mates, check_inside_a_model, crops, signals
 

@@ -1,4 +1,4 @@
-"""PTP and the methods beside it: examples with the answer worked out by hand, edge cases, and runs inside models."""
+"""PTP, docprune and tokencorr: examples with the answer worked out by hand, edge cases, and runs inside models."""
 
 from __future__ import annotations
 
