@@ -10,11 +10,12 @@ width, ``d`` head dimension, ``H`` heads, ``V`` views (crops) of an image, ``P``
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -316,10 +317,7 @@ class Signals:
             for name, value in {"features": self.features, **self.taps}.items()
             if value.is_floating_point()
         ]
-        if later is not None and self.features.device.type != "cpu":
-            later += answers
-        else:
-            settle(answers)
+        tell(answers, later)
         return self
 
 
@@ -331,6 +329,23 @@ def all_finite(value: Tensor) -> Tensor:
         return torch.linalg.vector_norm(value, torch.inf, dtype=wide) if value.numel() else value.new_zeros((), dtype=wide)
     total = value.sum(dtype=wide)  # on a CPU over 30 times as fast; one that is not finite may have overflowed
     return total if torch.isfinite(total) or not torch.isfinite(value).all() else torch.zeros_like(total)
+
+
+def tell(answers: list[tuple[str, Tensor]], later: list[tuple[str, Tensor]] | None) -> None:
+    """:func:`settle` at once what the CPU knows, or everything where there is no ``later`` list that takes a GPU's answers."""
+    settle([a for a in answers if later is None or a[1].device.type == "cpu"])
+    if later is not None:
+        later += [a for a in answers if a[1].device.type != "cpu"]
+
+
+@contextlib.contextmanager
+def explained(answers: list[tuple[str, Tensor]]) -> Iterator[None]:
+    """Where the body of a ``with`` block raises, let numbers that are not finite explain it, if there are any (:func:`settle`)."""
+    try:
+        yield
+    except Exception:
+        settle(answers)
+        raise
 
 
 def settle(answers: list[tuple[str, Tensor]]) -> None:

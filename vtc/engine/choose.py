@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtc.core import Reducer, Selection, Signals, Stage, settle
+from vtc.core import Reducer, Selection, Signals, Stage, explained
 from vtc.engine.context import Context, Group, Instance
 from vtc.engine.listen import TextTaps, tokens_of
 from vtc.engine.tower import VisionRecord, add_newlines
@@ -66,13 +66,9 @@ class Chooser:
                 fingerprint=tuple(it.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
                 listed=group.layout.patches if all(shown[id(it)] is every for it in members) else None,
             )
-            try:
-                selection = (
-                    ask(part, signals.check(where_of(part, layer), ctx.answers)) if n else Selection(group.entries[:, :0])
-                )
-            except Exception:
-                settle(ctx.answers)  # numbers that are not finite explain what went wrong
-                raise
+            with explained(ctx.answers):
+                signals.check(where_of(part, layer), ctx.answers)
+                selection = ask(part, signals) if n else Selection(group.entries[:, :0])
             valid = None if selection.valid is None else selection.valid.cpu()
             for j, it in enumerate(members):
                 at, values = selection.index[j], None if selection.features is None else selection.features[j]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, settle
+from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, tell
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import merge_scatter, take
 from vtc.stats import Clock
@@ -309,16 +309,14 @@ def check_finite(
     name: str, signals: dict[str, Tensor], valid: Tensor | None, layer: int, later: list[tuple[str, Tensor]]
 ) -> None:
     """Raise where patches are chosen by numbers that are not finite; a GPU's answers go to ``later`` (:func:`vtc.core.settle`)."""
+    answers = []
     for signal, value in signals.items():
         if not value.is_floating_point():
             continue
         if valid is not None:  # padding may hold anything
             value = value.masked_fill(~valid.view(*valid.shape, *[1] * (value.dim() - 2)), 0)
-        answer = f"signal '{signal}' of '{name}' at tower layer {layer}", all_finite(value)
-        if value.device.type == "cpu":
-            settle([answer])
-        else:
-            later.append(answer)
+        answers.append((f"signal '{signal}' of '{name}' at tower layer {layer}", all_finite(value)))
+    tell(answers, later)
 
 
 def narrow(run: EncoderRun, alive: Tensor) -> Tensor | None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc import compat
-from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, settle
+from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, explained, settle
 from vtc.engine import taps
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
@@ -195,10 +195,8 @@ class TowerSide:
             run.prints = fingerprints(run.call)  # now: a GPU that is to read them has nothing else to do yet
         token = _RUN.set(run)
         try:
-            out = original(*args, **kwargs)
-        except Exception:
-            settle(run.encoder.answers)  # numbers that are not finite explain what went wrong
-            raise
+            with explained(run.encoder.answers):
+                out = original(*args, **kwargs)
         finally:
             _RUN.reset(token)
         features = compat.features_of(out)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage, settle
+from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage, explained, settle
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.handle import BaseHandle
 from vtc.engine.tower import replace_attribute
@@ -85,11 +85,8 @@ class VitHandle(BaseHandle):
         run = EncoderRun([1] * pixels.shape[0], None, Clock())
         token = _PASS.set((self, run))
         try:
-            with self.running():
+            with explained(run.answers), self.running():
                 out = original(pixels, *args, **kwargs)
-        except Exception:
-            settle(run.answers)  # numbers that are not finite explain what went wrong
-            raise
         finally:
             _PASS.reset(token)
         settle(run.answers)
