@@ -228,6 +228,7 @@ def _add_kept(
     import torch
 
     import vtc
+    from vtc.engine import upstream
     from vtc.eval import env
     from vtc.pocket import POCKET_MODELS, encode_questions, load_pocket
     from vtc.viz import unprocess
@@ -264,7 +265,7 @@ def _add_kept(
     torch.set_num_threads(threads)
     for batch in batches:  # a picture that the processor cropped is shown as the tower saw it
         for row, position in enumerate(batch.positions):
-            pixels = batch.inputs["pixel_values"]
+            pixels = batch.inputs[upstream.PIXELS]
             if pixels.dim() == 4 and len(pixels) == len(batch.positions):
                 samples[position].image = _address(unprocess(pixels[row : row + 1], processor.image_processor)[0])
     notes = ["Small pictures: dark patches have no token in the last decoder layer, half-dark ones share a token with others."]

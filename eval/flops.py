@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from vtc import Handle, kernels
+from vtc.engine import upstream
 from vtc.errors import VtcError
 from vtc.families import family_of
 from vtc.stats import Clock
@@ -179,7 +180,7 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
     family = family_of(model)
 
     def length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[upstream.HIDDEN]
         return int(hidden.shape[:-1].numel())
 
     def layer(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -250,7 +251,7 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
     Count
         Both results, what each layer ran on, and the KV cache.
     """
-    if inputs["input_ids"].shape[0] != 1:
+    if inputs[upstream.IDS].shape[0] != 1:
         raise VtcError("FLOPs are counted on one prompt: pass inputs with a batch of one")
     family = family_of(model)
     seen = Tokens()
@@ -258,8 +259,8 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
     parts = _Parts(model, counter)
     # torch's counter sees torch's products only: the reducer's are counted as its torch twins make them, on every device
     with torch.no_grad(), kernels.use("torch"), _watch(model, seen), counter, parts.observing():
-        out = model(**inputs, use_cache=True, logits_to_keep=1)
-    total = inputs["input_ids"].shape[1]
+        out = upstream.prefill(model, inputs)
+    total = inputs[upstream.IDS].shape[1]
     if handle is None or not handle.stats.last.images:
         seen.decoder = [total] * family.facts.layers
     else:
@@ -271,7 +272,7 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
         formula = closed_form(model.config, seen)
     else:  # the language model is checked; tower and projector are the counter's
         formula = replace(language_flops(model.config, seen.decoder), tower=counted.tower, projector=counted.projector)
-    return Count(counted, formula, seen, out.past_key_values)
+    return Count(counted, formula, seen, upstream.cache_of(out))
 
 
 class _Parts:

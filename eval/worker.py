@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.errors import VtcError
 from vtc.eval import env, flops, models, speed
 from vtc.eval.cells import Cell
@@ -189,7 +190,7 @@ class Worker:
             "seconds": seconds,
             "model": {
                 "dtype": str(self.model.dtype).removeprefix("torch."),
-                "attention": self.model.config.text_config._attn_implementation,
+                "attention": upstream.attention_of(self.model.config.text_config),
                 "device": self.model.device.type,
             },
         }
@@ -283,7 +284,7 @@ def ask(
         def after_batch(done: int, _total: int) -> None:
             batch = next(remaining)
             for row, position in enumerate(batch.positions):
-                tokens[position] = _tokens(model, handle, batch.inputs["input_ids"], row)
+                tokens[position] = _tokens(model, handle, batch.inputs[upstream.IDS], row)
             if progress is not None:
                 progress(done)
 
@@ -335,15 +336,15 @@ def equal_flops(model: nn.Module, inputs: Mapping[str, Tensor], cell: Cell) -> t
     assert cell.flops is not None
     family, config = family_of(model), model.config
     inputs = _to(inputs, model)
-    total = inputs["input_ids"].shape[1]
+    total = inputs[upstream.IDS].shape[1]
     full = flops.language_flops(config, [total] * family.facts.layers).model
-    slots = int(sum((inputs["input_ids"] == t).sum() for t in family.image_token_ids))
+    slots = int(sum((inputs[upstream.IDS] == t).sum() for t in family.image_token_ids))
 
     @functools.cache
     def cost(tokens: int) -> float:
         reducer = cell.keeping(_keep(tokens)).reducer
         with vtc.patch(model, reducer) as handle, torch.no_grad():
-            model(**inputs, use_cache=True, logits_to_keep=1)
+            upstream.prefill(model, inputs)
             images = handle.stats.last.images
         text = total - sum(i.slots for i in images)
         layers = [text + sum(n) for n in zip(*(i.tokens_per_layer for i in images), strict=True)]
@@ -386,9 +387,10 @@ class SharedFeatures:
 
     @contextmanager
     def sharing(self, model: nn.Module) -> Iterator[None]:
-        """Answer ``get_image_features`` of this instance from memory where it can be."""
+        """Answer the feature method of this instance from memory where it can be."""
         base = family_of(model).base
-        original = base.get_image_features
+        name = upstream.ENCODE[False]
+        original = getattr(base, name)
 
         @functools.wraps(original)
         def shared(*args: Any, **kwargs: Any) -> Any:
@@ -402,11 +404,11 @@ class SharedFeatures:
                 return made
             return _map(self.held[key], lambda t: t.to(model.device))
 
-        object.__setattr__(base, "get_image_features", shared)
+        object.__setattr__(base, name, shared)
         try:
             yield
         finally:
-            object.__delattr__(base, "get_image_features")
+            object.__delattr__(base, name)
 
 
 def _pixels(values: Sequence[Any]) -> bytes:

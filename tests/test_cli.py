@@ -275,7 +275,7 @@ def test_doctor_is_content_here(call):
 
 @pytest.mark.parametrize("version", [(4, 56, 2), (6, 0, 0)])
 def test_doctor_reports_an_unsupported_transformers(call, monkeypatch, version):
-    monkeypatch.setattr("vtc.compat.transformers_version", lambda: version)
+    monkeypatch.setattr("transformers.__version__", ".".join(map(str, version)))
     monkeypatch.setattr(doctor, "_pocket", lambda: iter(()))
     code, out, _ = call("doctor", "--json")
     found = {f["what"]: f for f in json.loads(out)["findings"]}

@@ -16,15 +16,15 @@ from torch import nn
 from transformers import DynamicCache
 
 import vtc
-from vtc import compat
+from vtc.engine import upstream
 from vtc.engine.cache import PrunedLayer
 
 TOLERANCE = 1e-5
-NEW = compat.transformers_version() >= (5, 0, 0)
+NEW = int(transformers.__version__.split(".")[0]) >= 5
 # StaticLayer counts its own tokens from 5.2x on; older ones write at a logical cache_position and are refused
-STATIC = compat.static_cache_tracks_length()
+STATIC = upstream.fixed_layers_count()
 # generate drops pixel_values once the cache is not empty in 4.57, patched or not
-CONTINUES = compat.generate_continues_with_images()
+CONTINUES = NEW
 
 PARTS = {
     "boundary+two-layers": [
@@ -582,7 +582,7 @@ def test_training_loss_and_gradients(kind):
     assert abs(plain - want) > 1e-4
     with vtc.patch(model, PARTS[kind]):
         for checkpoint in (None, False, True):
-            if checkpoint is not None and kind == "encoder" and compat.checkpoint_repeats_hooks():
+            if checkpoint is not None and kind == "encoder" and upstream.checkpoint_repeats_hooks():
                 # the recomputation comes when the call that chose is over
                 with pytest.raises(vtc.UnsupportedFeatureError, match="disable gradient checkpointing"):
                     step(model, checkpoint)
@@ -596,7 +596,7 @@ def test_training_loss_and_gradients(kind):
             assert worst < TOLERANCE, checkpoint
 
 
-@where(compat.checkpoint_repeats_hooks())
+@where(upstream.checkpoint_repeats_hooks())
 def test_checkpointing_of_merges_inside_the_decoder_is_refused():
     model = build("llava").train()
     inputs = make_inputs("llava", model)
@@ -609,7 +609,7 @@ def test_checkpointing_of_merges_inside_the_decoder_is_refused():
         assert torch.equal(model(**inputs, use_cache=False).logits, want)
 
 
-@where(not compat.checkpoint_repeats_hooks())
+@where(not upstream.checkpoint_repeats_hooks())
 def test_checkpointing_of_merges_inside_the_decoder():
     model = build("llava").train()
     inputs = make_inputs("llava", model)

@@ -67,7 +67,6 @@ def version_of(distribution: str) -> str | None:
 
 def _versions() -> Iterator[Finding]:
     """Everything vtc cannot do without."""
-    from vtc import compat
     from vtc._version import __version__
 
     yield Finding("ok", "vtc", __version__)
@@ -77,14 +76,13 @@ def _versions() -> Iterator[Finding]:
     yield Finding("ok", "torch", torch.__version__)
     import transformers
 
-    oldest = tuple(int(p) for p in compat.OLDEST.split("."))
-    newest = int(compat.NEWEST_EXCLUSIVE)
-    fits = oldest <= compat.transformers_version()[:2] and compat.transformers_version()[0] < newest
-    window = f"supported: >={compat.OLDEST},<{newest}"
+    version = tuple(int(p) for p in transformers.__version__.split(".")[:2])
+    fits = (4, 57) <= version < (6, 0)
+    window = "supported: >=4.57,<6"
     if fits:
         yield Finding("ok", "transformers", f"{transformers.__version__} ({window})")
     else:
-        fix = f"pip install 'transformers>={compat.OLDEST},<{newest}'"
+        fix = "pip install 'transformers>=4.57,<6'"
         yield Finding("problem", "transformers", f"{transformers.__version__} is not supported ({window}): {fix}")
 
 
@@ -111,8 +109,9 @@ def _devices() -> Iterator[Finding]:
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "devices", f"CPU, {threads} threads; {', '.join(names)} (CUDA {torch.version.cuda})")
-    attention = ["eager", "sdpa"] + (["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])
-    yield Finding("ok", "attention", ", ".join(attention))
+    from vtc.engine import upstream
+
+    yield Finding("ok", "attention", ", ".join(upstream.implementations()))
 
 
 def _kernels() -> Iterator[Finding]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.engine.patch import bind, patch, unpatch
-from vtc.engine.taps import check_implementation
 from vtc.errors import VtcError
 from vtc.families import family_of
 from vtc.stats import ImageStats, KeptTokens
@@ -148,7 +148,7 @@ def trial(
     """
     family = family_of(model)
     bind(reducer, family.facts)
-    check_implementation(family.text.config)
+    upstream.check_implementation(family.text.config)
     inputs = encode(model, processor, image, prompt)
     before, after = Side(), Side()
     unpatch(model)
@@ -165,7 +165,7 @@ def trial(
         after,
         call.images[0],
         kept[0],
-        unprocess(inputs["pixel_values"], processor.image_processor),
+        unprocess(inputs[upstream.PIXELS], processor.image_processor),
         _conditions(model, runs),
     )
 
@@ -177,7 +177,7 @@ def _once(model: Any, processor: Any, inputs: dict[str, Any], side: Side, length
     if counted:
         side.ttft_ms.append(first)
         side.total_ms.append(total)
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, inputs[upstream.IDS].shape[1] :]
     side.answer = processor.batch_decode([new], skip_special_tokens=True)[0].strip()
     side.new_tokens = len(new)
 
@@ -203,7 +203,7 @@ def _conditions(model: Any, runs: int) -> dict[str, Any]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(model.dtype).removeprefix("torch.")
-    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    attention = upstream.attention_of(model.config)
     text = (
         f"times: median (smallest..largest) of {runs} runs after one warm-up, alternating with and without, batch 1, greedy, "
         f"{name}, {dtype}, {attention} attention; vision tower included, image processing not"

@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import vtc
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.lmms.benchmarks import known_tasks
@@ -234,7 +235,7 @@ class _Chat(lmms):
             start = time.perf_counter()
             output = self.model.generate(**inputs, **self._generation(chunk[0][2], chunk[0][4]))
             seconds += time.perf_counter() - start
-            new = output[:, inputs["input_ids"].shape[1] :]
+            new = output[:, inputs[upstream.IDS].shape[1] :]
             tokens += new.numel() if self._pad is None else int((new != self._pad).sum())
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
             bar.update(len(chunk))

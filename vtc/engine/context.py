@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import _Pruned
+from vtc.engine.cache import Pruned
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
+from vtc.engine.upstream import Call
 from vtc.kernels import take
 from vtc.stats import Clock, StageStats
 
@@ -102,6 +103,9 @@ class Context:
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
     step: Step | None = None  # what the layer before was given
+    promises: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # decoder layer -> tokens its cache is to store, and to report
 
     def alive(self) -> list[int]:
         """Tokens of each row that are text or still chosen."""
@@ -179,21 +183,21 @@ class Step:
 
     Parameters
     ----------
-    layer : _Pruned
+    layer : Pruned
         Its reduced cache.
     seg, before : Segment, Tensor or None
         In a prefill: the segment it holds, and the shift of its cache before this forward.
     given, changed : dict
-        Its arguments as they came, and as they went on.
+        By role: its arguments as they came, and as they went on.
     """
 
     def __init__(
-        self, layer: _Pruned, seg: Segment | None, before: Tensor | None, given: dict[str, Any], changed: dict[str, Any]
+        self, layer: Pruned, seg: Segment | None, before: Tensor | None, given: dict[str, Any], changed: dict[str, Any]
     ) -> None:
         self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
 
-    def fits(self, layer: _Pruned, seg: Segment | None, before: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def fits(self, layer: Pruned, seg: Segment | None, before: Tensor | None, call: Call) -> bool:
         """Whether a layer with this cache and these arguments gets the same. Runs per layer and token: plain comparisons."""
         if not (
             layer.cols is self.cols
@@ -204,12 +208,12 @@ class Step:
             and before is self.before
         ):
             return False
-        for name, value in self.given.items():
+        for role, value in self.given.items():
+            other = call[role]
             if isinstance(value, tuple):  # cosines and sines come together; a tuple's own identity torch.compile cannot tell
-                other = kwargs.get(name)
                 if not isinstance(other, tuple) or other[0] is not value[0]:
                     return False
-            elif kwargs.get(name) is not value:
+            elif other is not value:
                 return False
         return True
 

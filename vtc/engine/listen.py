@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Need, Reducer
-from vtc.engine import taps
-from vtc.engine.cache import _Pruned
+from vtc.engine import taps, upstream
+from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
 from vtc.engine.rope import rope_of, rotate
 from vtc.engine.segment import Segment
+from vtc.engine.upstream import Call
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.kernels import take
@@ -136,7 +137,7 @@ class TextTaps:
             out[other.name] = value
         return out
 
-    def look(self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> None:
+    def look(self, ctx: Context, i: int, layer: nn.Module, call: Call, hidden: Tensor) -> None:
         """Compute the signals that layer ``i`` gives of the tokens there before its reducers act.
 
         Tokens of earlier forwards (a KV cache handed in) have no part in a preview.
@@ -153,23 +154,22 @@ class TextTaps:
                     tap: Any = state
                 else:
                     if ahead is None:
-                        ahead = self.preview(ctx, i, layer, kwargs, hidden, seg)
+                        ahead = self.preview(ctx, i, layer, call, hidden, seg)
                     tap = ahead
                 ctx.tapped[need.key] = (need.measure(replace(tap, given=self.given(ctx, need, seg))), seg, 0)
 
-    def preview(
-        self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor, seg: Segment | None
-    ) -> AttentionTap:
+    def preview(self, ctx: Context, i: int, layer: nn.Module, call: Call, hidden: Tensor, seg: Segment | None) -> AttentionTap:
         """Return q, k, v of layer ``i`` for ``hidden``: its forward runs up to the attention, and without the KV cache."""
-        cache, before = kwargs.get("past_key_values"), None
-        if cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
-            before = cache.layers[i].shift
-        own = {k: v for k, v in kwargs.items() if k.startswith("position_embeddings")}
-        own["position_ids"] = kwargs.get("position_ids")
-        rotate(self.family.text, ctx, i, own, hidden, seg, before)
-        own["position_ids"] = None
+        held = held_by(call["kv"], i)
+        own = Call(call.names, call.args, call.kwargs)
+        own.set("hidden", hidden)
+        rotate(self.family.text, ctx, i, own, hidden, seg, None if held is None else held.shift)
+        own.update({"positions": None, "mask": None, "kv": None})
+        if "caching" in own.names.roles:
+            own.set("caching", False)
+        own.kwargs = {**own.kwargs, upstream.CONTEXT: _Preview()}
         try:
-            layer.forward(hidden, attention_mask=None, past_key_values=None, use_cache=False, _vtc=_Preview(), **own)
+            layer.forward(*own.args, **own.kwargs)
         except _Seen as seen:
             query, key, value, scaling = seen.parts
         else:
@@ -209,8 +209,8 @@ class TextTaps:
         ctx = _INSIDE.get()
         if ctx is None:
             return
-        before = args[0] if args else kwargs["hidden_states"]
-        hidden = before if place == "neurons" else out[0] if isinstance(out, tuple) else out
+        before = args[0] if args else kwargs[upstream.HIDDEN]
+        hidden = before if place == "neurons" else upstream.states_of(out)
         with torch.no_grad(), ctx.clock.span(hidden.device):
             seg = ctx.keep[i][0]
             visual, valid, last = tokens_of(ctx, seg)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,13 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vtc import compat
 from vtc.core import Compose, Facts, Need, Reducer, Stage
+from vtc.engine import upstream
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
 from vtc.engine.neurons import NeuronSide
 from vtc.engine.retriever import RetrieverHandle
-from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
 from vtc.engine.tower import MADE, TowerSide, replace_attribute
 from vtc.engine.vit import VitHandle, bind_vit
@@ -30,9 +28,6 @@ from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
-
-_CACHES = {None, "dynamic", "dynamic_full"}  # and "static" where its layers count their own tokens
-_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 
 
 class Handle(BaseHandle):
@@ -52,7 +47,10 @@ class Handle(BaseHandle):
         self.tower.install()
         self.text.install()
         self.neurons.install()
-        for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
+        for name, guard in {
+            upstream.GENERATE: self.guard_generate,
+            **dict.fromkeys(upstream.BATCHING, self.refuse_batching),
+        }.items():
             original = getattr(model, name, None)
             if original is not None:
                 wrapper = functools.wraps(original)(functools.partial(guard, original))
@@ -122,25 +120,8 @@ class Handle(BaseHandle):
     # --------------------------------------------------------------------------------------------------------- guards
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
-        call = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {}), **kwargs}
-        config = call.get("generation_config") or getattr(self._model(), "generation_config", None)
-
-        def asked(name: str) -> Any:
-            value = call.get(name)
-            return value if value is not None else getattr(config, name, None)
-
-        if asked("prefill_chunk_size"):
-            raise UnsupportedFeatureError(
-                "prefill_chunk_size cannot be used with a reducer, since a chunk holds only part of an image: drop the option"
-            )
-        cache = asked("cache_implementation")
-        if cache not in _CACHES and not (cache == "static" and compat.static_cache_tracks_length()):
-            raise UnsupportedFeatureError(
-                f"cache_implementation='{cache}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
-            )
-        check_cache(call.get("past_key_values"))
-        check_implementation(self.family.text.config)
+        check_cache(upstream.check_generation(self._model(), original, args, kwargs))
+        upstream.check_implementation(self.family.text.config)
         token = MADE.set([])
         try:
             with self.running():
@@ -209,7 +190,8 @@ def patch(
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
-        check_implementation(family.text.config)
+        upstream.check_cache_classes()
+        upstream.check_implementation(family.text.config)
         handle = Handle(model, family, bound, strict)
     if old is not None:
         old.remove()

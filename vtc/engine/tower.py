@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, explained, settle
-from vtc.engine import taps
+from vtc.engine import taps, upstream
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
+from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
 from vtc.kernels import take
@@ -124,7 +123,7 @@ class TowerSide:
         base, part = self.family.base, self.part
         for video, describe in enumerate((self.family.describe, self.family.describe_video)):
             if describe is not None:
-                name = "get_video_features" if video else "get_image_features"
+                name = upstream.ENCODE[bool(video)]
                 original = getattr(base, name)
                 wrapper = functools.wraps(original)(functools.partial(self.get_features, original, describe, bool(video)))
                 self.undo.append(replace_attribute(base, name, wrapper))
@@ -148,6 +147,7 @@ class TowerSide:
             self.undo.append(self.family.projector.register_forward_pre_hook(self.observe_projector).remove)
         if part is not None and self.family.projector is not None:
             if isinstance(part, ImageReducer):
+                self.names = Names.of(self.family.tower).need("pixels", "interpolate")
                 hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
                 self.undo.append(hook.remove)
             if part.stage is Stage.VISION and part.wants_cls and self.family.facts.has_cls:
@@ -177,9 +177,7 @@ class TowerSide:
         """
         if _RUN.get() is not None:  # the model makes the features of videos as those of images
             return original(*args, **kwargs)
-        call = inspect.signature(original).bind(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {})}
-        described = describe(call)
+        described = describe(upstream.bound(original, args, kwargs))
         if described.refuses and self.part is not None:
             raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {described.refuses}")
         if described.pieces is not None:
@@ -199,7 +197,7 @@ class TowerSide:
                 out = original(*args, **kwargs)
         finally:
             _RUN.reset(token)
-        features = compat.features_of(out)
+        features = upstream.features_of(out)
         if run.call.from_features:
             run.call = by_length([f.reshape(-1, f.shape[-1]) for f in features])
             run.prints = fingerprints(run.call) if self.fingerprint else []
@@ -211,7 +209,7 @@ class TowerSide:
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
             )
-        if hasattr(out, "pooler_output"):
+        if upstream.carries_record(out):
             out.vtc = record  # generate encodes images before the first forward: the record rides along
         made = MADE.get()
         if made is not None:
@@ -308,7 +306,8 @@ class TowerSide:
         run, part = _RUN.get(), self.part
         if run is None or not isinstance(part, ImageReducer):
             return None
-        pixels = args[0] if args else kwargs["pixel_values"]
+        call = Call(self.names, args, kwargs)
+        pixels = call["pixels"]
         grid = self.family.facts.grid
         patch = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
         with run.clock.span(pixels.device):
@@ -319,8 +318,9 @@ class TowerSide:
             run.small = small
             size = run.small[0] * patch[0], run.small[1] * patch[1]
             pixels = part.resize(pixels, size)
-        kwargs = {**kwargs, "interpolate_pos_encoding": True}
-        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+        call.set("pixels", pixels)
+        call.set("interpolate", True)
+        return call.result()
 
     # ---------------------------------------------------------------------------------------- VISION and the projector
     def remember_cls(self, _module: nn.Module, _args: Any, out: Any) -> None:

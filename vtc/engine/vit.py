@@ -37,9 +37,7 @@ class VitHandle(BaseHandle):
             if hasattr(model, name):
                 self._undo.append(self.wrap(model, name, self.refuse))
         if isinstance(part, EncoderReducer):
-            stage = EncoderStage(
-                part, family.layers, family.attention, family.mlp_branch, family.facts, self.current, family.mask
-            )
+            stage = EncoderStage(part, family.layers, family.attention, family.mlp_branch, family.facts, self.current)
             wanted = stage.wanted()
             self._undo += stage.install()
         else:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import Facts, Kind, Layout, Stage
 from vtc.errors import UnsupportedModelError
 
@@ -147,8 +146,6 @@ class Transformer:
         Blocks and their attention modules.
     facts : Facts
         Numbers reducers may see. ``layers`` is 0: there is no language model.
-    mask : str or None
-        The blocks' argument for an additive attention mask; ``None`` where they take none.
     mlp_branch : callable
         A block to the first and the last module of its second residual branch.
     tap : callable
@@ -161,7 +158,6 @@ class Transformer:
     layers: list[nn.Module]
     attention: list[nn.Module]
     facts: Facts
-    mask: str | None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
     tap: Callable[[nn.Module, Observe], list[Callable[[], None]]]
 
@@ -286,6 +282,25 @@ def placeholder(config: Any, what: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
+def records_before_hooks(tower: nn.Module) -> bool:
+    """Whether the outputs of a tower's layers are recorded inside their ``forward``, where no hook can change them (4.57).
+
+    The decorator that records then puts its own ``forward`` on every layer; later ones use hooks.
+    """
+    recording = (m for m in tower.modules() if getattr(m, "_can_record_outputs", None))
+    return any("monkey_patched_layers" in _code(type(m).forward) for m in recording)
+
+
+def _code(function: Any) -> tuple[str, ...]:
+    """Variables of a function and of all it wraps."""
+    names: tuple[str, ...] = ()
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        names += (*code.co_varnames, *code.co_cellvars) if code is not None else ()
+        function = getattr(function, "__wrapped__", None)
+    return names
+
+
 def assemble(
     model: nn.Module,
     *,
@@ -304,7 +319,7 @@ def assemble(
     """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
     config = model.config
     base, text = multimodal_parts(model)
-    no_merging = RECORDED if compat.records_before_hooks(tower) else ""
+    no_merging = RECORDED if records_before_hooks(tower) else ""
     if not all(map(mlp_branch, layers)):
         no_merging = NO_BRANCH
     return Family(

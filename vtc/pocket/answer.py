@@ -152,6 +152,8 @@ def answer_questions(
     PocketError
         If prepared batches are incomplete or mixed with questions.
     """
+    from vtc.engine import upstream
+
     batches = _as_batches(processor, questions, batch_size)
     total = sum(len(batch.questions) for batch in batches)
     answers: dict[int, Answer] = {}
@@ -164,7 +166,7 @@ def answer_questions(
                 for name, value in batch.inputs.items()
             }
             output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            new_tokens = output[:, inputs[upstream.IDS].shape[1] :]
             texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
             for position, question, text in zip(batch.positions, batch.questions, texts, strict=True):
                 answers[position] = _score(question, text)
