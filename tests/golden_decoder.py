@@ -15,6 +15,7 @@ import vtc
 from vtc.core import Facts, Layout, Reducer, Schedule, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.patch import Handle, bind
+from vtc.engine.undo import Undo
 from vtc.families.base import Family, VisionCall
 from vtc.kernels import transition_score
 from vtc.reducers import aim as aim_module
@@ -522,7 +523,9 @@ def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         allowed = torch.ones(length_now, length_now, dtype=torch.bool).tril()[-queries:] & seen
         return args, {**kwargs, "attention_mask": allowed[None, None]}
 
-    undo = [taps.attach(layer.self_attn, functools.partial(observe, i)) for i, layer in enumerate(text.layers)]
+    undo = Undo()
+    for i, layer in enumerate(text.layers):
+        taps.attach(undo, layer.self_attn, functools.partial(observe, i))
     hooks = [
         layer.register_forward_pre_hook(functools.partial(hide, i), with_kwargs=True) for i, layer in enumerate(text.layers)
     ]
@@ -541,8 +544,7 @@ def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     finally:
         for hook in hooks:
             hook.remove()
-        for off in undo:
-            off()
+        undo.run()
     out = {
         "importance": torch.stack(scores),
         "mask_after": torch.stack(masks)[:, None].long(),

@@ -240,7 +240,21 @@ def reducers_pages() -> str:
     return "\n".join([head, "", *(entry_text(page) for page in sheets)]).rstrip()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"methods": methods_table, "reducers": reducers_pages}
+def upstream_tables() -> str:
+    """Return what vtc relies on in transformers as two tables: arguments by role, and the rest."""
+    from vtc.engine.upstream import RELIANCE, ROLES
+
+    lines = ["| what vtc reads or writes | its names, the newest first |", "|---|---|"]
+    lines += [f"| {role.what} | {', '.join(f'`{name}`' for name in role.names)} |" for role in ROLES.values()]
+    lines += ["", "| what else vtc relies on | how |", "|---|---|"]
+    return "\n".join(lines + [f"| {what} | {how} |" for what, how in RELIANCE.items()])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": methods_table,
+    "reducers": reducers_pages,
+    "upstream": upstream_tables,
+}
 """Renderers by block name; any other name is a file below the root."""
 
 

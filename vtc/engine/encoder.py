@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, tell
 from vtc.engine import upstream
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import merge_scatter, take
@@ -120,18 +121,16 @@ class EncoderStage:
         self.merges = isinstance(part, EncoderMerger)
         self.branches = [mlp_branch(layer) for layer in layers[: facts.feature_layer + 1]] if self.merges else []
 
-    def install(self) -> list[Callable[[], None]]:
-        """Put the hooks on; return what takes them off."""
-        undo: list[Callable[[], None]] = []
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i in range(1, len(self.layers)):
             before = functools.partial(self.before_layer, i)
-            undo.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.pre_hook(self.layers[i], before, with_kwargs=True)
         for i, (first, last) in enumerate(self.branches):
-            undo.append(first.register_forward_pre_hook(functools.partial(self.before_mlp, i)).remove)
-            undo.append(last.register_forward_hook(self.after_mlp).remove)
+            undo.pre_hook(first, functools.partial(self.before_mlp, i))
+            undo.hook(last, self.after_mlp)
             # in front of transformers' own hooks, which record what a layer returns
-            undo.append(self.layers[i].register_forward_hook(self.after_layer, prepend=True).remove)
-        return undo
+            undo.hook(self.layers[i], self.after_layer, prepend=True)
 
     def wanted(self) -> dict[int, tuple[Any, ...]]:
         """Signals to tap, by tower layer."""

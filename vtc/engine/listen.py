@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
 from vtc.engine.rope import rope_of, rotate
 from vtc.engine.segment import Segment
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
@@ -70,10 +70,10 @@ class TextTaps:
         if need not in place.setdefault(layer, []):
             place[layer].append(need)
 
-    def install(self, undo: list[Callable[[], None]]) -> None:
-        """Put the hooks on; what takes them off is appended to ``undo``, one by one."""
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i in sorted({*self.needs, *(i for i, wanted in self.looks.items() if any(n.of == "preview" for n in wanted))}):
-            undo.append(taps.attach(self.family.text_attention[i], functools.partial(self.observe, i)))
+            taps.attach(undo, self.family.text_attention[i], functools.partial(self.observe, i))
         for i, wanted in self.inside.items():
             self.watch_modules(i, {n.of for n in wanted}, undo)
 
@@ -186,7 +186,7 @@ class TextTaps:
             query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(layer, own), text=ctx.longest
         )
 
-    def watch_modules(self, i: int, places: set[str], undo: list[Callable[[], None]]) -> None:
+    def watch_modules(self, i: int, places: set[str], undo: Undo) -> None:
         """Hook the modules of layer ``i`` that the signals of ``places`` come from."""
         mlp = getattr(self.family.layers[i], "mlp", None)
         modules = {
@@ -199,8 +199,7 @@ class TextTaps:
                 raise UnsupportedFeatureError(
                     f"decoder layer {i} has no module for '{place}' signals: this text model's MLP is not of a known form"
                 )
-            hook = functools.partial(self.observe_module, i, place)
-            undo.append(modules[place].register_forward_hook(hook, with_kwargs=True).remove)
+            undo.hook(modules[place], functools.partial(self.observe_module, i, place), with_kwargs=True)
 
     def observe_module(
         self, i: int, place: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any

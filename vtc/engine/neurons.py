@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vtc.core import Need, Reducer
 from vtc.engine import upstream
 from vtc.engine.text import TextSide
-from vtc.engine.tower import replace_attribute
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call, FixedLayer
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family
@@ -103,28 +103,20 @@ class NeuronSide:
                     "form): drop the option that decodes with core neurons"
                 )
             text.taps.want(need)
-        self.undo: list[Callable[[], None]] = []
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Put everything on; nothing at all if no reducer asks for it."""
         if not self.needs:
             return
-        text = self.family.text
-        self.undo.append(text.register_forward_pre_hook(self.before_text, with_kwargs=True).remove)
-        self.undo.append(text.register_forward_hook(self.after_text, with_kwargs=True).remove)
+        undo.pre_hook(self.family.text, self.before_text, with_kwargs=True)
+        undo.hook(self.family.text, self.after_text, with_kwargs=True)
         for i in self.needs:
             layer = self.family.layers[i]
-            enter = layer.register_forward_pre_hook(functools.partial(self.before_layer, i), with_kwargs=True)
-            leave = layer.register_forward_hook(self.after_layer, always_call=True)
-            self.undo += [enter.remove, leave.remove]
+            undo.pre_hook(layer, functools.partial(self.before_layer, i), with_kwargs=True)
+            undo.hook(layer, self.after_layer, always_call=True)
             for name in PROJECTIONS:
                 linear = getattr(layer.mlp, name)
-                self.undo.append(replace_attribute(linear, "forward", functools.partial(_project, linear.forward, name)))
-
-    def remove(self) -> None:
-        """Take everything off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
+                undo.attribute(linear, "forward", functools.partial(_project, linear.forward, name))
 
     def before_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse caches this cannot work with; forget what an emptied cache held."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vtc.core import EncoderReducer, EncoderState, Facts, Need
 from vtc.engine import upstream
 from vtc.engine.encoder import check_finite
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.signals import AttentionTap
@@ -115,16 +116,14 @@ class PackedStage:
         self.part, self.layers, self.merger, self.facts, self.current = part, layers, merger, facts, current
         self.names = [Names.of(layer).need("hidden", "blocks", "rotary") for layer in layers]
 
-    def install(self) -> list[Callable[[], None]]:
-        """Put the hooks on; return what takes them off."""
-        undo = []
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i, layer in enumerate(self.layers):
             if i:
                 before = functools.partial(self.before_layer, i)
-                undo.append(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(self.merger.register_forward_pre_hook(self.before_merger).remove)
-        undo.append(self.merger.register_forward_hook(self.after_merger).remove)
-        return undo
+                undo.pre_hook(layer, before, with_kwargs=True)
+        undo.pre_hook(self.merger, self.before_merger)
+        undo.hook(self.merger, self.after_merger)
 
     def wanted(self) -> dict[int, tuple[Need, ...]]:
         """Signals to tap, by tower layer; the last one counts, too."""

@@ -21,7 +21,8 @@ from vtc.engine.handle import ATTRIBUTE, BaseHandle
 from vtc.engine.neurons import NeuronSide
 from vtc.engine.retriever import RetrieverHandle
 from vtc.engine.text import TextSide
-from vtc.engine.tower import MADE, TowerSide, replace_attribute
+from vtc.engine.tower import MADE, TowerSide
+from vtc.engine.undo import sweep
 from vtc.engine.vit import VitHandle, bind_vit
 from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
 from vtc.families import family_of, unwrap
@@ -44,24 +45,17 @@ class Handle(BaseHandle):
 
     def attach(self, model: nn.Module) -> None:
         """Put all hooks on."""
-        self.tower.install()
-        self.text.install()
-        self.neurons.install()
+        undo = self._undo
+        undo.step(_forget_graphs)
+        for side in (self.tower, self.text, self.neurons):
+            side.install(undo)
         for name, guard in {
             upstream.GENERATE: self.guard_generate,
             **dict.fromkeys(upstream.BATCHING, self.refuse_batching),
         }.items():
             original = getattr(model, name, None)
             if original is not None:
-                wrapper = functools.wraps(original)(functools.partial(guard, original))
-                self._undo.append(replace_attribute(model, name, wrapper))
-        _forget_graphs()
-
-    def _take_off(self, model: nn.Module) -> None:
-        super()._take_off(model)
-        self.neurons.remove()
-        self.text.remove()
-        self.tower.remove()
+                undo.attribute(model, name, functools.wraps(original)(functools.partial(guard, original)))
         _forget_graphs()
 
     def check_idle(self) -> None:
@@ -193,12 +187,14 @@ def patch(
         upstream.check_cache_classes()
         upstream.check_implementation(family.text.config)
         handle = Handle(model, family, bound, strict)
-    if old is not None:
-        old.remove()
     try:
+        if old is not None:
+            old.remove()
+        else:
+            sweep(model)
         handle.install(model)
     except BaseException:
-        if old is not None:  # nothing half-done: the previous patch is back
+        if old is not None and not old.active:  # nothing half-done: the previous patch is back
             old.install(model)
         raise
     return handle
@@ -282,11 +278,16 @@ def usable(facts: Facts) -> list[str]:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is."""
+    """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is.
+
+    It may be called again after anything, an interrupt in the middle of ``patch`` or ``unpatch`` included.
+    """
     inner = unwrap(model)
     handle: Handle | None = vars(inner).get(ATTRIBUTE)
     if handle is not None:
         handle.remove()
+    else:
+        sweep(inner)
     return model
 
 

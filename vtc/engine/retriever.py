@@ -21,8 +21,8 @@ class RetrieverHandle(BaseHandle):
 
     def attach(self, model: nn.Module) -> None:
         """Hook the model's output."""
-        self._undo.append(model.register_forward_pre_hook(self.begin).remove)
-        self._undo.append(model.register_forward_hook(self.end, with_kwargs=True, always_call=True).remove)
+        self._undo.pre_hook(model, self.begin)
+        self._undo.hook(model, self.end, with_kwargs=True, always_call=True)
 
     def begin(self, _module: nn.Module, _args: Any) -> None:
         """Note that a call is running."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vtc.engine import upstream
+from vtc.engine.undo import Undo
 from vtc.errors import PatchError
 
 # "flash" must survive in the name: transformers looks for that substring
@@ -64,15 +65,16 @@ def _observe_and_attend(
     return attend(_RealModule(module), query, key, value, mask, *args, **kwargs)
 
 
-def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
-    """Tap one attention module; return the function that takes the tap off again."""
+def attach(undo: Undo, attention: nn.Module, observe: Observer) -> None:
+    """Tap one attention module."""
     if isinstance(attention.config, _TappedConfig):
         raise PatchError("this attention layer is tapped already: call vtc.unpatch(model) first")
     upstream.check_implementation(attention.config)
-    attention.config = _TappedConfig(attention.config, observe)
-    return functools.partial(_detach, attention)  # not a closure: a deep copy of the model must take off its own tap
+    tapped = _TappedConfig(attention.config, observe)
+    undo.step(functools.partial(_detach, attention, tapped))  # not a closure: a deep copy must take off its own tap
+    attention.config = tapped
 
 
-def _detach(attention: nn.Module) -> None:
-    if isinstance(attention.config, _TappedConfig):
-        attention.config = attention.config._real
+def _detach(attention: nn.Module, tapped: _TappedConfig) -> None:
+    if attention.config is tapped:
+        attention.config = tapped._real

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from vtc.engine.listen import TextTaps
 from vtc.engine.rope import rope_of, rotate
 from vtc.engine.segment import Segment, cut, remap_mask
 from vtc.engine.tower import MADE, TowerSide, VisionRecord
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import CONTEXT, AnyCache, Call, FixedLayer, ModelNames
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
@@ -49,30 +49,19 @@ class TextSide:
         self.taps = TextTaps(family, parts)
         self.chooser = Chooser(self.taps, parts)
         self.token_ids = {False: family.image_token_ids, True: family.video_token_ids}
-        self.undo: list[Callable[[], None]] = []
 
     # ----------------------------------------------------------------------------------------------------- installing
-    def install(self) -> None:
-        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
+    def install(self, undo: Undo) -> None:
+        """Put all hooks on."""
         family = self.family
         self.tower.on_record = self.on_record
-        hooks = [
-            family.base.register_forward_pre_hook(self.before_base, with_kwargs=True),
-            family.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
-            family.text.register_forward_pre_hook(self.before_text, with_kwargs=True),
-            family.text.register_forward_hook(self.after_text, with_kwargs=True),
-        ]
-        hooks += [
-            layer.register_forward_pre_hook(functools.partial(self.before_layer, i), with_kwargs=True)
-            for i, layer in enumerate(family.layers)
-        ]
-        self.undo += [h.remove for h in hooks]
-        self.taps.install(self.undo)
-
-    def remove(self) -> None:
-        """Take all hooks off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
+        undo.pre_hook(family.base, self.before_base, with_kwargs=True)
+        undo.hook(family.base, self.after_base, with_kwargs=True, always_call=True)
+        undo.pre_hook(family.text, self.before_text, with_kwargs=True)
+        undo.hook(family.text, self.after_text, with_kwargs=True)
+        for i, layer in enumerate(family.layers):
+            undo.pre_hook(layer, functools.partial(self.before_layer, i), with_kwargs=True)
+        self.taps.install(undo)
 
     @staticmethod
     def on_record(record: VisionRecord) -> bool:

@@ -22,6 +22,7 @@ from vtc.engine import taps, upstream
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
+from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
@@ -114,53 +115,43 @@ class TowerSide:
         self.projected = [n for n in dict.fromkeys(wanted) if n.of == "projection"]
         self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
         self.projection = Projection(family.projector) if self.projected else None
-        self.undo: list[Callable[[], None]] = []
         self.on_record: Callable[[VisionRecord], bool] | None = None  # whether it will settle the record's answers
 
     # ----------------------------------------------------------------------------------------------------- installing
-    def install(self) -> None:
-        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
-        base, part = self.family.base, self.part
-        for video, describe in enumerate((self.family.describe, self.family.describe_video)):
+    def install(self, undo: Undo) -> None:
+        """Put all hooks on."""
+        base, part, family = self.family.base, self.part, self.family
+        for video, describe in enumerate((family.describe, family.describe_video)):
             if describe is not None:
                 name = upstream.ENCODE[bool(video)]
                 original = getattr(base, name)
                 wrapper = functools.wraps(original)(functools.partial(self.get_features, original, describe, bool(video)))
-                self.undo.append(replace_attribute(base, name, wrapper))
+                undo.attribute(base, name, wrapper)
         by_layer: dict[int, list[Need]] = {}
         for need in self.needs:
             by_layer.setdefault(self.index(need.layer), []).append(need)
         stepping: dict[int, tuple[Need, ...]] = {}
         if isinstance(part, EncoderReducer):
-            family = self.family
-            layers, attention = family.encoder_layers, family.encoder_attention
             if family.merger is not None:
-                stage = PackedStage(part, layers, family.merger, family.facts, current_encoder)
+                stage = PackedStage(part, family.encoder_layers, family.merger, family.facts, current_encoder)
             else:
+                layers, attention = family.encoder_layers, family.encoder_attention
                 stage = EncoderStage(part, layers, attention, family.mlp_branch, family.facts, current_encoder)
             stepping = stage.wanted()
-            self.undo += stage.install()
+            stage.install(undo)
         for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
             observe = functools.partial(self.observe, by_layer.get(i, []), stepping.get(i, ()))
-            self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
+            taps.attach(undo, family.encoder_attention[i], observe)
         if self.projected:  # before the hook that may shorten what the projector is given
-            self.undo.append(self.family.projector.register_forward_pre_hook(self.observe_projector).remove)
-        if part is not None and self.family.projector is not None:
+            undo.pre_hook(family.projector, self.observe_projector)
+        if part is not None and family.projector is not None:
             if isinstance(part, ImageReducer):
-                self.names = Names.of(self.family.tower).need("pixels", "interpolate")
-                hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
-                self.undo.append(hook.remove)
-            if part.stage is Stage.VISION and part.wants_cls and self.family.facts.has_cls:
-                layer = self.family.encoder_layers[self.family.facts.feature_layer]
-                self.undo.append(layer.register_forward_hook(self.remember_cls).remove)
-            projector = self.family.projector
-            self.undo.append(projector.register_forward_pre_hook(self.before_projector).remove)
-            self.undo.append(projector.register_forward_hook(self.after_projector).remove)
-
-    def remove(self) -> None:
-        """Take all hooks off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
+                self.names = Names.of(family.tower).need("pixels", "interpolate")
+                undo.pre_hook(family.tower, self.shrink_pixels, with_kwargs=True)
+            if part.stage is Stage.VISION and part.wants_cls and family.facts.has_cls:
+                undo.hook(family.encoder_layers[family.facts.feature_layer], self.remember_cls)
+            undo.pre_hook(family.projector, self.before_projector)
+            undo.hook(family.projector, self.after_projector)
 
     def index(self, layer: int) -> int:
         """Non-negative tower layer."""
@@ -603,23 +594,3 @@ def fingerprints(call: VisionCall) -> list[int]:
         weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647
         sums.append((bits * weight).sum())
     return [int(s) & 0x7FFFFFFFFFFFFFFF for s in torch.stack(sums).tolist()] if sums else []
-
-
-class _Absent:
-    """Marks an attribute the instance did not have (a class: deep copies keep its identity)."""
-
-
-def replace_attribute(owner: nn.Module, name: str, wrapper: Any) -> Callable[[], None]:
-    """Set an attribute of the instance; return the function that puts back what the instance had (often nothing)."""
-    before = vars(owner).get(name, _Absent)
-    object.__setattr__(owner, name, wrapper)
-    return functools.partial(_restore, owner, name, wrapper, before)
-
-
-def _restore(owner: nn.Module, name: str, wrapper: Any, before: Any) -> None:
-    if vars(owner).get(name) is not wrapper:  # somebody wrapped it again
-        return
-    if before is _Absent:
-        object.__delattr__(owner, name)
-    else:
-        object.__setattr__(owner, name, before)

@@ -149,8 +149,8 @@ class Transformer:
     mlp_branch : callable
         A block to the first and the last module of its second residual branch.
     tap : callable
-        ``tap(attention, observe)`` calls ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, whenever the attention module runs,
-        and returns what ends it.
+        ``tap(attention, observe, hook)`` makes ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, be called whenever the attention
+        module runs; ``hook(module, function)`` registers a forward hook.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Transformer:
     attention: list[nn.Module]
     facts: Facts
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
-    tap: Callable[[nn.Module, Observe], list[Callable[[], None]]]
+    tap: Callable[[nn.Module, Observe, Callable[[nn.Module, Callable[..., Any]], None]], None]
 
 
 @dataclass(eq=False)

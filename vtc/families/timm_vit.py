@@ -39,11 +39,12 @@ def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.norm2, layer.drop_path2
 
 
-def tap(attention: nn.Module, observe: Observe) -> list[Callable[[], None]]:
-    """Call ``observe`` whenever the attention module runs; return what ends it."""
+def tap(attention: nn.Module, observe: Observe, hook: Callable[[nn.Module, Callable[..., Any]], None]) -> None:
+    """Call ``observe`` whenever the attention module runs; ``hook(module, function)`` registers a forward hook."""
     collector = _Tap(attention, observe)
     places = ((attention.qkv, collector.values), (attention.q_norm, collector.queries), (attention.k_norm, collector.keys))
-    return [module.register_forward_hook(hook).remove for module, hook in places]
+    for module, look in places:
+        hook(module, look)
 
 
 def build(model: nn.Module) -> Transformer:
