@@ -197,10 +197,15 @@ class PrunedStaticLayer(Pruned, FixedLayer):
         n = int(-max_length)
         if n <= 0:
             return
-        if int(self.get_seq_length()) - n < self.end:
-            raise UnsupportedFeatureError(
-                "cannot crop a static KV cache back into a prompt whose visual tokens were reduced: start from a fresh cache"
-            )
+        length = int(self.get_seq_length()) - n
+        into = self.end - length  # how far the cut reaches into the first forward, which may have ended in candidates
+        if into > 0:
+            held = self.cols[:, : self.end - self.gone][:, -into:]
+            if held.shape[1] < into or not (held == torch.arange(length, self.end, device=held.device)).all():
+                raise UnsupportedFeatureError(
+                    "cannot crop a static KV cache back into visual tokens that were reduced: start from a fresh cache"
+                )
+            self.end = length
         upstream.shorten_fixed(self, n)
 
 
