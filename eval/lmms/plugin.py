@@ -37,6 +37,8 @@ def check() -> str:
     """
     from importlib.metadata import version
 
+    import datasets
+
     import vtc
     from vtc.eval.lmms.locks import require_locks
 
@@ -47,8 +49,13 @@ def check() -> str:
         models.get_model(manifest.model_id)
     from vtc.eval.lmms.run import run_task
 
-    reducer = vtc.create("uniform", keep=49)
-    result = run_task(*vtc.load_pocket(), "vtc_scenes", reducer=reducer, batch_size=1, limit=1, seed=0)
+    reducer, silent = vtc.create("uniform", keep=49), datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        result = run_task(*vtc.load_pocket(), "vtc_scenes", reducer=reducer, batch_size=1, limit=1, seed=0)
+    finally:
+        if not silent:
+            datasets.enable_progress_bars()
     if result is None or result.samples[0]["kept"] != 49:
         raise RuntimeError(f"the plugin did not reduce to 49 tokens: {result}")
     return f"answers inside the evaluator of lmms-eval {version('lmms-eval')}, on 49 of {result.samples[0]['slots']} tokens"
