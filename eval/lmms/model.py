@@ -12,7 +12,6 @@ import dataclasses
 import inspect
 import json
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,6 +32,7 @@ from vtc.engine import upstream
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.lmms.benchmarks import known_tasks
+from vtc.eval.lmms.locks import require_locks
 from vtc.eval.lmms.meter import GenerateFailedError, Meter, SampleCounts
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
@@ -146,6 +146,7 @@ class _Chat(lmms):
     """A chat model for any ``AutoModelForImageTextToText``: images and video, left-padded batches."""
 
     is_simple = False
+    accelerator: Any = None
 
     def __init__(
         self,
@@ -185,14 +186,23 @@ class _Chat(lmms):
                 {k: v for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items() if v is not None},
             )
 
+    @property
+    def rank(self) -> int:
+        """Number of this process, 0 where there is only one."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
+
     def _place(self, device: str | None) -> torch.device:
         """Device of this process; joins the process group that lmms-eval's launcher set up."""
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            if self._world_size == 1:
+            if self.accelerator.num_processes == 1:
                 raise ConfigError(
                     "several processes were started, but accelerate has not connected them: on CPUs set ACCELERATE_USE_CPU=true"
                 )
@@ -424,7 +434,7 @@ def build(arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None, 
 def prompts_for(model: Any) -> str:
     """Return the name whose prompt variants suit a model: lmms-eval's own class for its type; the embedded ones have none."""
     config = model.config
-    embedded = config._name_or_path in {str(pocket_path(name)) for name in POCKET_MODELS}
+    embedded = config.name_or_path in {str(pocket_path(name)) for name in POCKET_MODELS}
     return "default" if embedded else PROMPTS.get(config.model_type, "default")
 
 
@@ -470,6 +480,7 @@ def _from_command_line(arg_string: str, extra: Mapping[str, Any] | None, **fixed
     """Build for ``simple_evaluate``, and tell its task manager about prompts and code version."""
     force_simple = fixed.pop("force_simple", False)
     try:
+        require_locks()
         lm = build({**utils.simple_parse_args_string(arg_string), **fixed}, extra, force_simple)
     except Exception as error:
         _fail(error)
@@ -511,7 +522,7 @@ def leaves(tasks: Mapping[Any, Any]) -> Iterator[Any]:
 
 def _caller(function: str) -> FrameType | None:
     """Return the innermost running call of one of lmms-eval's functions."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == function and "lmms_eval" in frame.f_code.co_filename:
             return frame
