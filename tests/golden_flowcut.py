@@ -237,7 +237,7 @@ class Base(nn.Module):
     def get_image_features(self, pixel_values: list[Tensor]) -> list[Tensor]:
         return list(pixel_values)
 
-    def forward(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: list[Tensor]) -> Any:
+    def forward(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: list[Tensor], **_: Any) -> Any:
         features = torch.cat(self.get_image_features(pixel_values))
         embeds = inputs_embeds.masked_scatter((input_ids == IMAGE)[..., None], features)
         return self.language_model(inputs_embeds=embeds)

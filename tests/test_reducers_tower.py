@@ -244,13 +244,18 @@ def test_tome_refuses_what_it_cannot_do() -> None:
     assert vtc.create("tome.vit-b16", keep=9).r is None, "a budget of another form replaces the preset's"
 
 
+class Layer(nn.Module):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return hidden_states
+
+
 def stage_of(part: Any, mlp_branch: Any, layers: int = 2, has_cls: bool = True) -> EncoderStage:
     facts = Facts(
         "test", 1, layers, layers - 1, None, None, (2, 4), has_cls, frozenset({"attention", "cls"}), dict.fromkeys(Stage, "")
     )
     attention = [nn.Module() for _ in range(layers)]
     run = EncoderRun([1], None, Clock())
-    return EncoderStage(part.bind(facts), [nn.Module() for _ in range(layers)], attention, mlp_branch, facts, lambda: run)
+    return EncoderStage(part.bind(facts), [Layer() for _ in range(layers)], attention, mlp_branch, facts, lambda: run)
 
 
 def test_a_tower_without_a_known_mlp_branch_is_refused() -> None:

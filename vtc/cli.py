@@ -171,7 +171,7 @@ def check(
     error: VtcError | None = None
     if wanted is not None:
         from vtc.engine.patch import bind
-        from vtc.engine.taps import check_implementation
+        from vtc.engine.upstream import check_implementation
 
         try:
             bound = bind(wanted, report.family.facts)

@@ -54,15 +54,13 @@ class _RealModule:
         return getattr(self._module, name)
 
 
-def _observe_and_attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _observe_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     ctx = kwargs.pop(upstream.CONTEXT, None)
     config = module.config
     attend = upstream.attend(module, upstream.attention_of(config._real))
-    scaling = upstream.scaling_of(query, args, kwargs)
+    mask, scaling = upstream.attention_arguments(query, args, kwargs)
     config._observe(module, query, key, value, mask, scaling, ctx)
-    return attend(_RealModule(module), query, key, value, mask, *args, **kwargs)
+    return attend(_RealModule(module), query, key, value, *args, **kwargs)
 
 
 def attach(undo: Undo, attention: nn.Module, observe: Observer) -> None:

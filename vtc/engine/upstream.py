@@ -9,19 +9,49 @@ is met by exactly one of the names known for it, or the model is refused; what i
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.errors import NotReducedError, UnsupportedFeatureError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache as AnyCache
+    from transformers.cache_utils import DynamicLayer as GrowingLayer
+    from transformers.cache_utils import DynamicSlidingWindowLayer as WindowLayer
+    from transformers.cache_utils import StaticLayer as FixedLayer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
+
+_THEIRS = {
+    "AnyCache": ("transformers.cache_utils", "Cache"),
+    "GrowingLayer": ("transformers.cache_utils", "DynamicLayer"),
+    "WindowLayer": ("transformers.cache_utils", "DynamicSlidingWindowLayer"),
+    "FixedLayer": ("transformers.cache_utils", "StaticLayer"),
+    "ATTENTION": ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
+}
+"""What vtc calls classes and tables of transformers: imported when first asked for, since whoever wants a name only is in a hurry."""
+
+
+def __getattr__(name: str) -> Any:
+    """Import the classes a reduced cache layer stands for (plain, sliding window, preallocated), and the table of attentions."""
+    if name not in _THEIRS:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    module, theirs = _THEIRS[name]
+    value = globals()[name] = getattr(importlib.import_module(module), theirs)
+    return value
+
+
+def _theirs(name: str) -> Any:
+    found = globals().get(name)
+    return __getattr__(name) if found is None else found
+
 
 CONTEXT = "_vtc"
 """Our own keyword argument, which text models hand on to their layers."""
@@ -365,7 +395,7 @@ def with_states(out: Any, states: Tensor) -> Any:
     return out
 
 
-def cache_of(out: Any) -> Cache | None:
+def cache_of(out: Any) -> AnyCache | None:
     """Return the KV cache in a model's output, found by its type.
 
     Raises
@@ -376,14 +406,15 @@ def cache_of(out: Any) -> Cache | None:
     return _one(out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ())
 
 
-def cache_in(call: Call, out: Any) -> Cache | None:
+def cache_in(call: Call, out: Any) -> AnyCache | None:
     """Return the KV cache among the arguments and outputs of a text model, found by its type (see :func:`cache_of`)."""
     returned = out.values() if isinstance(out, Mapping) else out if isinstance(out, tuple) else ()
     return _one((*call.args, *call.kwargs.values(), *returned))
 
 
-def _one(values: Iterable[Any]) -> Cache | None:
-    found = {id(v): v for v in values if isinstance(v, Cache)}
+def _one(values: Iterable[Any]) -> AnyCache | None:
+    kind = _theirs("AnyCache")
+    found = {id(v): v for v in values if isinstance(v, kind)}
     if len(found) > 1:
         raise NotReducedError(
             f"this forward has {len(found)} different KV caches ({', '.join(type(c).__name__ for c in found.values())}), and vtc "
@@ -393,16 +424,13 @@ def _one(values: Iterable[Any]) -> Cache | None:
 
 
 # ---------------------------------------------------------------------------------------------------------- KV caches
-GrowingLayer, WindowLayer, FixedLayer = DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
-"""The kinds of cache layer that a reduced one can stand for: plain, sliding window, and preallocated."""
-AnyCache = Cache
 _CACHE_KINDS = {None, "dynamic", "dynamic_full"}
 _FIXED_KIND = "static"
 
 
 def fixed_layers_count() -> bool:
     """Whether preallocated layers count their own tokens; those of older releases write at a logical position they are told."""
-    return "cache_kwargs" not in inspect.signature(StaticLayer.update).parameters
+    return "cache_kwargs" not in inspect.signature(_theirs("FixedLayer").update).parameters
 
 
 _OVERRIDDEN: dict[str, int] = {
@@ -440,7 +468,7 @@ def check_overrides(ours: type) -> type:
     for name, count in _OVERRIDDEN.items():
         theirs = getattr(base, name, None)
         if theirs is None:
-            if not (issubclass(base, StaticLayer) and name in _NOT_YET):
+            if not (issubclass(base, _theirs("FixedLayer")) and name in _NOT_YET):
                 _problems.append(f"{base.__name__}.{name}() is gone")
             continue
         taken = list(inspect.signature(theirs).parameters.values())[1:]
@@ -486,7 +514,7 @@ def check_cache(cache: Any, kinds: Iterable[type], ours: type) -> None:
     check_cache_classes()
     if cache is None:
         return
-    if not isinstance(cache, Cache):
+    if not isinstance(cache, _theirs("AnyCache")):
         raise UnsupportedFeatureError(
             f"the KV cache passed in is a {type(cache).__name__}: pass a transformers DynamicCache, or nothing"
         )
@@ -502,7 +530,7 @@ def check_cache(cache: Any, kinds: Iterable[type], ours: type) -> None:
         if not issubclass(kind, ours) and kind not in kinds:
             raise UnsupportedFeatureError(
                 f"cache layers of type {kind.__name__} cannot hold a reduced sequence: use the default DynamicCache"
-                + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, StaticLayer) else "")
+                + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, _theirs("FixedLayer")) else "")
             )
     if getattr(cache, "offloading", False):
         raise UnsupportedFeatureError("an offloaded KV cache cannot hold a reduced sequence: use the default DynamicCache")
@@ -522,7 +550,7 @@ def shorten_fixed(layer: Any, n: int) -> None:
     layer.cumulative_length.sub_(n)
 
 
-def cache_layer(cache: Cache, i: int) -> Any:
+def cache_layer(cache: AnyCache, i: int) -> Any:
     """Return layer ``i`` of a cache, made first where the cache makes its layers as they are needed."""
     while len(cache.layers) <= i and getattr(cache, "layer_class_to_replicate", None) is not None:
         cache.layers.append(cache.layer_class_to_replicate())
@@ -535,7 +563,6 @@ EAGER, SDPA = "eager", "sdpa"
 FLASH = "flash"
 """What the names of FlashAttention's implementations contain; transformers looks for it, too."""
 _REFUSED = ("flex", "paged")
-ATTENTION = ALL_ATTENTION_FUNCTIONS
 
 
 def implementations() -> list[str]:
@@ -576,7 +603,7 @@ def check_implementation(config: Any) -> None:
 def attend(module: nn.Module, implementation: str) -> Callable[..., Any]:
     """Return the attention function an attention module would use: its own file's for ``eager``, else the registered one."""
     if implementation != EAGER:
-        return ATTENTION[implementation]
+        return _theirs("ATTENTION")[implementation]
     for kind in type(module).__mro__:  # FSDP2 makes a subclass in a file of its own
         found = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
         if found is not None:
@@ -587,10 +614,11 @@ def attend(module: nn.Module, implementation: str) -> Callable[..., Any]:
     )
 
 
-def scaling_of(query: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> float:
-    """Return what an attention function multiplies logits by; ``args``: what it is given behind the mask."""
-    scaling = args[0] if args else kwargs.get("scaling")
-    return query.shape[-1] ** -0.5 if scaling is None else scaling
+def attention_arguments(query: Tensor, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, float]:
+    """Return the mask that an attention function is given behind query, key and value, and what it multiplies logits by."""
+    mask = args[0] if args else kwargs[MASK]
+    scaling = args[1] if len(args) > 1 else kwargs.get("scaling")
+    return mask, query.shape[-1] ** -0.5 if scaling is None else scaling
 
 
 # ------------------------------------------------------------------------------------------------- rotations and layers
@@ -684,7 +712,7 @@ def cache_argument(model: nn.Module) -> str:
     return Names.of(model).need("kv").roles["kv"]
 
 
-def decode(model: nn.Module, token: Tensor, cache: Cache, mask: Tensor | None = None, **options: Any) -> Any:
+def decode(model: nn.Module, token: Tensor, cache: AnyCache, mask: Tensor | None = None, **options: Any) -> Any:
     """Run one more token ``(B, 1)`` on a KV cache; return the model's output."""
     return model(**{IDS: token, MASK: mask, cache_argument(model): cache, USE_CACHE: True, "logits_to_keep": 1, **options})
 
