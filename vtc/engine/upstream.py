@@ -24,10 +24,6 @@ from vtc.errors import NotReducedError, UnsupportedFeatureError, UnsupportedMode
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache as AnyCache
-    from transformers.cache_utils import DynamicLayer as GrowingLayer
-    from transformers.cache_utils import DynamicSlidingWindowLayer as WindowLayer
-    from transformers.cache_utils import StaticLayer as FixedLayer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as ATTENTION
 
 _THEIRS = {
     "AnyCache": ("transformers.cache_utils", "Cache"),
@@ -36,7 +32,7 @@ _THEIRS = {
     "FixedLayer": ("transformers.cache_utils", "StaticLayer"),
     "ATTENTION": ("transformers.modeling_utils", "ALL_ATTENTION_FUNCTIONS"),
 }
-"""What vtc calls classes and tables of transformers: imported when first asked for, since whoever wants a name only is in a hurry."""
+"""What vtc calls classes and tables of transformers: imported when first asked for; whoever needs a name only does not wait."""
 
 
 def __getattr__(name: str) -> Any:
