@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from golden_cases import plain_norms
 from torch import Tensor, nn
 
 import vtc
@@ -134,8 +135,9 @@ def llama(weights: Tensors, *, heads: int, theta: float, eps: float, kind: str =
     missing, unexpected = model.load_state_dict(named, strict=False)
     assert not unexpected
     assert missing == ["embed_tokens.weight"], missing
-    torch.testing.assert_close(model.rotary_emb.inv_freq, theta ** -(torch.arange(0, width // heads, 2) / (width // heads)))
-    return model
+    frequency = theta ** -(torch.arange(0, width // heads, 2) / (width // heads))
+    torch.testing.assert_close(model.rotary_emb.inv_freq, frequency, check_dtype=False)
+    return plain_norms(model)
 
 
 def ranking_model(weights: Tensors, *, heads: int, eps: float, theta: float, width: int) -> nn.Module:
@@ -455,7 +457,17 @@ def aim(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
         return aim_merging(inputs, params)
     if "logits" in inputs:
         return {"importance": aim_importance(inputs["logits"], inputs["masked_keys"], params)}
-    return aim_decoder(inputs, params)
+    # a stock model hides the same columns from every row it is given, and what a row hides is its own affair: one at a time
+    each = {name for name in inputs if not name.startswith("w.")}
+    alone = [
+        aim_decoder({name: t[b : b + 1] if name in each else t for name, t in inputs.items()}, params)
+        for b in range(len(inputs["embeds"]))
+    ]
+    layered = {"importance", "mask_after"}
+    return {
+        name: first if name == "n_keep" else torch.cat([out[name] for out in alone], int(name in layered))
+        for name, first in alone[0].items()  # n_keep: of the first sample
+    }
 
 
 def aim_merging(inputs: Tensors, params: dict[str, Any]) -> Tensors:
