@@ -359,6 +359,7 @@ LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vtc.families": (("vtc.core", "vtc.errors", "vtc.families"), ("torch", "transformers")),
     "vtc.engine": (
         (
+            "vtc._window",
             "vtc.core",
             "vtc.engine",
             "vtc.errors",
