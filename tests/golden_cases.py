@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Kind, Layout, Signals
 from vtc.engine import taps
+from vtc.engine.undo import Undo
 from vtc.kernels import attention_rows, cosine_distance
 from vtc.signals import AttentionTap, cls_attn, keys
 
@@ -297,12 +298,13 @@ def _clip_attention(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     def observe(_module, query, key, value, mask, scaling, _ctx):
         seen.append(AttentionTap(query, key, value, scaling, mask))
 
-    detach = taps.attach(layer, observe)
+    undo = Undo()
+    taps.attach(undo, layer, observe)
     try:
         with torch.no_grad():
             out = layer(x, attention_mask=None)[0]
     finally:
-        detach()
+        undo.run()
     (tap,) = seen
     rows, mask = tap.rows(torch.zeros(len(x), 1, dtype=torch.long))
     per_head = attention_rows(rows, tap.key, scaling=tap.scaling, mask=mask, reduce="none")[:, :, 0]

@@ -91,7 +91,9 @@ class Replay:
             exact, single = self.exact[name], self.single[name]
             if isinstance(exact, Rows):
                 assert exact.real.any(), f"{name}: every row is excluded"
-                assert tuple(exact.values.shape) == tuple(want.shape), f"{name}: {tuple(exact.values.shape)}, recorded {want.shape}"
+                assert tuple(exact.values.shape) == tuple(want.shape), (
+                    f"{name}: {tuple(exact.values.shape)}, recorded {want.shape}"
+                )
                 exact, single, want = exact.values[exact.real], single.values[exact.real], want[exact.real]
             shares[name] = max(
                 self.error(name, exact, want, limit, "float64 against the file"),

@@ -35,18 +35,21 @@ _THEIRS = {
 """What vtc calls classes and tables of transformers: imported when first asked for; whoever needs a name only does not wait."""
 
 
+_loaded: dict[str, Any] = {}
+
+
 def __getattr__(name: str) -> Any:
     """Import the classes a reduced cache layer stands for (plain, sliding window, preallocated), and the table of attentions."""
     if name not in _THEIRS:
         raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
-    module, theirs = _THEIRS[name]
-    value = globals()[name] = getattr(importlib.import_module(module), theirs)
-    return value
+    return _theirs(name)
 
 
 def _theirs(name: str) -> Any:
-    found = globals().get(name)
-    return __getattr__(name) if found is None else found
+    if name not in _loaded:  # a plain table: compiled code looks into it
+        module, theirs = _THEIRS[name]
+        _loaded[name] = getattr(importlib.import_module(module), theirs)
+    return _loaded[name]
 
 
 CONTEXT = "_vtc"
