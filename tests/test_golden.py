@@ -22,6 +22,7 @@ from golden_cases import Rows
 from golden_limits import CAP, SPREAD, Limit, Tensors, limit_of, moved
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 CASES = golden_cases.load_all()
 HERE = Path(__file__).parent / "golden"
