@@ -207,6 +207,7 @@ def newest(workers: int, lifted: Sequence[str]) -> int:
             print(f"\n{report(red, changes(installed, locked), owners)}")
             return 1
         raise_window(installed, lock.read_text())
+        subprocess.run([python, "-m", "vtc.docs", "docs/upstream.md"], cwd=ROOT, check=True)  # its table of the window
     return 0
 
 

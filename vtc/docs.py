@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtc import _window
 from vtc.core import Reducer
 from vtc.registry import Entry, create, entries
 
@@ -250,10 +251,17 @@ def upstream_tables() -> str:
     return "\n".join(lines + [f"| {what} | {how} |" for what, how in RELIANCE.items()])
 
 
+def window_table() -> str:
+    """Return the tested window as a table."""
+    lines = ["| package | from | to |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {oldest} | {newest} |" for name, (oldest, newest) in _window.TESTED.items()])
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "methods": methods_table,
     "reducers": reducers_pages,
     "upstream": upstream_tables,
+    "window": window_table,
 }
 """Renderers by block name; any other name is a file below the root."""
 
