@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import Pruned
+from vtc.engine.cache import Pruned, held_by
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
-from vtc.engine.upstream import Call
+from vtc.engine.upstream import CONTEXT, Call, Names
 from vtc.kernels import take
 from vtc.stats import Clock, StageStats
 
@@ -183,6 +183,8 @@ class Step:
 
     Parameters
     ----------
+    names : Names
+        Of the layer's class.
     layer : Pruned
         Its reduced cache.
     seg, before : Segment, Tensor or None
@@ -192,10 +194,39 @@ class Step:
     """
 
     def __init__(
-        self, layer: Pruned, seg: Segment | None, before: Tensor | None, given: dict[str, Any], changed: dict[str, Any]
+        self,
+        names: Names,
+        layer: Pruned,
+        seg: Segment | None,
+        before: Tensor | None,
+        given: dict[str, Any],
+        changed: dict[str, Any],
     ) -> None:
         self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
+        self.names, self.cache = names, names.roles["kv"]
+        self.by_name = [(names.roles[role], value) for role, value in given.items()]
+        self.keywords = {names.roles[role]: value for role, value in changed.items()}
+
+    def again(self, names: Names, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the keywords of layer ``i`` in a decode step if they are those of the layer before, else None.
+
+        What :meth:`fits` says, without a :class:`~vtc.engine.upstream.Call`: this runs per layer and token.
+        """
+        if names is not self.names or len(args) > 1 or self.cache not in kwargs:
+            return None
+        layer = held_by(kwargs[self.cache], i)
+        if layer is None or layer.cols is not self.cols or layer.valid is not self.valid:
+            return None
+        if layer.shift is not self.shift or layer.end != self.end or self.seg is not None:
+            return None
+        for name, value in self.by_name:
+            other = kwargs.get(name)
+            if other is not value and not (isinstance(value, tuple) and isinstance(other, tuple) and other[0] is value[0]):
+                return None
+        again = {**kwargs, **self.keywords}
+        del again[CONTEXT]
+        return again
 
     def fits(self, layer: Pruned, seg: Segment | None, before: Tensor | None, call: Call) -> bool:
         """Whether a layer with this cache and these arguments gets the same. Runs per layer and token: plain comparisons."""

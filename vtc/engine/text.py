@@ -76,6 +76,8 @@ class TextSide:
         """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
         if not torch.compiler.is_compiling():  # (a graph break, and a compiled decode step cannot be interrupted)
             self.running[threading.get_ident()] = True
+        if len(args) < 2 and upstream.brings_nothing(kwargs):
+            return  # most decode steps
         call = Call(self.names.base, args, kwargs)
         given = [video for video in (False, True) if upstream.given(call, video)]
         if not given:
@@ -286,6 +288,10 @@ class TextSide:
         ctx: Context | None = kwargs.get(CONTEXT)
         if ctx is None:
             return None
+        if ctx.step is not None and ctx.visual is None and i not in self.taps.needs:
+            again = ctx.step.again(self.names.layers[i], i, args, kwargs)
+            if again is not None:
+                return args, again
         call, tapped = Call(self.names.layers[i], args, kwargs), i in self.taps.needs
         cache, seg = call["kv"], None
         if not tapped:  # only tapped attentions want it
@@ -342,7 +348,7 @@ class TextSide:
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
         call.set("positions", None)  # inside a layer these only serve packed-sequence detection: never right here
         if layer is not None and not isinstance(layer, FixedLayer):  # (those run compiled: nothing to save there)
-            ctx.step = Step(layer, seg, before, given, {role: call[role] for role in roles})
+            ctx.step = Step(call.names, layer, seg, before, given, {role: call[role] for role in roles})
 
     @staticmethod
     def columns(ctx: Context, layer: Pruned | None, seg: Segment | None, mask: Any) -> tuple[Tensor, Tensor | None, int]:

@@ -336,6 +336,14 @@ def given(call: Call, video: bool) -> bool:
     return encoded(call, video) is not None or any(call.beside(role) is not None for role in GIVEN[video])
 
 
+_NEW = tuple(name for role in ("encoded", *GIVEN[False], *GIVEN[True]) for name in ROLES[role].names)
+
+
+def brings_nothing(kwargs: Mapping[str, Any]) -> bool:
+    """Whether no keyword of a base model's can hold new pictures or clips (a quick look: :func:`given` decides)."""
+    return all(kwargs.get(name) is None for name in _NEW)
+
+
 def encoded(call: Call, video: bool) -> Any:
     """Return the features that ``generate`` made before this forward, or None."""
     made = call.beside("encoded")
