@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import Pruned, held_by
+from vtc.engine.cache import Pruned
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
 from vtc.engine.upstream import CONTEXT, Call, Names
@@ -213,12 +213,13 @@ class Step:
 
         What :meth:`fits` says, without a :class:`~vtc.engine.upstream.Call`: this runs per layer and token.
         """
-        if names is not self.names or len(args) > 1 or self.cache not in kwargs:
+        if names is not self.names or len(args) > 1 or self.seg is not None or self.cache not in kwargs:
             return None
-        layer = held_by(kwargs[self.cache], i)
-        if layer is None or layer.cols is not self.cols or layer.valid is not self.valid:
+        held = kwargs[self.cache].layers
+        layer = held[i] if i < len(held) else None
+        if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
             return None
-        if layer.shift is not self.shift or layer.end != self.end or self.seg is not None:
+        if layer.shift is not self.shift or layer.end != self.end:
             return None
         for name, value in self.by_name:
             other = kwargs.get(name)
