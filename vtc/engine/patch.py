@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vtc import _window
 from vtc.core import Compose, Facts, Need, Reducer, Stage
 from vtc.engine import upstream
 from vtc.engine.cache import check_cache
@@ -172,6 +173,7 @@ def patch(
     PatchError
         The model is running.
     """
+    _window.warn("transformers")
     model = unwrap(model)
     wanted = resolve(reducer, **options)  # type: ignore[arg-type]
     old: BaseHandle | None = vars(model).get(ATTRIBUTE)
