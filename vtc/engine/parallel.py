@@ -14,7 +14,7 @@ Nothing here is done in a process that has no other ranks, and nothing in decode
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -48,11 +48,14 @@ class Read:
         Which module it is, for messages.
     module : Module
         The module.
+    source : str
+        As in :class:`vtc.core.Need`.
     """
 
     part: str
     what: str
     module: nn.Module
+    source: str
 
 
 def reads(family: Family | Transformer, parts: Iterable[Reducer]) -> Iterator[Read]:
@@ -70,15 +73,16 @@ def reads(family: Family | Transformer, parts: Iterable[Reducer]) -> Iterator[Re
             if need.source == "vision" and need.of == "attention":
                 if isinstance(family, Transformer) and part.stage is Stage.VISION:  # acts between two blocks
                     layer = part.tower_layer - 1
-                yield Read(part.name, f"the attention of tower layer {layer % len(tower)}", tower[layer])
+                what, module = f"the attention of tower layer {layer % len(tower)}", tower[layer]
             elif need.of == "projection":
-                yield Read(part.name, "the projector", family.projector)
+                what, module = "the projector", family.projector
             elif need.source == "text" and need.of in ("attention", "preview"):
-                yield Read(
-                    part.name, f"the attention of decoder layer {layer % len(family.layers)}", family.text_attention[layer]
-                )
+                what, module = f"the attention of decoder layer {layer % len(family.layers)}", family.text_attention[layer]
             elif need.of == "neurons":
-                yield Read(part.name, f"the neurons of decoder layer {layer % len(family.layers)}", family.layers[layer].mlp)
+                what, module = f"the neurons of decoder layer {layer % len(family.layers)}", family.layers[layer].mlp
+            else:
+                continue
+            yield Read(part.name, what, module, need.source)
 
 
 def _with_uses(needs: Iterable[Need], provides: frozenset[str]) -> Iterator[Need]:
@@ -154,7 +158,7 @@ def check(family: Family | Transformer, parts: Iterable[Reducer], root: nn.Modul
     held = _held(root)
     read = _first_split(family, parts, held)
     if read is not None:
-        raise _refusal(read, family, held)
+        raise _refusal(read, family, lambda others: not _first_split(family, others, held))
 
 
 def check_running(
@@ -166,13 +170,16 @@ def check_running(
     heads = upstream.heads_of(module) if query is not None else None
     if _split(module) or (heads is not None and query.shape[1] < heads):
         read = next(r for r in reads(family, parts) if r.module is module)
-        raise _refusal(read, family, _held(family.model if isinstance(family, Transformer) else family.base))
+        # what is plain shows in what it computes only: name nothing that reads the same side of the model
+        raise _refusal(
+            read, family, lambda others: all(r.source != read.source and not _split(r.module) for r in reads(family, others))
+        )
 
 
-def _refusal(read: Read, family: Family | Transformer, held: set[int]) -> UnsupportedFeatureError:
+def _refusal(read: Read, family: Family | Transformer, fits: Callable[[tuple[Reducer, ...]], bool]) -> UnsupportedFeatureError:
     from vtc.engine.patch import usable
 
-    names = [] if isinstance(family, Transformer) else usable(family.facts, lambda parts: not _first_split(family, parts, held))
+    names = [] if isinstance(family, Transformer) else usable(family.facts, fits)
     others = f"use one of {', '.join(names)}, or " if names else ""
     return UnsupportedFeatureError(
         f"'{read.part}' reads {read.what}, whose weights are split over ranks (tensor parallelism), so that every rank would keep "
