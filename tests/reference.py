@@ -88,8 +88,14 @@ _RECORDED: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None, float, Te
 
 
 def _recorded(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """The model's own eager attention, which writes down query, key, value, mask, scaling and map."""
-    out, weights = eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    """Eager attention that writes down query, key, value, mask, scaling and map; the model's own but in float64.
+
+    (Hugging Face's computes the softmax in float32, where a row of padding is NaN.)
+    """
+    if query.dtype == torch.float64:
+        out, weights = _attend(query, key, value, attention_mask, scaling)
+    else:
+        out, weights = eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     _RECORDED.setdefault(id(module), []).append((query, key, value, attention_mask, scaling, weights))
     return out, weights
 
