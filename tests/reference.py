@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -82,7 +83,40 @@ def _fake_flash(module, query, key, value, attention_mask, scaling=None, positio
     return _attend(query, key, value, allowed, scaling)[0], None
 
 
+_RECORDED: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None, float, Tensor]]] = {}
+"""id of an attention module -> what its calls were given, and their maps."""
+
+
+def _recorded(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Eager attention that writes down query, key, value, mask, scaling and map; the model's own but in float64.
+
+    (Hugging Face's computes the softmax in float32, where a row of padding is NaN.)
+    """
+    if query.dtype == torch.float64:
+        out, weights = _attend(query, key, value, attention_mask, scaling)
+    else:
+        out, weights = eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    _RECORDED.setdefault(id(module), []).append((query, key, value, attention_mask, scaling, weights))
+    return out, weights
+
+
+def eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention function of the file that an attention module comes from."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+@contextmanager
+def recorded() -> Iterator[dict[int, list[tuple]]]:
+    """What the attention modules of models set to ``"recorded"`` are given in the body of a ``with`` block, by module id."""
+    _RECORDED.clear()
+    kept: dict[int, list[tuple]] = {}
+    yield kept
+    kept.update(_RECORDED)
+    _RECORDED.clear()
+
+
 for _name, _function, _mask in (
+    ("recorded", _recorded, eager_mask),
     ("oracle", _oracle, eager_mask),
     ("eager64", _eager64, eager_mask),
     ("fake_flash", _fake_flash, flash_attention_mask),

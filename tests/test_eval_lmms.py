@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from clocks import Script
 from PIL import Image
 
 import vtc
@@ -368,6 +369,22 @@ def test_rows_that_cannot_be_told_apart_are_an_error(pocket):
             documents["task"]["test"][1]
         model.generate(**processor(text=["user : yes"], return_tensors="pt"), max_new_tokens=1)
     assert meter.records["task", "test", 1]["slots"] == 0
+
+
+def test_the_first_token_and_the_whole_answer_are_timed(pocket, monkeypatch):
+    """Both from the call of generate on; the first token once, however many follow."""
+    from vtc.eval.lmms import meter
+
+    model, processor = pocket
+    watch = meter.Meter(model, None)
+    documents, inputs = watch.documents({"task": {"test": ["a"]}}), processor(text=["user : yes"], return_tensors="pt")
+    for length in (3, 1):
+        documents["task"]["test"][0]
+        clock = Script(1, 3, 10).put_into(monkeypatch, meter)
+        with watch.watching():
+            model.generate(**inputs, max_new_tokens=length, min_new_tokens=length)
+        record = watch.records["task", "test", 0]
+        assert (record["ttft_s"], record["generate_s"], clock.looks, record["new_tokens"]) == (2, 9, 3, length)
 
 
 # ------------------------------------------------------------------------------------------------------------ arguments
