@@ -30,6 +30,7 @@ from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
+from vtc.verify.memory import ensure
 
 _CACHES = {None, "dynamic", "dynamic_full"}  # and "static" where its layers count their own tokens
 _BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
@@ -191,7 +192,8 @@ def patch(
     Raises
     ------
     UnsupportedModelError, UnsupportedSignalError, UnsupportedFeatureError
-        The model, a signal of it, or its attention implementation cannot serve the reducer.
+        The model, a signal of it, or its attention implementation cannot serve the reducer; or a small copy of the model failed the
+        check that is made where neither an adapter nor a tested version vouches for it (:func:`vtc.verify.memory.ensure`).
     UnknownReducerError, UnknownArgumentError, BudgetError
         The request makes no sense; the message says what would.
     PatchError
@@ -210,6 +212,7 @@ def patch(
     else:
         bound = bind(wanted, family.facts)
         check_implementation(family.text.config)
+        ensure(model, family, bound)
         handle = Handle(model, family, bound, strict)
     if old is not None:
         old.remove()

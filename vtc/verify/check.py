@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import platform
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -18,19 +19,19 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Reducer, Selection, Signals, Stage
 from vtc.errors import (
+    UnknownArgumentError,
     UnsupportedFeatureError,
     UnsupportedModelError,
     UnsupportedSignalError,
     UnverifiableError,
-    VtcError,
 )
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family
 from vtc.verify.inputs import Prompt, prompt_for
 from vtc.verify.memory import BUSY
 from vtc.verify.reference import NoReferenceError, Plan, logits_after
-from vtc.verify.twin import GRID, Twin, build, parameters, tensors_of
-from vtc.verify.verdict import Item, Verdict
+from vtc.verify.twin import GRID, Twin, build, parameters, said
+from vtc.verify.verdict import Item, State, Verdict
 
 STEPS = 8
 """Decode steps after the prefill."""
@@ -39,6 +40,7 @@ LIMIT = 1e-5
 STAGES = ("boundary", "decoder")
 _ROWS = {"batch": [1, 2], "single": [1], "clips": [1, 1]}
 _ATTEMPTS = ((False, GRID), (False, 4 * GRID), (True, GRID))  # heads of their own size, rows of visual tokens
+_OF_THE_CACHE = ("cache_position",)  # where older releases write into a cache: dynamic ones append, whatever it says
 _REFUSALS = (UnsupportedFeatureError, UnsupportedModelError, UnsupportedSignalError)
 
 
@@ -158,7 +160,7 @@ def _layer_watch(seen: _Observed, i: int, layer: nn.Module) -> Callable[..., Non
         if i not in seen.arguments:
             call = dict(zip(names, args, strict=False)) | kwargs
             seen.entering[i] = call[names[0]]
-            seen.arguments[i] = {name: tuple(t.shape) for name, t in tensors_of(call)}
+            seen.arguments[i] = {name: tuple(t.shape) for name, t in _tensors_of(call)}
 
     return watch
 
@@ -257,7 +259,7 @@ def _fed(twin: Twin, family: Family) -> _Bench:
             try:
                 _generate(twin.model, family, prompt, seen)
             except Exception as error:
-                raise UnverifiableError(f"generate of the unpatched small model raised {_said(error)}") from error
+                raise UnverifiableError(f"generate of the unpatched small model raised {said(error)}") from error
         except UnverifiableError as error:
             if name != "clips":
                 raise
@@ -267,10 +269,32 @@ def _fed(twin: Twin, family: Family) -> _Bench:
     return bench
 
 
+@dataclass(frozen=True)
+class _Run:
+    """What came out of one reducer on one prompt.
+
+    Attributes
+    ----------
+    state, text, error, limit
+        As in :class:`~vtc.verify.Item`.
+    cache : (bool, str) or None
+        Whether the KV cache is right, and a sentence about it; ``None``: the run did not come that far.
+    arguments : list of str
+        What is wrong with the arguments of the decoder layers.
+    """
+
+    state: State
+    text: str
+    error: float | None = None
+    limit: float | None = None
+    cache: tuple[bool, str] | None = None
+    arguments: list[str] = field(default_factory=list)
+
+
 class _Checks:
     """Runs the checks of one bench and collects the items."""
 
-    def __init__(self, bench: _Bench, stages: Iterable[str]) -> None:
+    def __init__(self, bench: _Bench, stages: Sequence[str]) -> None:
         self.bench, self.stages = bench, tuple(stages)
         self.model, self.family = bench.twin.model, bench.family
         self.items: list[Item] = []
@@ -290,9 +314,7 @@ class _Checks:
                 self.compare(stage, policy, ("batch", "single"), f"{stage}, {policy} positions")
             if facts.mrope:
                 why = "this model's positions have several dimensions, which cannot be compacted"
-                self.items.append(
-                    Item(f"{stage}, compact positions", "not checked", why, stage, "compact", optional=True)
-                )
+                self.items.append(Item(f"{stage}, compact positions", "not checked", why, stage, "compact", optional=True))
             if self.bench.no_clips:
                 self.items.append(Item(f"{stage}, clips", "not checked", self.bench.no_clips, stage, optional=True))
             elif "clips" in self.bench.steps:
@@ -309,7 +331,10 @@ class _Checks:
             try:
                 wanted = self.bench.reference(name, Plan(), plain.tokens)
             except Exception as error:
-                reason = str(error) if isinstance(error, NoReferenceError) else f"the reference raised {_said(error)}"
+                reason = str(error) if isinstance(error, NoReferenceError) else f"the reference raised {said(error)}"
+                if name == "clips":
+                    self.bench.no_clips = reason
+                    continue
                 self.items.append(Item("reference", "not checked", reason))
                 return False
             scale = max(1.0, float(wanted.abs().max()))
@@ -319,7 +344,7 @@ class _Checks:
                 if name == "clips":
                     self.bench.no_clips = "without a KV cache the unpatched model computes something else here"
                     continue
-                reason = "without a KV cache the unpatched model computes something else, so there is no reference to compare with"
+                reason = "without a KV cache the unpatched model computes something else: there is nothing to compare with"
                 self.items.append(Item("reference", "not checked", reason, error=float(errors[0])))
                 return False
             self.bench.steps[name] = alike
@@ -335,69 +360,65 @@ class _Checks:
     def compare(self, stage: str, policy: str, names: tuple[str, ...], title: str) -> None:
         """Run a reducer on several prompts; one item for logits, one for the KV cache, one for the layers' arguments."""
         layer = 0 if stage == "boundary" else self.bench.layer
-        reducer: Reducer = _AtBoundary(keep=0.5, positions=policy, newlines="compete")  # type: ignore[arg-type]
-        if stage == "decoder":
-            reducer = _InDecoder(keep=0.5, positions=policy, newlines="compete", layer=layer)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"keep": 0.5, "positions": policy, "newlines": "compete"}
+        reducer: Reducer = _AtBoundary(**options) if stage == "boundary" else _InDecoder(**options, layer=layer)
         clips = names == ("clips",)
-        item = _Maker(stage, "" if clips else policy, clips)
-        worst, caches, limit = 0.0, [], 0.0
-        problems: list[str] = []
+        runs: list[_Run] = []
         for name in names:
-            prompt, got = self.bench.prompts[name], _Observed()
-            try:
-                with vtc.patch(self.model, reducer) as handle:
-                    _generate(self.model, self.family, prompt, got)
-                    told = [(kept.row, kept.mask) for kept in handle.stats.kept]
-            except _REFUSALS as error:
-                self.items.append(item.missing(title, f"vtc refuses: {error}"))
-                return
-            except Exception as error:
-                note = "; ".join(self.arguments(name, layer, got, 0))
-                said = f"{prompt.name}: {_said(error)}" + (f" ({note})" if note else "")
-                self.items.append(item.failed(title, said))
-                return
-            plan, held, why = self.plan(name, layer, policy, told)
-            if why:
-                self.items.append(item.failed(title, f"{prompt.name}: {why}"))
-                return
-            problems += [f"{prompt.name}: {p}" for p in self.arguments(name, layer, got, held) if p not in problems]
-            caches.append(self.cache(name, layer, got, held))
-            try:
-                wanted = self.bench.reference(name, plan, got.tokens)
-            except NoReferenceError as error:
-                self.items.append(item.missing(title, str(error)))
-                return
-            steps, limit = self.bench.steps[name], self.bench.limits[name]
-            effect = float((wanted[:, 0] - self.bench.plain[name].logits[:, 0]).abs().max())
-            if effect < max(1e-3, 50 * limit):
-                why = f"{prompt.name}: dropping half of the tokens moves the logits by {effect:.1e} only, too little to tell"
-                self.items.append(item.missing(title, why))
-                return
-            error_ = (got.logits - wanted)[:, :steps].abs()
-            worst = max(worst, float(error_.max()))
-            if not bool(torch.isfinite(error_).all()) or float(error_.max()) > limit:
-                at = int((error_.flatten(2).amax((0, 2)) > limit).long().argmax())
-                where = "the prefill" if at == 0 else f"decode step {at}"
-                said = f"{prompt.name}: logits differ from {where} on (dropping moves them by {effect:.1e})"
-                said += "".join(f"; {p}" for p in problems)
-                self.items.append(item.failed(title, said, float(error_.max()), limit))
+            runs.append(self.one(name, layer, policy, reducer))
+            if runs[-1].state != "ok":
                 break
-            if not self.greedy(wanted[:, :steps], got.tokens[:, :steps], limit):
-                self.items.append(item.failed(title, f"{prompt.name}: another token was chosen", float(error_.max()), limit))
-                break
-        else:
-            dropped = f"half of the visual tokens dropped, prefill and {STEPS} decode steps equal the reference"
-            self.items.append(item.ok(title, dropped, worst, limit))
-        wrong = [text for fine, text in caches if not fine]
-        right = "; ".join(dict.fromkeys(text for fine, text in caches if fine))
-        self.items.append(
-            item.failed(f"{title}: KV cache", "; ".join(wrong)) if wrong else item.ok(f"{title}: KV cache", right)
-        )
-        self.items.append(
-            item.failed(f"{title}: layer arguments", "; ".join(problems))
-            if problems
-            else item.ok(f"{title}: layer arguments", self.shortened(layer))
-        )
+        worst = max(runs, key=lambda run: (run.state != "ok", run.error or 0.0))
+        make = functools.partial(Item, stage=stage, positions="" if clips else policy, optional=clips)
+        self.items.append(make(title, worst.state, worst.text, error=worst.error, limit=worst.limit))
+        known = [run for run in runs if run.cache is not None]
+        if known:
+            wrong = [run.cache[1] for run in known if run.cache and not run.cache[0]]
+            told = "; ".join(wrong or [run.cache[1] for run in known if run.cache])
+            self.items.append(make(f"{title}: KV cache", "failed" if wrong else "ok", told))
+            long = [text for run in known for text in run.arguments]
+            self.items.append(
+                make(f"{title}: layer arguments", "failed" if long else "ok", "; ".join(long) or self.shortened(layer))
+            )
+
+    def one(self, name: str, layer: int, policy: str, reducer: Reducer) -> _Run:
+        """Run a reducer on one prompt and compare."""
+        prompt, plain, got = self.bench.prompts[name], self.bench.plain[name], _Observed()
+        try:
+            with vtc.patch(self.model, reducer) as handle:
+                _generate(self.model, self.family, prompt, got)
+                told = [(kept.row, kept.mask) for kept in handle.stats.kept]
+        except _REFUSALS as error:
+            return _Run("not checked", f"vtc refuses: {error}")
+        except Exception as error:
+            return _Run("failed", "; ".join([f"{prompt.name}: {said(error)}", *self.arguments(name, layer, got, 0)]))
+        plan, held, why = self.plan(name, layer, policy, told)
+        if why:
+            return _Run("failed", f"{prompt.name}: {why}")
+        long = [f"{prompt.name}: {text}" for text in self.arguments(name, layer, got, held)]
+        run = functools.partial(_Run, cache=self.cache(name, layer, got, held), arguments=long)
+        try:
+            wanted = self.bench.reference(name, plan, got.tokens)
+        except NoReferenceError as error:
+            return run("not checked", str(error))
+        except Exception as error:
+            return run("not checked", f"the reference raised {said(error)}")
+        steps, limit = self.bench.steps[name], self.bench.limits[name]
+        effect = float((wanted[:, 0] - plain.logits[:, 0]).abs().max())
+        if effect < max(1e-3, 50 * limit):
+            why = f"dropping half of the tokens moves the logits by {effect:.1e} only, too little to tell"
+            return run("not checked", f"{prompt.name}: {why}")
+        errors = (got.logits - wanted)[:, :steps].abs().flatten(2).amax((0, 2))
+        error = float(errors.max())
+        if not error <= limit:  # (so that NaN is none)
+            at = int((~(errors <= limit)).long().argmax())
+            where = "the prefill" if at == 0 else f"decode step {at}"
+            text = f"{prompt.name}: logits differ from {where} on (dropping moves them by {effect:.1e})"
+            return run("failed", "; ".join([text, *long]), error, limit)
+        if not self.greedy(wanted[:, :steps], got.tokens[:, :steps], limit):
+            return run("failed", f"{prompt.name}: generate chose another token than the likeliest", error, limit)
+        text = f"half of the visual tokens dropped, prefill and {steps - 1} decode steps equal the reference"
+        return run("ok", text, error, limit)
 
     def plan(self, name: str, layer: int, policy: str, told: list[tuple[int, Tensor]]) -> tuple[Plan, int, str]:
         """What the reducer does to a prompt, worked out from the unpatched run; how many tokens a layer then holds at most.
@@ -406,6 +427,8 @@ class _Checks:
         into images is taken from it. The last entry says what is wrong with it.
         """
         prompt, plain, layers = self.bench.prompts[name], self.bench.plain[name], self.family.facts.layers
+        if not told:
+            return Plan(), 0, "nothing was reduced: the statistics list no image, and nobody complained"
         states = plain.embeds if layer == 0 else plain.entering[layer]
         assert states is not None
         gone = torch.zeros_like(prompt.real)
@@ -458,7 +481,7 @@ class _Checks:
             others = {} if other is None else self.bench.plain[other].arguments[i]
             another = 0 if other is None else self.bench.prompts[other].kinds.shape[1]
             for argument, shape in shapes.items():
-                at = [a for a, n in enumerate(shape) if n == length]
+                at = [a for a, n in enumerate(shape) if n == length and argument not in _OF_THE_CACHE]
                 if argument in others and len(others[argument]) == len(shape):
                     at = [a for a in at if others[argument][a] == another]
                 if at:
@@ -483,7 +506,10 @@ class _Checks:
                     long.setdefault(argument, i)
         said = [f"'{a}' of decoder layer {i} is not shortened with the tokens" for a, i in long.items()]
         if not held:
-            said += [f"'{a}' of decoder layer {i} was given and is not" for a, i in lost.items() if a.partition("[")[0] != "attention_mask"]
+            names = {a: i for a, i in lost.items() if a.partition("[")[0] != "attention_mask"}
+            said += [
+                f"the unpatched model gives '{a}' to decoder layer {i}, the patched one does not" for a, i in names.items()
+            ]
         return said
 
     def shortened(self, layer: int) -> str:
@@ -505,7 +531,7 @@ class _Checks:
             try:
                 _generate(self.model, self.family, prompt, seen)
             except Exception as error:
-                self.items.append(Item("unpatch", "failed", f"{prompt.name}: {_said(error)}"))
+                self.items.append(Item("unpatch", "failed", f"{prompt.name}: {said(error)}"))
                 return
             plain = self.bench.plain[name]
             if not (torch.equal(seen.tokens, plain.tokens) and torch.equal(seen.logits, plain.logits)):
@@ -515,26 +541,8 @@ class _Checks:
         self.items.append(Item("unpatch", "ok", "no hook or attribute left, logits bit for bit as before"))
 
 
-@dataclass(frozen=True)
-class _Maker:
-    """Makes the items of one reducer."""
-
-    stage: str
-    positions: str
-    optional: bool
-
-    def ok(self, name: str, text: str, error: float | None = None, limit: float | None = None) -> Item:
-        return Item(name, "ok", text, self.stage, self.positions, error, limit)
-
-    def failed(self, name: str, text: str, error: float | None = None, limit: float | None = None) -> Item:
-        return Item(name, "failed", text, self.stage, self.positions, error, limit)
-
-    def missing(self, name: str, text: str) -> Item:
-        return Item(name, "not checked", text, self.stage, self.positions, optional=self.optional)
-
-
 # ----------------------------------------------------------------------------------------------------------------- entry
-def verify(model: Any, *, stages: Iterable[str] = STAGES) -> Verdict:
+def verify(model: Any, *, stages: Sequence[str] = STAGES) -> Verdict:
     """Check on a tiny random twin that reducing this model computes what it should, on this machine, with these versions.
 
     From the model's own classes and configuration a small copy is built on the CPU (nothing is downloaded, the model is not run).
@@ -549,7 +557,7 @@ def verify(model: Any, *, stages: Iterable[str] = STAGES) -> Verdict:
     model : Module, PretrainedConfig or str
         A model (patched or not, on any device), its configuration, or what ``vtc check`` takes: a folder, ``"pocket"``, or the id
         of a model in the local cache.
-    stages : iterable of {"boundary", "decoder"}
+    stages : sequence of {"boundary", "decoder"}
         Where to drop tokens.
 
     Returns
@@ -563,8 +571,13 @@ def verify(model: Any, *, stages: Iterable[str] = STAGES) -> Verdict:
         vtc does not support this kind of model at all.
     InputFileError
         Nothing of that name here.
+    UnknownArgumentError
+        A stage that is none.
     """
     begin = time.perf_counter()
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise UnknownArgumentError(f"vtc.verify: there is no stage '{unknown[0]}' to check: use {', '.join(STAGES)}")
     config, kind, cache = _subject(model)
     items: list[Item]
     token = BUSY.set(True)
@@ -623,21 +636,33 @@ def _subject(model: Any) -> tuple[Any, type[nn.Module] | None, str | None]:
 
 @contextmanager
 def _calm() -> Iterator[None]:
-    """Leave the process as it was: random numbers, warnings, and what transformers says."""
+    """Run in plain surroundings, and leave the process as it was: random numbers, defaults, warnings, transformers' words."""
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+    level, dtype = logging.get_verbosity(), torch.get_default_dtype()
+    with (
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+        torch.autocast("cpu", enabled=False),
+        nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"),
+    ):
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
+        torch.set_default_dtype(torch.float32)
         try:
             yield
         finally:
+            torch.set_default_dtype(dtype)
             logging.set_verbosity(level)
 
 
-def _said(error: BaseException) -> str:
-    if isinstance(error, VtcError):
-        return str(error)
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__
+def _tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor in nested tuples, lists and dictionaries, with the way to it."""
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, (tuple, list)):
+        for i, v in enumerate(value):
+            yield from _tensors_of(v, f"{name}[{i}]")
+    elif isinstance(value, dict):
+        for k, v in value.items():
+            yield from _tensors_of(v, f"{name}[{k!r}]" if name else str(k))

@@ -10,7 +10,7 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vtc.errors import UnverifiableError
 from vtc.families.base import Family
-from vtc.verify.twin import GRID, Twin, levels
+from vtc.verify.twin import GRID, Twin, levels, said, side_of, vision_of
 
 _START = {
     1: ("vision_start_token_id", "image_start_token_id", "boi_token_id", "boi_token_index", "im_start_id"),
@@ -111,9 +111,7 @@ class _Feeding:
         self.make = getattr(family.base, self.what)
         self.takes = inspect.signature(self.make).parameters
         self.forward = inspect.signature(twin.model.forward).parameters
-        self.vision = next(
-            (c for p, c in levels(self.config).items() if p.rpartition(".")[2].startswith("vis")), self.config
-        )
+        self.vision = vision_of(self.config) or self.config
         self.dtype = next(twin.model.parameters()).dtype
         self.generator = torch.Generator().manual_seed(7)
 
@@ -124,14 +122,14 @@ class _Feeding:
             try:
                 lengths = self.lengths(pixels)
             except Exception as error:
-                why.append(f"{self.what}({', '.join(pixels.call)}) raised {_said(error)}")
+                why.append(f"{self.what}({', '.join(pixels.call)}) raised {said(error)}")
                 continue
             for style in self.styles(pixels):
                 prompt = self.written(pixels, lengths, style)
                 try:
                     self.try_out(prompt)
                 except Exception as error:
-                    why.append(f"with {', '.join(pixels.call)} the model raised {_said(error)}")
+                    why.append(f"with {', '.join(pixels.call)} the model raised {said(error)}")
                     continue
                 return prompt
         kind = type(self.model).__name__
@@ -183,16 +181,16 @@ class _Feeding:
 
     @property
     def patch(self) -> int:
-        return _side(_field(self.config, "patch_size", "spatial_patch_size")) or 14
+        return side_of(_field(self.config, "patch_size", "spatial_patch_size")) or 14
 
     @property
     def merge(self) -> int:
         value = _field(self.config, "spatial_merge_size", "merge_size", "merge_kernel_size", "pooling_kernel_size")
-        return _side(value) or 1
+        return side_of(value) or 1
 
     @property
     def side(self) -> int:
-        return _side(vars(self.vision).get("image_size")) or _side(_field(self.config, "image_size")) or GRID * self.patch
+        return side_of(vars(self.vision).get("image_size")) or side_of(_field(self.config, "image_size")) or GRID * self.patch
 
     def draw(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator).to(self.dtype)
@@ -202,7 +200,7 @@ class _Feeding:
         call: dict[str, Any] = {"pixel_values": self.draw(self.count, 3, self.side, self.side)}
         if "high_res_pixel_values" in self.takes:
             high = next((vars(c).get("image_size") for p, c in levels(self.config).items() if "high" in p), None)
-            big = _side(high) or self.side
+            big = side_of(high) or self.side
             call["high_res_pixel_values"] = self.draw(self.count, 3, big, big)
         return _Pixels(call)
 
@@ -265,7 +263,9 @@ class _Feeding:
     def packed(self, grids: str) -> Iterator[_Pixels]:
         """Patches of pictures (or clips) of several sizes in one sequence."""
         wide, low = GRID * self.merge, GRID // 2 * self.merge
-        shapes = [[2, low, low], [2, low, wide], [2, low, low]] if self.video else [[1, wide, wide], [1, low, wide], [1, wide, low]]
+        shapes = (
+            [[2, low, low], [2, low, wide], [2, low, low]] if self.video else [[1, wide, wide], [1, low, wide], [1, wide, low]]
+        )
         used = list(itertools.islice(itertools.cycle(shapes), self.count))
         thw = torch.tensor(used)
         name = "pixel_values_videos" if self.video else "pixel_values"
@@ -452,13 +452,3 @@ def _field(config: Any, *names: str) -> Any:
             if vars(level).get(name) is not None:
                 return vars(level)[name]
     return None
-
-
-def _side(value: Any) -> int | None:
-    value = value[0] if isinstance(value, (list, tuple)) and value else value
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _said(error: BaseException) -> str:
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first}" if first else type(error).__name__

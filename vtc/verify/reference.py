@@ -1,7 +1,8 @@
 """The slow reference: an unpatched copy on the full sequence, without a KV cache, in which dropped tokens are hidden.
 
-Whoever a layer must not see is hidden from everybody in that layer by an attention function of this file. So the sequence never gets
-shorter here, nothing is gathered or moved, and no code is shared with what is tested: this file imports torch and transformers only.
+Whoever a layer must not see is hidden from everybody in that layer by an attention function of this file. So the sequence never
+gets shorter here, nothing is gathered or moved, and no code is shared with what is tested: this file imports torch and transformers
+only.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def _register() -> None:
 
 # ---------------------------------------------------------------------------------------------------------------- copy
 @contextmanager
-def hidden_copy(model: nn.Module, plan: Plan, text: str, repeat: int = 1) -> Iterator[nn.Module]:
+def hidden_copy(model: nn.Module, plan: Plan, text: str, repeat: int = 1, share_weights: bool = False) -> Iterator[nn.Module]:
     """Give a copy of an unpatched model on which a plan is carried out by hiding columns.
 
     Parameters
@@ -130,6 +131,8 @@ def hidden_copy(model: nn.Module, plan: Plan, text: str, repeat: int = 1) -> Ite
         Path of the text model inside ``model``: the module whose ``layers`` are the decoder layers.
     repeat : int
         How many rows each of the plan's stands for (beams).
+    share_weights : bool
+        The copy has the model's own parameters: cheaper, where nobody computes gradients.
 
     Raises
     ------
@@ -138,24 +141,31 @@ def hidden_copy(model: nn.Module, plan: Plan, text: str, repeat: int = 1) -> Ite
         attention did not go through transformers' registry, so that nothing was hidden in it.
     """
     _register()
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()} if share_weights else None)
     twin.set_attn_implementation(NAME)  # type: ignore[operator]
     inner = twin.get_submodule(text)
     layers = list(inner.layers)  # type: ignore[arg-type]
     rotations = _Rotations(inner, layers) if plan.compact else None
+    ran: list[bool] = []
+    inner.register_forward_hook(lambda *_: ran.append(True))
     for i, layer in enumerate(layers):
         if i in plan.hide:
-            for module in layer.modules():
-                setattr(module, _GONE, plan.hide[i].repeat_interleave(repeat, 0))
+            hide_in(layer, plan.hide[i].repeat_interleave(repeat, 0))
         if i in plan.compact or i in plan.write:
             _rewrite(layer, i, plan, rotations, repeat)
     yield twin
     blind = [i for i, layer in enumerate(layers) if not any(hasattr(m, _SEEN) for m in layer.modules())]
-    if blind:
+    if ran and blind:
         raise NoReferenceError(
             f"the attention of decoder layer {blind[0]} ({type(layers[blind[0]]).__name__}) does not take its function from "
             "transformers' registry, so the reference cannot hide tokens in it"
         )
+
+
+def hide_in(layer: nn.Module, gone: Tensor) -> None:
+    """Hide the columns ``gone (B, P)`` from everybody in the attention of one layer, of a copy that :func:`hidden_copy` made."""
+    for module in layer.modules():
+        setattr(module, _GONE, gone)
 
 
 def _rewrite(layer: nn.Module, i: int, plan: Plan, rotations: _Rotations | None, repeat: int) -> None:
@@ -260,7 +270,7 @@ def logits_after(
         call["logits_to_keep"] = steps
     if positions is not None and "position_ids" in known:
         call["position_ids"] = positions
-    with hidden_copy(model, plan, text) as twin, torch.no_grad():
+    with hidden_copy(model, plan, text, share_weights=True) as twin, torch.no_grad():
         inner = twin.get_submodule(text)
         if positions is not None and "position_ids" in inspect.signature(inner.forward).parameters:
             inner.register_forward_pre_hook(lambda _m, a, k: (a, {**k, "position_ids": positions}), with_kwargs=True)

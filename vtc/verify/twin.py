@@ -1,8 +1,8 @@
 """A tiny random model of the same classes: few layers, small widths, the same special token ids and geometry, nothing downloaded.
 
-A configuration is made smaller field by field, by what the fields are called and how their numbers hang together: widths that agree
-go on agreeing, a choice of layers keeps every kind of layer there is, the heads keep the sizes that rotations need. What a name says
-nothing about stays as it is. A class that cannot be built from the result is refused with the reason.
+A configuration is made smaller field by field, by what the fields are called and how their numbers hang together: widths that
+agree go on agreeing, a choice of layers keeps every kind of layer there is, the heads keep the sizes that rotations need. What a
+name says nothing about stays as it is. A class that cannot be built from the result is refused with the reason.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vtc.errors import UnverifiableError
+from vtc.errors import UnverifiableError, VtcError
 
 LARGEST = 40_000_000
 """Parameters that a twin may have at most: a model whose configuration cannot be made smaller than that is refused."""
@@ -99,7 +99,7 @@ def build(
         try:
             model = make()
         except Exception as error:
-            raise UnverifiableError(f"a small {_name(kind, config)} cannot be built: {_said(error)}") from error
+            raise UnverifiableError(f"a small {_name(kind, config)} cannot be built: {said(error)}") from error
         finally:
             torch.set_default_dtype(before)
         randomize(model)
@@ -156,8 +156,11 @@ def _name(kind: type | None, config: Any) -> str:
     return kind.__name__ if kind is not None else f"model of type '{getattr(config, 'model_type', '?')}'"
 
 
-def _said(error: BaseException) -> str:
+def said(error: BaseException) -> str:
+    """Return the first line of an error, with its kind where it is none of vtc's own."""
     first = (str(error).strip().splitlines() or [""])[0]
+    if isinstance(error, VtcError):
+        return str(error)
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
@@ -183,6 +186,11 @@ def levels(config: Any, path: str = "") -> dict[str, Any]:
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             found |= levels(value, f"{path}.{name}".strip("."))
     return found
+
+
+def vision_of(config: Any) -> Any:
+    """Return the configuration of the vision tower, if there is one of its own."""
+    return next((c for path, c in levels(config).items() if path.rpartition(".")[2].startswith("vis")), None)
 
 
 def _whole(value: Any) -> bool:
@@ -236,7 +244,7 @@ def shrink(config: Any, whole_heads: bool = False, grid: int = GRID) -> Any:
     except UnverifiableError:
         raise
     except Exception as error:
-        raise UnverifiableError(f"a small {_name(type(config), config)} cannot be made: {_said(error)}") from error
+        raise UnverifiableError(f"a small {_name(type(config), config)} cannot be made: {said(error)}") from error
     return small
 
 
@@ -257,7 +265,7 @@ class _Shrinking:
         self.levels = levels(config)
         self.special_layers = {id(level): _take_overrides(level) for level in self.levels.values()}
         self.text = config.get_text_config()
-        self.vision = next((c for p, c in self.levels.items() if p.rpartition(".")[2].startswith("vis")), None)
+        self.vision = vision_of(config)
         self.special = special_ids(config)
         self.widths: dict[int, int] = {}  # of a language model, of a tower ... as they were, as they are
 
@@ -266,7 +274,9 @@ class _Shrinking:
         ordered = [self.text, *([self.vision] if self.vision is not None else [])]
         ordered += [level for level in self.levels.values() if all(level is not other for other in ordered)]
         for level in ordered:
-            if level is not self.config or level is self.text:
+            if getattr(level, "model_type", "") == "timm_wrapper":
+                self.timm_tower(level)
+            elif level is not self.config or level is self.text:
                 self.layers(level)
                 self.heads_and_widths(level)
         for level in ordered:
@@ -278,6 +288,17 @@ class _Shrinking:
         for level in ordered:
             if self.special_layers[id(level)]:
                 level.per_layer_config = self.special_layers[id(level)]
+
+    def timm_tower(self, level: Any) -> None:
+        """Make a tower of the package timm small: its arguments are timm's, of which those of one family are known here."""
+        name = str(level.architecture)
+        if not name.startswith("fastvit"):
+            raise UnverifiableError(f"its vision tower is timm's '{name}', which vtc.verify cannot make small")
+        stages = 5 if name.endswith(("mci3", "mci4")) else 4
+        widths = (16, 16, 32, 32, 32)[-stages:]
+        level.model_args = {**(level.model_args or {}), "layers": (1,) * stages, "embed_dims": widths}
+        self.widths[level.hidden_size] = level.hidden_size = 2 * widths[-1]
+        level.image_size = self.grid * 2 ** (stages + 1)  # each stage halves the sides, the stem in front twice
 
     # ------------------------------------------------------------------------------------------------------- layers
     def layers(self, level: Any) -> None:
@@ -408,7 +429,8 @@ class _Shrinking:
     def own_width(self, level: Any) -> str | None:
         """Name of the field with the width of the level's own layers."""
         fields = vars(level)
-        if _whole(fields.get("embed_dim")) and fields.get("hidden_size") in (None, vars(self.text).get("hidden_size"), *self.widths):
+        others = (None, vars(self.text).get("hidden_size"), *self.widths)
+        if _whole(fields.get("embed_dim")) and fields.get("hidden_size") in others:
             return "embed_dim"
         return next((n for n in ("hidden_size", "d_model", "embed_dim") if _whole(fields.get(n))), None)
 
@@ -499,7 +521,7 @@ class _Shrinking:
         """Make pictures so small that each becomes a grid of few tokens, merged as before."""
         vision = self.vision
         size, patch = (vars(vision).get(n) if vision is not None else None for n in ("image_size", "patch_size"))
-        old_side, side = _one(size), _one(patch)
+        old_side, side = side_of(size), side_of(patch)
         if old_side is None or side is None:
             return
         outer = self.config
@@ -512,10 +534,10 @@ class _Shrinking:
         if _whole(asked):
             merge = max(1, per // math.isqrt(asked))
         new = self.grid * merge * side
-        setattr(vision, "image_size", type(size)(new for _ in size) if isinstance(size, (list, tuple)) else new)
+        vision.image_size = type(size)(new for _ in size) if isinstance(size, (list, tuple)) else new
         was, now = {per * per: (new // side) ** 2, (per // merge) ** 2: self.grid**2}, self.grid**2
         for level in self.levels.values():
-            other, each = _one(vars(level).get("image_size")), _one(vars(level).get("patch_size"))
+            other, each = side_of(vars(level).get("image_size")), side_of(vars(level).get("patch_size"))
             if level is not vision and other and each and other > 2 * GRID * each:  # a second tower
                 level.image_size = 2 * GRID * each
             for name, value in list(vars(level).items()):
@@ -558,8 +580,8 @@ def _fewer(value: int, all_heads: int, few: int, shared: bool) -> int:
     return few * (value // all_heads) if value > all_heads and value % all_heads == 0 else min(few, value)
 
 
-def _one(value: Any) -> int | None:
-    """Length of the side of something square, if it has one."""
+def side_of(value: Any) -> int | None:
+    """Length of the side of something square, if it has one: of a number, or of the first of several."""
     value = value[0] if isinstance(value, (list, tuple)) and value else value
     return value if _whole(value) and value > 0 else None
 
@@ -573,15 +595,3 @@ def _pinpoints(value: Any, old: int, new: int) -> list[list[int]]:
 def parameters(model: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in model.parameters())
-
-
-def tensors_of(value: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor in nested tuples, lists and dictionaries, with the way to it."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, (tuple, list)):
-        for i, v in enumerate(value):
-            yield from tensors_of(v, f"{name}[{i}]")
-    elif isinstance(value, dict):
-        for k, v in value.items():
-            yield from tensors_of(v, f"{name}[{k!r}]" if name else str(k))

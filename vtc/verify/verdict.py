@@ -33,7 +33,7 @@ class Item:
     error, limit : float or None
         Largest difference from the reference, and what is allowed.
     optional : bool
-        Whether the verdict is one also without this answer: what the model has not got, or vtc refuses in a sentence of its own.
+        Whether the verdict is one also without this answer: about clips, or something that does not exist for this model.
     """
 
     name: str
@@ -98,9 +98,7 @@ class Verdict:
 
     def about(self, stages: set[str], policies: set[str]) -> Verdict:
         """Return the part that concerns reducers of these stages with these position policies."""
-        mine = [
-            i for i in self.items if (not i.stage or i.stage in stages) and (not i.positions or i.positions in policies)
-        ]
+        mine = [i for i in self.items if (not i.stage or i.stage in stages) and (not i.positions or i.positions in policies)]
         return dataclasses.replace(self, items=tuple(mine))
 
     @property
