@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "VTC_VERIFY", "off"
+)  # test_verify_memory has what patching checks by itself; nobody's cache is written here
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

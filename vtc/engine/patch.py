@@ -30,6 +30,7 @@ from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
+from vtc.verify.memory import ensure
 
 
 class Handle(BaseHandle):
@@ -167,7 +168,9 @@ def patch(
     Raises
     ------
     UnsupportedModelError, UnsupportedSignalError, UnsupportedFeatureError
-        The model, a signal of it, its attention implementation, or how it is spread over ranks cannot serve the reducer.
+        The model, a signal of it, its attention implementation, or how it is spread over ranks cannot serve the reducer; or a
+        small copy of the model failed the check that is made where neither an adapter nor a tested version vouches for it
+        (:func:`vtc.verify.memory.ensure`).
     UnknownReducerError, UnknownArgumentError, BudgetError
         The request makes no sense; the message says what would.
     PatchError
@@ -193,6 +196,8 @@ def patch(
         upstream.check_implementation(family.text.config)
         parallel.check_stages(family)
         parallel.check(family, bound.parts(), given)
+        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        ensure(model, family, bound)
         handle = Handle(model, family, bound, strict)
     try:
         if old is not None:
