@@ -12,7 +12,6 @@ import transformers as hf
 from family_cases import CASES, TEXT, VISION
 from models import where
 
-from vtc import compat
 from vtc.errors import UnverifiableError
 from vtc.families import family_of
 from vtc.families.base import Family
@@ -20,7 +19,7 @@ from vtc.verify.check import half
 from vtc.verify.inputs import prompt_for
 from vtc.verify.twin import LARGEST, WINDOW, build, divisor, levels, parameters, shrink, special_ids
 
-NEWER = compat.transformers_version() >= (5, 0, 0)
+NEWER = int(transformers.__version__.split(".")[0]) >= 5
 
 
 def qwen3_vl(**text: Any) -> Any:
@@ -250,7 +249,7 @@ def test_features_that_are_not_at_the_placeholders_are_noticed():
     @functools.wraps(honest)
     def dishonest(*args: Any, **kwargs: Any) -> Any:
         out = copy.deepcopy(honest(*args, **kwargs))
-        if calls.append(1) is None and len(calls) > 1:  # what is looked at later is something else
+        if calls.append(1) is None and len(calls) == 2:  # what the model itself takes is something else
             features = out.pooler_output if hasattr(out, "pooler_output") else out
             (features if isinstance(features, torch.Tensor) else features[0]).mul_(-1)
         return out
