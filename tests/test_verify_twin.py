@@ -19,7 +19,7 @@ from vtc.verify.check import half
 from vtc.verify.inputs import prompt_for
 from vtc.verify.twin import LARGEST, WINDOW, build, divisor, levels, parameters, shrink, special_ids
 
-NEWER = int(transformers.__version__.split(".")[0]) >= 5
+NEWER = int(hf.__version__.split(".")[0]) >= 5
 
 
 def qwen3_vl(**text: Any) -> Any:
