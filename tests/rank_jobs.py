@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import time
@@ -18,25 +19,27 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import vtc
 from vtc.core import Reducer, Selection, Signals, Stage
 from vtc.engine import parallel
-from vtc.engine.patch import handle_of
 from vtc.errors import VtcError
 from vtc.pocket import load_pocket, pocket_path
 
 KEEP = 48
+DATA = ("fastv", "pyramiddrop", "corematching", "transprune", "visionzip", "tome", "zooprune")
+"""Reducers that read every kind of thing."""
 
 
 @functools.cache
 def prompts() -> dict[str, Tensor]:
-    """Four prompts with random pictures, two of them left padded."""
+    """Three prompts with random pictures, the last one left padded."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(10, 90, (4, 12 + 196), generator=generator)
+    ids = torch.randint(10, 90, (3, 12 + 196), generator=generator)
     ids[:, 3:199] = 4
     mask = torch.ones_like(ids)
-    ids[2:, :2], mask[2:, :2] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(4, 3, 112, 112, generator=generator)}
+    ids[2, :2], mask[2, :2] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": torch.randn(3, 3, 112, 112, generator=generator)}
 
 
 def rows(*which: int) -> dict[str, Tensor]:
+    """Some of them."""
     return {name: value[list(which)] for name, value in prompts().items()}
 
 
@@ -56,7 +59,7 @@ def call(model: nn.Module, reducer: Any, inputs: dict[str, Tensor] | None = None
     """Patch, run once, unpatch."""
     options = options or ({"keep": KEEP} if isinstance(reducer, str) else {})
     with vtc.patch(model, reducer, **options) as handle:
-        logits = model(**(inputs or prompts())).logits[:, -1].clone()
+        logits = model(**(inputs or rows(0, 2))).logits[:, -1].clone()
         return Ran([k.entries.tolist() for k in handle.stats.kept], logits)
 
 
@@ -79,8 +82,15 @@ def spread() -> nn.Module:
     return AutoModelForImageTextToText.from_pretrained(pocket_path(), dtype=torch.float32, **plan).eval()
 
 
-def whole() -> nn.Module:
+@functools.cache
+def alone() -> nn.Module:
+    """The pocket model in one process."""
     return load_pocket()[0]
+
+
+def whole() -> nn.Module:
+    """The same, to be changed."""
+    return copy.deepcopy(alone())
 
 
 LINEAR = {
@@ -131,11 +141,11 @@ def spread_embeddings() -> list[Any]:
     """Prompts given as embeddings, and generation, with a reducer that works."""
     model = spread()
     table = model.get_input_embeddings()
-    inputs = dict(rows(0, 3))
+    inputs = dict(rows(0, 2))
     with torch.no_grad():
         given = {"inputs_embeds": table(inputs.pop("input_ids")), **inputs}
         with vtc.patch(model, "divprune", keep=KEEP):
-            written = model.generate(**rows(0, 3), max_new_tokens=6, do_sample=False, eos_token_id=None)
+            written = model.generate(**rows(0, 2), max_new_tokens=6, do_sample=False, eos_token_id=None)
     return [told(lambda: call(model, "divprune", given)), written[:, -6:].tolist()]
 
 
@@ -143,11 +153,6 @@ def spread_embeddings() -> list[Any]:
 def unspread(reducer: str) -> Ran:
     """A single process."""
     return call(alone(), reducer)
-
-
-@functools.cache
-def alone() -> nn.Module:
-    return whole()
 
 
 def sharded_later() -> list[Any]:
@@ -187,22 +192,23 @@ def slices_without_dtensor() -> list[Any]:
 def data_parallel() -> list[Any]:
     """FSDP2 (patched before and after) and DDP, with other prompts on every rank: nothing is split, nothing is compared."""
     mine = rows(0, 2) if distributed.get_rank() else rows(1)
-    found = []
-    for first in (True, False):
-        for reducer in ("fastv", "pyramiddrop", "corematching", "transprune", "visionzip", "tome", "zooprune"):
-            model = whole()
-            if first:
-                vtc.patch(model, reducer, keep=KEEP)
-            base = model.model
-            fully_shard(base.language_model.layers[1].self_attn, mesh=line())
-            for layer in base.language_model.layers:
-                fully_shard(layer, mesh=line())
-            fully_shard(base.multi_modal_projector, mesh=line())
-            fully_shard(model, mesh=line())  # the tower is left to the root
-            handle = handle_of(model) or vtc.patch(model, reducer, keep=KEEP)
-            with torch.no_grad():
-                logits = model(**mine).logits[:, -1].clone()
-            found.append(Ran([k.entries.tolist() for k in handle.stats.kept], logits))
+
+    def sharded(model: nn.Module) -> nn.Module:
+        base = model.model
+        fully_shard(base.language_model.layers[1].self_attn, mesh=line())
+        for layer in base.language_model.layers:
+            fully_shard(layer, mesh=line())
+        fully_shard(base.multi_modal_projector, mesh=line())
+        return fully_shard(model, mesh=line())  # the tower is left to the root
+
+    after = sharded(whole())
+    found = [call(after, reducer, mine, keep=KEEP) for reducer in DATA]
+    for reducer in DATA:
+        before = whole()
+        handle = vtc.patch(before, reducer, keep=KEEP)
+        with torch.no_grad():
+            logits = sharded(before)(**mine).logits[:, -1].clone()
+        found.append(Ran([k.entries.tolist() for k in handle.stats.kept], logits))
     wrapped = nn.parallel.DistributedDataParallel(whole())
     found.append(call(wrapped, "fastv", mine, keep=KEEP))
     return found
