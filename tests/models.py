@@ -35,8 +35,6 @@ from vtc import compat
 
 __all__ = ["DECODER_LAYERS", "PINPOINTS", "SIZES", "TOWER_LAYERS", "VOCABULARY", "view_count"]
 
-torch.set_num_threads(1)
-
 FAMILIES = ("llava", "llava_next", "llava_siglip")
 """The models that run the whole of test_oracle. ``llava_siglip``: LLaVA with a tower that has no class token."""
 
