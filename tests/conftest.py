@@ -1,4 +1,4 @@
-"""Shared settings of all tests: one thread per process, quiet transformers, no network."""
+"""Shared settings of all tests: one thread per process unless OMP_NUM_THREADS says otherwise, quiet transformers, no network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ os.environ.setdefault(
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-torch.set_num_threads(1)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True, scope="session")
