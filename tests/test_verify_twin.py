@@ -250,7 +250,7 @@ def test_features_that_are_not_at_the_placeholders_are_noticed():
     @functools.wraps(honest)
     def dishonest(*args: Any, **kwargs: Any) -> Any:
         out = copy.deepcopy(honest(*args, **kwargs))
-        if calls.append(1) is None and len(calls) > 1:  # what is looked at later is something else
+        if calls.append(1) is None and len(calls) == 2:  # what the model itself takes is something else
             features = out.pooler_output if hasattr(out, "pooler_output") else out
             (features if isinstance(features, torch.Tensor) else features[0]).mul_(-1)
         return out
