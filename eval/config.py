@@ -67,7 +67,7 @@ def _one_line(value: str) -> str:
 
 
 def _attention(value: str) -> str:
-    if not re.fullmatch(r"\w{1,60}", value):
+    if not re.fullmatch(r"\w{1,60}", value, re.ASCII):
         raise ValueError(
             "give the name of an attention implementation of transformers, such as sdpa; code from the hub is not run"
         )
@@ -75,8 +75,8 @@ def _attention(value: str) -> str:
 
 
 def _device(value: str) -> str:
-    if not re.fullmatch(r"auto|cpu|mps|[a-z]{2,12}(:\d{1,3})?", value):
-        raise ValueError("give a torch device such as cpu, cuda or cuda:1, or auto")
+    if value == "meta" or not re.fullmatch(r"[a-z]{2,12}(:\d{1,3})?", value, re.ASCII):
+        raise ValueError("give a torch device that computes, such as cpu, cuda or cuda:1, or auto")
     return value
 
 

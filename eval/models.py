@@ -103,6 +103,15 @@ def check_model(model: ModelConfig) -> None:
     ConfigError
         With close matches.
     """
+    if model.attention is not None:
+        from transformers import AttentionInterface
+
+        there = sorted({"eager", *AttentionInterface().keys()})
+        if model.attention not in there:
+            raise ConfigError(
+                f"transformers has no attention implementation '{model.attention}'{did_you_mean(model.attention, there)} (use one "
+                f"of {', '.join(there)})"
+            )
     if model.name in POCKET_MODELS:
         return
     known = [*POCKET_MODELS, *KNOWN]
@@ -125,15 +134,6 @@ def check_model(model: ModelConfig) -> None:
         )
     elif not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model.name, re.ASCII) or ".." in model.name or "--" in model.name:
         raise ConfigError(f"'{doors.short(model.name)}' is neither a folder nor a name that the hub has, such as {known[-1]}")
-    if model.attention is not None:
-        from transformers import AttentionInterface
-
-        there = sorted({"eager", *AttentionInterface().keys()})
-        if model.attention not in there:
-            raise ConfigError(
-                f"transformers has no attention implementation '{model.attention}'{did_you_mean(model.attention, there)} (use one "
-                f"of {', '.join(there)})"
-            )
 
 
 @dataclass(frozen=True, eq=False)

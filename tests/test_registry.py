@@ -275,7 +275,9 @@ def test_a_broken_entry_point_costs_a_warning_that_names_it(monkeypatch: pytest.
     point = SimpleNamespace(name="x", value="x:y", dist=SimpleNamespace(name="third-party"), load=load)
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point])
     monkeypatch.setattr(registry, "_LOADED", False)
-    with pytest.warns(RuntimeWarning, match=r"the reducers 'x' of third-party are missing \(.+\): reinstall or remove third-party"):
+    with pytest.warns(
+        RuntimeWarning, match=r"the reducers 'x' of third-party are missing \(.+\): reinstall or remove third-party"
+    ):
         assert vtc.list_reducers() == before
 
 
