@@ -63,6 +63,14 @@ class ConfigError(VtcError, ValueError):
     """A sweep file with an unknown, missing or invalid key."""
 
 
+class InputFileError(VtcError, OSError):
+    """A file or folder of the user's that is missing, cannot be read, or is not what it should be."""
+
+
+class PromptError(VtcError, ValueError):
+    """A question that a model cannot be asked: longer than its context, or with the mark in it that stands for a picture."""
+
+
 class StoreError(VtcError, RuntimeError):
     """A results store that cannot be read: another schema version, or not a store at all."""
 

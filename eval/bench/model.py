@@ -152,7 +152,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=upstream.SDPA)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=upstream.SDPA, trust_remote_code=False)
     return model.to(device, dtype).eval()
 
 
