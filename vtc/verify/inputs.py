@@ -124,8 +124,9 @@ class _Feeding:
             except Exception as error:
                 why.append(f"{self.what}({', '.join(pixels.call)}) raised {said(error)}")
                 continue
-            for style in self.styles(pixels):
-                prompt = self.written(pixels, lengths, style)
+            more = (0, 1) if self.video else (0,)  # some models add one token behind what get_video_features returns
+            for style, extra in itertools.product(self.styles(pixels), more):
+                prompt = self.written(pixels, [n + extra for n in lengths], style)
                 try:
                     self.try_out(prompt)
                 except Exception as error:
@@ -331,9 +332,12 @@ class _Feeding:
 
     # ---------------------------------------------------------------------------------------------------------- text
     def styles(self, pixels: _Pixels) -> list[tuple[bool, bool]]:
-        """Ways to write placeholders: with the token of images, and in a run for each frame."""
+        """Ways to write placeholders: with the token of images, and in a run for each frame.
+
+        Models that want one run for a clip fail with several; some that want several take one without a word.
+        """
         several = self.video and pixels.frames is not None
-        return [(False, False), (False, True), (True, True), (True, False)] if several else [(False, False)]
+        return [(False, True), (False, False), (True, True), (True, False)] if several else [(False, False)]
 
     def marks(self, table: dict[int, tuple[str, ...]], kind: int) -> list[int]:
         values = (getattr(self.config, n, None) for n in table[kind])
