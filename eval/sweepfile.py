@@ -88,7 +88,7 @@ def parse_sweep(
     try:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, node, source)) from None
+        raise ConfigError(_explain(error, node, data, source)) from None
 
     config._place = functools.partial(_place, node, source)
     _check_whole(config)
@@ -250,15 +250,26 @@ def _fields_at(key: KeyPath) -> list[str]:
     return list(kind.model_fields) if kind is not None else []
 
 
-def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
+def _written(loc: KeyPath, data: Any, missing: bool) -> KeyPath:
+    """Return the steps of a validation's place that are in the file: a union reports under its branch, a bare name as a mapping."""
+    key: list[str | int] = []
+    for i, step in enumerate(loc):
+        if isinstance(data, list) and isinstance(step, int) and step < len(data) or isinstance(data, dict) and step in data:
+            data = data[step]
+        elif not (missing and i == len(loc) - 1):
+            continue
+        key.append(step)
+    return tuple(key)
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, data: Any, source: str) -> str:
     """One sentence for the first problem of a validation."""
-    # members of a union report under the union's branch; those names are not part of the file
     first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] != "missing"))
-    key = tuple(s for s in first["loc"] if not (isinstance(s, str) and (s in ("SpeedConfig", "int", "float") or "[" in s)))
+    key = _written(first["loc"], data, first["type"] == "missing")
     where = _place(node, source, key)
     if first["type"] == "extra_forbidden":
         known = _fields_at(key[:-1])
-        name = str(key[-1])
+        name = str(first["loc"][-1])
         inside = f" in '{dotted(key[:-1])}'" if len(key) > 1 else ""
         listed = f" (known: {', '.join(known)})" if known else ""
         return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
@@ -266,7 +277,7 @@ def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str
         return f"{where}: the key '{key[-1]}' is missing: add it (see configs/smoke.yaml for a complete file)"
     if key == ("speed",):
         return f"{where}: give a mapping such as {{repeats: 10}}, or false to leave the speed pass out"
-    if first["type"] == "model_type" and key[0] in ("model", "models"):
+    if first["type"] == "model_type" and first["loc"][0] in ("model", "models"):
         return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
     message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
     message = message[0].lower() + message[1:]

@@ -169,6 +169,7 @@ def open_image(path: str | os.PathLike[str]) -> Image:
     shown = short(path)
     try:
         with opened(path, PICTURE_BYTES, "image file") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, for one: the picture decides, not its notes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
             there = [name for name in PICTURE_FORMATS if name in Image.OPEN]  # a Pillow may be built without one of them
