@@ -155,8 +155,8 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
             line = key.start_mark.line + 1
             if key.value in seen:
                 raise ConfigError(
-                    f"{source} line {line}: the key '{key.value}' appears a second time (first on line {seen[key.value]}): "
-                    "remove one of them"
+                    f"{source} line {line}: the key '{doors.short(key.value, 80)}' appears a second time (first on line "
+                    f"{seen[key.value]}): remove one of them"
                 )
             seen[key.value] = line
 
@@ -218,7 +218,7 @@ def _place(node: yaml.Node | None, source: str, key: KeyPath) -> str:
             line = at.start_mark.line + 1
         else:
             break
-    return f"{source}{f' line {line}' if line else ''}: {dotted(key)}"
+    return f"{source}{f' line {line}' if line else ''}: {doors.short(dotted(key), 200)}"
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -269,8 +269,8 @@ def _explain(error: ValidationError, node: yaml.Node | None, data: Any, source: 
     where = _place(node, source, key)
     if first["type"] == "extra_forbidden":
         known = _fields_at(key[:-1])
-        name = str(first["loc"][-1])
-        inside = f" in '{dotted(key[:-1])}'" if len(key) > 1 else ""
+        name = doors.short(first["loc"][-1], 80)
+        inside = f" in '{doors.short(dotted(key[:-1]), 200)}'" if len(key) > 1 else ""
         listed = f" (known: {', '.join(known)})" if known else ""
         return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
     if first["type"] == "missing":
@@ -280,7 +280,7 @@ def _explain(error: ValidationError, node: yaml.Node | None, data: Any, source: 
     if first["type"] == "model_type" and first["loc"][0] in ("model", "models"):
         return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
     message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[0].lower() + message[1:]
+    message = doors.short(message[0].lower() + message[1:], 400)
     given = first.get("input")
     shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {doors.short(repr(given))})"
     return f"{where}: {message}{shown}"

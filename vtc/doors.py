@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vtc.errors import InputFileError, PromptError
+from vtc.errors import UNPRINTABLE, InputFileError, PromptError, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +33,6 @@ PICTURE_BYTES = 512 * MIB
 PICTURE_RATIO = 200
 """How many times longer than the other a side may be: a processor that scales the short side would blow up the long one."""
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -44,15 +42,9 @@ _KINDS = (
 )
 
 
-def short(text: object, most: int = 120) -> str:
-    """Return text for a message: on one line, printable, and no longer than ``most`` characters."""
-    plain = _UNPRINTABLE.sub("?", " ".join(str(text).split()))
-    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
-
-
 def unprintable(text: str) -> str:
     r"""Return the first character that no text needs (escape sequences, half a surrogate pair), as ``"'\\x1b'"``; or ``""``."""
-    found = _UNPRINTABLE.search(text)
+    found = UNPRINTABLE.search(text)
     return ascii(found[0]) if found else ""
 
 
