@@ -276,9 +276,10 @@ def check_prompts(model: ModelConfig, questions: Sequence[Question]) -> None:
     processor = load_processor(model)
     for q in questions:
         doors.check_prompt(processor, q.prompt, f"the question '{doors.short(q.id)}'")
+    tokenizer = getattr(processor, "tokenizer", None)
     for q in sorted(questions, key=lambda q: -len(q.prompt))[:_LONGEST]:
-        tokens = len(processor.tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
-        if known.config is not None:
+        if known.config is not None and tokenizer is not None:
+            tokens = len(tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
             doors.check_length(known.config, tokens, f"the question '{doors.short(q.id)}'")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,12 @@ PICTURE_BYTES = 512 * MIB
 
 PICTURE_RATIO = 200
 """How many times longer than the other a side may be: a processor that scales the short side would blow up the long one."""
+
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+"""Arguments of ``generate`` for one greedy answer, whatever the generation_config.json of a model's folder asks for."""
+
+_MARK = re.compile(r"(image|img|video|vision|audio|boi|eoi).*token$|^(boi|eoi)_token$")
+"""Names of a processor's attributes that hold marks for pictures and the like."""
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -197,7 +204,7 @@ def check_prompt(processor: Any, prompt: str, what: str = "the question") -> Non
         With the mark; ``what`` names the question.
     """
     for name, mark in vars(processor).items():
-        if name.endswith("token") and isinstance(mark, str) and mark and mark in prompt:
+        if _MARK.search(name) and isinstance(mark, str) and mark and mark in prompt:
             raise PromptError(f"{what} holds '{short(mark)}', which stands for a picture in this model's prompts: leave it out")
 
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vtc.errors import StoreError
+from vtc.doors import place
+from vtc.errors import StoreError, UnknownArgumentError, did_you_mean, short
 from vtc.eval.bench.common import Table, read
 from vtc.eval.bench.kernels import PROVIDERS
-from vtc.eval.plots import COLORS, MARKERS, new_figure, style, tidy, write_picture
+from vtc.eval.plots import COLORS, ENDINGS, MARKERS, new_figure, style, tidy, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -154,8 +155,18 @@ def plot(
     fmt: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
 ) -> None:
     """Draw what `vtc bench` measured: kernels beside their alternatives, models beside the FLOP bound, throughput."""
-    figures = draw(folder)
+    if fmt not in ENDINGS:
+        raise UnknownArgumentError(
+            f"there is no picture format '{short(fmt, 40)}'{did_you_mean(fmt, ENDINGS)} (picture formats: {', '.join(ENDINGS)})"
+        )
+    folder, shown = place(folder), short(folder)
+    try:
+        figures = draw(folder)
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # columns or numbers that `vtc bench` does not write
+        raise StoreError(
+            f"the CSV files in {shown} are not those of `vtc bench` ({short(repr(error))}): measure them anew"
+        ) from None
     if not figures:
-        raise StoreError(f"there is nothing to draw in {folder}: measure with `vtc bench bars --out {folder}`")
+        raise StoreError(f"there is nothing to draw in {shown}: measure with `vtc bench bars --out {shown}`")
     for name, figure in figures.items():
         print(write_picture(figure, out if out is not None else folder, name, fmt))
