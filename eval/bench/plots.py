@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vtc.doors import place
-from vtc.errors import StoreError, UnknownArgumentError, did_you_mean, short
+from vtc.errors import StoreError, short
 from vtc.eval.bench.common import Table, read
 from vtc.eval.bench.kernels import PROVIDERS
-from vtc.eval.plots import COLORS, ENDINGS, MARKERS, new_figure, style, tidy, write_picture
+from vtc.eval.plots import COLORS, MARKERS, new_figure, style, tidy, write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -155,10 +155,6 @@ def plot(
     fmt: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
 ) -> None:
     """Draw what `vtc bench` measured: kernels beside their alternatives, models beside the FLOP bound, throughput."""
-    if fmt not in ENDINGS:
-        raise UnknownArgumentError(
-            f"there is no picture format '{short(fmt, 40)}'{did_you_mean(fmt, ENDINGS)} (picture formats: {', '.join(ENDINGS)})"
-        )
     folder, shown = place(folder), short(folder)
     try:
         figures = draw(folder)
