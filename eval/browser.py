@@ -239,7 +239,7 @@ def _questions(
             return {}, "those that are there now are not those that were answered"
         return {q.id: q for q in questions}, ""
     except (VtcError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        return {}, short(error)
+        return {}, short(error, 500)
 
 
 def _below(task: TaskConfig, data: Path) -> TaskConfig:

@@ -184,18 +184,17 @@ def _override(data: dict[str, Any], item: str) -> None:
     at: Any = data
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
+        above, this = doors.short(".".join(steps[:i])), doors.short(step, 40)
         if isinstance(at, list):
             if not (step.isdecimal() and len(step) < 10) or int(step) >= len(at):
-                raise ConfigError(
-                    f"--set {shown!r}: '{'.'.join(steps[:i])}' is a list of {len(at)}, so '{step}' must be a number below that"
-                )
+                raise ConfigError(f"--set {shown!r}: '{above}' is a list of {len(at)}, so '{this}' must be a number below that")
             index: Any = int(step)
         elif isinstance(at, dict):
             index = step
             if not last and at.get(step) is None:
                 at[step] = {}
         else:
-            raise ConfigError(f"--set {shown!r}: '{'.'.join(steps[:i])}' is a plain value and has no key '{step}'")
+            raise ConfigError(f"--set {shown!r}: '{above}' is a plain value and has no key '{this}'")
         if last:
             at[index] = value
         else:
