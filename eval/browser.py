@@ -239,7 +239,7 @@ def _questions(
             return {}, "those that are there now are not those that were answered"
         return {q.id: q for q in questions}, ""
     except (VtcError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
-        return {}, short(error)
+        return {}, short(error, 500)
 
 
 def _below(task: TaskConfig, data: Path) -> TaskConfig:
@@ -323,10 +323,11 @@ def _embedded(sweep: Mapping[str, Any], title: str) -> str | None:
     from vtc.pocket import POCKET_MODELS
 
     config = sweep["config"]
-    for given in [*(config.get("models") or []), config.get("model")]:
+    several = config.get("models")
+    for given in [*(several if isinstance(several, list) else []), config.get("model")]:
         name = given.get("name") if isinstance(given, Mapping) else given
         label = (given.get("label") if isinstance(given, Mapping) else None) or name
-        if label == title and name in POCKET_MODELS:
+        if label == title and isinstance(name, str) and name in POCKET_MODELS:
             return name
     return title if title in POCKET_MODELS else None
 

@@ -90,7 +90,8 @@ def unlisted(reducers: Sequence[ReducerConfig]) -> list[str]:
 
 def _bounded(config: SweepConfig, wanted: Sequence[tuple[ReducerConfig, KeyPath]]) -> None:
     """Refuse products that nobody can have meant."""
-    rows = 1 + sum(len(r.budgets or config.budgets) for r, _ in wanted)
+    used = {b.text for r, _ in wanted for b in r.budgets or ()} | {b.text for b in config.budgets}
+    rows = 1 + len(BASELINES) * len(used) + sum(len(r.budgets or config.budgets) for r, _ in wanted)
     total = rows * len(config.all_models) * len(config.all_tasks) * len(config.all_seeds)
     if total > CELLS:
         raise ConfigError(

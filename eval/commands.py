@@ -44,7 +44,8 @@ def sweep(
     shard: Annotated[str, typer.Option("--shard", help="Only part I of N of the cells: I/N, such as 1/8.")] = "",
     executor: Annotated[str, typer.Option("--executor", help="Where cells run: local, or ray (a cluster).")] = "local",
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Cells at a time: 1 (local); one for every GPU or CPU of the cluster (ray).")
+        int | None,
+        typer.Option("--workers", max=1024, help="Cells at a time: 1 (local); one for every GPU or CPU of the cluster (ray)."),
     ] = None,
     trust: Trust = False,
 ) -> None:

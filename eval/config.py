@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 import vtc
 from vtc.core import Reducer, check_amount
+from vtc.doors import short
 from vtc.errors import UnknownArgumentError
 from vtc.registry import resolve
 
@@ -492,7 +493,7 @@ class ReducerConfig(_Strict):
                 options.setdefault("seed", seed)
             made.append(vtc.create(member.name, **options))
         if unknown := sorted(set(self.options) - used):
-            raise UnknownArgumentError(f"no member of '{self.name}' has the option '{unknown[0]}'")
+            raise UnknownArgumentError(f"no member of '{self.name}' has the option '{short(unknown[0], 80)}'")
         return resolve(made)
 
 

@@ -125,12 +125,12 @@ def check_model(model: ModelConfig) -> None:
         pass
     elif model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
         raise ConfigError(
-            f"there is no folder '{model.name}': give a model's folder, a hub id, or {' or '.join(POCKET_MODELS)}"
+            f"there is no folder '{doors.short(model.name)}': give a model's folder, a hub id, or {' or '.join(POCKET_MODELS)}"
         )
     elif "/" not in model.name:
         raise ConfigError(
-            f"no embedded model is named '{model.name}'{did_you_mean(model.name, known)} (use one of {', '.join(POCKET_MODELS)}, "
-            "a folder, or a hub id such as llava-hf/llava-1.5-7b-hf)"
+            f"no embedded model is named '{doors.short(model.name, 80)}'{did_you_mean(model.name, known)} (use one of "
+            f"{', '.join(POCKET_MODELS)}, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf)"
         )
     elif not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model.name, re.ASCII) or ".." in model.name or "--" in model.name:
         raise ConfigError(f"'{doors.short(model.name)}' is neither a folder nor a name that the hub has, such as {known[-1]}")
@@ -276,9 +276,10 @@ def check_prompts(model: ModelConfig, questions: Sequence[Question]) -> None:
     processor = load_processor(model)
     for q in questions:
         doors.check_prompt(processor, q.prompt, f"the question '{doors.short(q.id)}'")
+    tokenizer = getattr(processor, "tokenizer", None)
     for q in sorted(questions, key=lambda q: -len(q.prompt))[:_LONGEST]:
-        tokens = len(processor.tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
-        if known.config is not None:
+        if known.config is not None and tokenizer is not None:
+            tokens = len(tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
             doors.check_length(known.config, tokens, f"the question '{doors.short(q.id)}'")
 
 

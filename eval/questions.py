@@ -39,8 +39,8 @@ def check_task(task: TaskConfig) -> None:
         return
     if importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError(
-            f"there is no task '{task.name}'{did_you_mean(task.lmms, [*BUILT_IN, *known])} (built in: {', '.join(BUILT_IN)}; "
-            "`vtc tasks` lists those of lmms-eval, further ones need: pip install 'vtc-reducers[eval]')"
+            f"there is no task '{doors.short(task.name, 80)}'{did_you_mean(task.lmms, [*BUILT_IN, *known])} (built in: "
+            f"{', '.join(BUILT_IN)}; `vtc tasks` lists those of lmms-eval, further ones need: pip install 'vtc-reducers[eval]')"
         )
     try:
         lmms.check_task(task.lmms, data=False)

@@ -88,7 +88,7 @@ def parse_sweep(
     try:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, node, source)) from None
+        raise ConfigError(_explain(error, node, data, source)) from None
 
     config._place = functools.partial(_place, node, source)
     _check_whole(config)
@@ -155,8 +155,8 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
             line = key.start_mark.line + 1
             if key.value in seen:
                 raise ConfigError(
-                    f"{source} line {line}: the key '{key.value}' appears a second time (first on line {seen[key.value]}): "
-                    "remove one of them"
+                    f"{source} line {line}: the key '{doors.short(key.value, 80)}' appears a second time (first on line "
+                    f"{seen[key.value]}): remove one of them"
                 )
             seen[key.value] = line
 
@@ -184,18 +184,17 @@ def _override(data: dict[str, Any], item: str) -> None:
     at: Any = data
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
+        above, this = doors.short(".".join(steps[:i])), doors.short(step, 40)
         if isinstance(at, list):
             if not (step.isdecimal() and len(step) < 10) or int(step) >= len(at):
-                raise ConfigError(
-                    f"--set {shown!r}: '{'.'.join(steps[:i])}' is a list of {len(at)}, so '{step}' must be a number below that"
-                )
+                raise ConfigError(f"--set {shown!r}: '{above}' is a list of {len(at)}, so '{this}' must be a number below that")
             index: Any = int(step)
         elif isinstance(at, dict):
             index = step
             if not last and at.get(step) is None:
                 at[step] = {}
         else:
-            raise ConfigError(f"--set {shown!r}: '{'.'.join(steps[:i])}' is a plain value and has no key '{step}'")
+            raise ConfigError(f"--set {shown!r}: '{above}' is a plain value and has no key '{this}'")
         if last:
             at[index] = value
         else:
@@ -218,7 +217,7 @@ def _place(node: yaml.Node | None, source: str, key: KeyPath) -> str:
             line = at.start_mark.line + 1
         else:
             break
-    return f"{source}{f' line {line}' if line else ''}: {dotted(key)}"
+    return f"{source}{f' line {line}' if line else ''}: {doors.short(dotted(key), 200)}"
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -250,26 +249,37 @@ def _fields_at(key: KeyPath) -> list[str]:
     return list(kind.model_fields) if kind is not None else []
 
 
-def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
+def _written(loc: KeyPath, data: Any, missing: bool) -> KeyPath:
+    """Return the steps of a validation's place that are in the file: a union reports under its branch, a bare name as a mapping."""
+    key: list[str | int] = []
+    for i, step in enumerate(loc):
+        if isinstance(data, list) and isinstance(step, int) and step < len(data) or isinstance(data, dict) and step in data:
+            data = data[step]
+        elif not (missing and i == len(loc) - 1):
+            continue
+        key.append(step)
+    return tuple(key)
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, data: Any, source: str) -> str:
     """One sentence for the first problem of a validation."""
-    # members of a union report under the union's branch; those names are not part of the file
     first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] != "missing"))
-    key = tuple(s for s in first["loc"] if not (isinstance(s, str) and (s in ("SpeedConfig", "int", "float") or "[" in s)))
+    key = _written(first["loc"], data, first["type"] == "missing")
     where = _place(node, source, key)
     if first["type"] == "extra_forbidden":
         known = _fields_at(key[:-1])
-        name = str(key[-1])
-        inside = f" in '{dotted(key[:-1])}'" if len(key) > 1 else ""
+        name = doors.short(first["loc"][-1], 80)
+        inside = f" in '{doors.short(dotted(key[:-1]), 200)}'" if len(key) > 1 else ""
         listed = f" (known: {', '.join(known)})" if known else ""
         return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
     if first["type"] == "missing":
         return f"{where}: the key '{key[-1]}' is missing: add it (see configs/smoke.yaml for a complete file)"
     if key == ("speed",):
         return f"{where}: give a mapping such as {{repeats: 10}}, or false to leave the speed pass out"
-    if first["type"] == "model_type" and key[0] in ("model", "models"):
+    if first["type"] == "model_type" and first["loc"][0] in ("model", "models"):
         return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
     message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[0].lower() + message[1:]
+    message = doors.short(message[0].lower() + message[1:], 400)
     given = first.get("input")
     shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {doors.short(repr(given))})"
     return f"{where}: {message}{shown}"

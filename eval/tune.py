@@ -155,10 +155,7 @@ class Tuner:
     """
 
     def __init__(self, settings: Settings, store: Store, say: Callable[[str], object] = lambda _: None) -> None:
-        if not 0 < settings.target < 1:
-            raise BudgetError(
-                f"the target {settings.target:g} is not between 0 and 1 (100 %): give for example --target-drop 1%"
-            )
+        _check_target(settings.target)
         if settings.task.kind == "lmms":
             raise ConfigError(
                 f"the task '{settings.task.title}' of lmms-eval cannot be searched, it is scored as a whole: use a built-in task "
@@ -375,6 +372,7 @@ def read_settings(
         For anything that makes no sense.
     """
     drop = _share(target)
+    _check_target(drop)
     if not 0.5 <= confidence < 1:
         raise BudgetError(f"the confidence {confidence:g} is not between 0.5 and 1: give for example --confidence 0.95")
     if questions > MADE // 4:
@@ -415,6 +413,11 @@ def _expanded(reducers: Sequence[ReducerConfig]) -> tuple[ReducerConfig, ...]:
     """Replace ``all`` by every registered reducer that is not listed."""
     rest = [ReducerConfig(name=n) for n in unlisted(reducers)]
     return tuple(x for r in reducers for x in (rest if r.name == ALL else [r]))
+
+
+def _check_target(target: float) -> None:
+    if not 0 < target < 1:
+        raise BudgetError(f"the target {target:g} is not between 0 and 1 (100 %): give for example --target-drop 1%")
 
 
 def _share(text: str) -> float:

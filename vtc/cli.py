@@ -524,7 +524,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except VtcError as error:
         if debug:
             raise
-        _say(f"error: {error}", "red")
+        _say(f"error: {short(error, 1200)}", "red")
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vtc.errors import InputFileError, PromptError
+from vtc.errors import UNPRINTABLE, InputFileError, PromptError, short
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +34,12 @@ PICTURE_BYTES = 512 * MIB
 PICTURE_RATIO = 200
 """How many times longer than the other a side may be: a processor that scales the short side would blow up the long one."""
 
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+"""Arguments of ``generate`` for one greedy answer, whatever the generation_config.json of a model's folder asks for."""
+
+_MARK = re.compile(r"(image|img|video|vision|audio|boi|eoi).*token$|^(boi|eoi)_token$")
+"""Names of a processor's attributes that hold marks for pictures and the like."""
+
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -44,15 +49,9 @@ _KINDS = (
 )
 
 
-def short(text: object, most: int = 120) -> str:
-    """Return text for a message: on one line, printable, and no longer than ``most`` characters."""
-    plain = _UNPRINTABLE.sub("?", " ".join(str(text).split()))
-    return plain if len(plain) <= most else f"{plain[: most - 3]}..."
-
-
 def unprintable(text: str) -> str:
     r"""Return the first character that no text needs (escape sequences, half a surrogate pair), as ``"'\\x1b'"``; or ``""``."""
-    found = _UNPRINTABLE.search(text)
+    found = UNPRINTABLE.search(text)
     return ascii(found[0]) if found else ""
 
 
@@ -169,6 +168,7 @@ def open_image(path: str | os.PathLike[str]) -> Image:
     shown = short(path)
     try:
         with opened(path, PICTURE_BYTES, "image file") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damaged EXIF data, for one: the picture decides, not its notes
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             Image.init()
             there = [name for name in PICTURE_FORMATS if name in Image.OPEN]  # a Pillow may be built without one of them
@@ -204,7 +204,7 @@ def check_prompt(processor: Any, prompt: str, what: str = "the question") -> Non
         With the mark; ``what`` names the question.
     """
     for name, mark in vars(processor).items():
-        if name.endswith("token") and isinstance(mark, str) and mark and mark in prompt:
+        if _MARK.search(name) and isinstance(mark, str) and mark and mark in prompt:
             raise PromptError(f"{what} holds '{short(mark)}', which stands for a picture in this model's prompts: leave it out")
 
 

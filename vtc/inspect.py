@@ -93,11 +93,11 @@ def locate(model: str) -> str:
 
         return str(pocket_path())
     path, shown = doors.place(model), doors.short(model)
-    if path.is_dir():
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
             raise InputFileError(f"the folder '{shown}' has no config.json: give the folder a model was saved to")
         return str(path)
-    if path.exists():
+    if model and path.exists():
         raise InputFileError(f"'{shown}' is a file: give the folder a model was saved to, a hub id, or '{POCKET}'")
     if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputFileError(f"there is no folder '{shown}': give a model's folder, a hub id in the local cache, or '{POCKET}'")

@@ -19,8 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vtc.core import Compose, Reducer, Schedule
-from vtc.doors import short
-from vtc.errors import DuplicateReducerError, UnknownArgumentError, UnknownReducerError, did_you_mean
+from vtc.errors import DuplicateReducerError, UnknownArgumentError, UnknownReducerError, did_you_mean, short, shown
 
 ENTRY_POINT_GROUP = "vtc.reducers"
 _NAME = re.compile(r"^[a-z][a-z0-9_]*$")
@@ -168,7 +167,9 @@ def info(name: str) -> Entry:
     """
     known = entries()
     if name not in known:
-        raise UnknownReducerError(f"no reducer named '{name}'{did_you_mean(name, known)} (`vtc list` shows all {len(known)})")
+        raise UnknownReducerError(
+            f"no reducer named '{short(name, 80)}'{did_you_mean(name, known)} (`vtc list` shows all {len(known)})"
+        )
     return known[name]
 
 
@@ -200,18 +201,13 @@ def _checked(reducer: str, name: str, value: Any, hint: Any) -> Any:
         value = str(value)  # a command line reads version=2 as a number
     seen = value if isinstance(value, tuple) else (value,)
     if any(isinstance(n, int) and not -(2**63) <= n < 2**63 for n in seen):
-        raise UnknownArgumentError(f"{reducer}: {name}={_shown(value)} is too large: use a number that 64 bits can hold")
+        raise UnknownArgumentError(f"{reducer}: {name}={shown(value)} is too large: use a number that 64 bits can hold")
     if any(isinstance(n, float) and math.isnan(n) for n in seen):
-        raise UnknownArgumentError(f"{reducer}: {name}={_shown(value)} is not a number: use one")
+        raise UnknownArgumentError(f"{reducer}: {name}={shown(value)} is not a number: use one")
     if name not in ("keep", "avg_tokens") and not _fits(value, hint):
         known = f"one of {', '.join(choices)}" if choices else _described(hint)
-        raise UnknownArgumentError(f"{reducer}: {name}={_shown(value)} is not possible; use {known}")
+        raise UnknownArgumentError(f"{reducer}: {name}={shown(value)} is not possible; use {known}")
     return value
-
-
-def _shown(value: Any) -> str:
-    huge = isinstance(value, int) and value.bit_length() > 128  # the interpreter refuses to print the largest
-    return f"{'-' if value < 0 else ''}2^{value.bit_length() - 1}..." if huge else short(repr(value), 80)
 
 
 def _choices(hint: Any) -> tuple[str, ...]:
@@ -273,7 +269,7 @@ def create(name: str, **options: Any) -> Reducer:
     if preset:
         if preset not in entry.presets:
             raise UnknownReducerError(
-                f"'{base}' has no preset '{preset}'{did_you_mean(preset, entry.presets)}"
+                f"'{base}' has no preset '{short(preset, 80)}'{did_you_mean(preset, entry.presets)}"
                 f" (presets: {', '.join(entry.presets) or 'none'})"
             )
         kwargs.update(entry.presets[preset])
@@ -284,7 +280,7 @@ def create(name: str, **options: Any) -> Reducer:
     unknown = sorted(set(kwargs) - set(entry.options))
     if unknown:
         raise UnknownArgumentError(
-            f"'{base}' has no option '{unknown[0]}'{did_you_mean(unknown[0], entry.options)}"
+            f"'{base}' has no option '{short(unknown[0], 80)}'{did_you_mean(unknown[0], entry.options)}"
             f" (options: {', '.join(entry.options)})"
         )
     hints = _hints(entry.cls)
@@ -324,7 +320,7 @@ def resolve(reducer: str | Reducer | list[str | Reducer] | tuple[str | Reducer, 
             members.append(create(member, **mine))
         unknown = sorted(set(options) - used)
         if unknown:
-            raise UnknownArgumentError(f"none of the composed reducers takes the option '{unknown[0]}'")
+            raise UnknownArgumentError(f"none of the composed reducers takes the option '{short(unknown[0], 80)}'")
         if len(members) == 1:
             return members[0]
         return Compose(keep=1.0, members=tuple(members))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc.core import Reducer
-from vtc.doors import check_length, check_prompt
+from vtc.doors import GREEDY, check_length, check_prompt
 from vtc.engine import upstream
 from vtc.engine.patch import bind, patch, unpatch
 from vtc.errors import VtcError
@@ -188,7 +188,7 @@ def _once(model: Any, processor: Any, inputs: dict[str, Any], side: Side, length
 def _timed(model: Any, inputs: dict[str, Any], length: int) -> tuple[float, torch.Tensor]:
     _wait(model.device)
     start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=length, **GREEDY)
     _wait(model.device)
     return (time.perf_counter() - start) * 1e3, output
 

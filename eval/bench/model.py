@@ -417,7 +417,7 @@ def model(
     out: CsvOption = None,
     models: Annotated[list[str] | None, typer.Option("--model", help=f"One or more of {', '.join(MODELS)}.")] = None,
     reducers: Annotated[list[str] | None, typer.Option("--reducer", help="Reducer to measure; may be repeated.")] = None,
-    keep: Annotated[list[int] | None, typer.Option("--keep", help="Budget; may be repeated.")] = None,
+    keep: Annotated[list[int] | None, typer.Option("--keep", min=1, help="Budget; may be repeated.")] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds per row.")] = None,
     minutes: MinutesOption = 9.0,
     as_json: JsonOption = False,

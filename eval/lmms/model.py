@@ -7,6 +7,7 @@ name whose prompts the tasks should use, and its tasks carry reducer and code ve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -222,7 +223,8 @@ class _Chat(lmms):
                 f"attn_implementation={how['attn_implementation']} is code from the hub: give trust_remote_code=True, or sdpa"
             )
         try:
-            read_config(pretrained, pretrained, trust_remote_code=trusted, **where)
+            with contextlib.suppress(FileNotFoundError):  # of an adapter's folder there is no config.json
+                read_config(pretrained, pretrained, trust_remote_code=trusted, **where)
             processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trusted, **where, **pixels)
             model = AutoModelForImageTextToText.from_pretrained(
                 pretrained, trust_remote_code=trusted, **where, **how, device_map=self.device_map

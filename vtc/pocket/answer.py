@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vtc.doors import check_length, check_prompt, short
+from vtc.doors import GREEDY, check_length, check_prompt, short
 from vtc.pocket.errors import PocketError
 from vtc.pocket.questions import Question
 
@@ -175,7 +175,7 @@ def answer_questions(
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in batch.inputs.items()
             }
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs[upstream.IDS].shape[1] :]
             texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
             for position, question, text in zip(batch.positions, batch.questions, texts, strict=True):
