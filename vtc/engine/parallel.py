@@ -251,6 +251,10 @@ def groups_of(layer: nn.Module) -> tuple[Any, ...]:
 
     Their ranks work on the same tokens. Experts (three dimensions) do not count: they may be spread over ranks with other tokens.
     """
+    from torch.distributed.tensor import DTensor
+
+    if not any(isinstance(m.weight, DTensor) for m in layer.modules() if isinstance(m, nn.Linear)):  # in every prefill: quickly
+        return ()
     found = {}
     for _, parameter, held in _parameters(layer, False):
         for d in _dimensions(parameter, held) if parameter.dim() == 2 else ():
