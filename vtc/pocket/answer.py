@@ -162,7 +162,7 @@ def answer_questions(
 
     batches = _as_batches(processor, questions, batch_size)
     for batch in batches:
-        real = batch.inputs.get("attention_mask", torch.ones_like(batch.inputs["input_ids"]))
+        real = batch.inputs.get(upstream.MASK, torch.ones_like(batch.inputs[upstream.IDS]))
         for question, tokens in zip(batch.questions, real.sum(1).tolist(), strict=True):
             check_length(model.config, tokens, f"the question '{short(question.id)}'")
     total = sum(len(batch.questions) for batch in batches)
