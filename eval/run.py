@@ -30,8 +30,9 @@ from vtc.errors import ConfigError, StoreError, VtcError
 from vtc.eval import env, executors
 from vtc.eval.cells import Cell, cells, reducer_identity
 from vtc.eval.config import BASELINES, ModelConfig, SweepConfig, TaskConfig
-from vtc.eval.models import identity, outline
+from vtc.eval.models import check_available, check_prompts, identity, outline
 from vtc.eval.questions import check_data, digest, image_of, question_count, task_questions
+from vtc.eval.stats import WEIGHTS
 from vtc.eval.store import SCHEMA, CellResult, Store, cell_id
 from vtc.eval.worker import Job, Outcome, host
 from vtc.pocket import Question, majority_baseline
@@ -181,6 +182,25 @@ class Sweep:
         for task in self.config.all_tasks:
             if task.kind == "lmms":
                 check_data(task)
+
+    def check_models(self) -> None:
+        """Make sure that every model can be had on this machine, and asked the questions of own data, before any is loaded.
+
+        Raises
+        ------
+        VtcError
+            With what to do instead.
+        """
+        own = [q for t in self.config.all_tasks if t.kind == "files" for q in self.questions[t.title]]
+        for model in self.config.all_models:
+            check_available(model)
+            if own:
+                check_prompts(model, own)
+        draws, most = self.config.bootstrap.resamples, max(map(len, self.questions.values()), default=0)
+        if draws * most > WEIGHTS:
+            raise ConfigError(
+                f"{draws} bootstrap resamples of {most} questions need too much memory: set `bootstrap.resamples` lower"
+            )
 
     # ------------------------------------------------------------------------------------------------------- states
     def state(self, store: Store | None, item: Planned) -> str:

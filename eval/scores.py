@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from vtc.doors import short
 from vtc.errors import StoreError
+from vtc.eval.record import problem_of
 from vtc.eval.stats import Bootstrap, Draws
 from vtc.eval.store import CellResult, Store
 
@@ -37,25 +39,23 @@ def listed_cells(store: Store) -> tuple[dict[str, Any], list[Listed]]:
         If it is absent or damaged.
     """
     sweep = store.read_sweep()
-    try:
-        seed = sweep["config"].get("seed", 0)
-        sweep["config"]["bootstrap"]["resamples"], sweep["config"]["bootstrap"]["confidence"]  # noqa: B018  must be there
-        return sweep, [
-            Listed(
-                c["id"],
-                c["label"],
-                c["reducer"],
-                c["budget"],
-                c.get("model") or sweep["model"]["name"],
-                c.get("task") or "questions",
-                c.get("seed", seed),
-            )
-            for c in sweep["cells"]
-        ]
-    except (KeyError, TypeError, AttributeError):
+    if problem := problem_of(sweep):
         raise StoreError(
-            f"{store.root / 'sweep.json'} is damaged: run the sweep again, finished cells are not repeated"
-        ) from None
+            f"{store.root / 'sweep.json'} is damaged ({short(problem)}): run the sweep again, finished cells are not repeated"
+        )
+    seed = sweep["config"].get("seed", 0)
+    return sweep, [
+        Listed(
+            c["id"],
+            c["label"],
+            c["reducer"],
+            c["budget"],
+            c.get("model") or sweep["model"]["name"],
+            c.get("task") or "questions",
+            c.get("seed", seed),
+        )
+        for c in sweep["cells"]
+    ]
 
 
 class Questions:

@@ -32,6 +32,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from vtc import doors
 from vtc.errors import StoreError
 
 SCHEMA = 1
@@ -90,8 +91,15 @@ def _replace(path: Path, text: str) -> None:
         raise StoreError(f"{path} cannot be written ({error.strerror or error}): check the folder and run again") from None
 
 
+FILE_BYTES = 512 * doors.MIB
+"""Largest file of a store that is read."""
+
+ROWS = 500_000
+"""Most samples of a cell that are read: twice the questions of the largest benchmark."""
+
+
 def _checksum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return hashlib.sha256(doors.read_bytes(path, FILE_BYTES)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -151,14 +159,18 @@ class Store:
                 raise StoreError(f"cannot make the results store {self.root}: {error.strerror or error}") from None
             write_json(marker, {"kind": "vtc results store", "schema": SCHEMA})
         try:
-            found = json.loads(marker.read_text(encoding="utf-8")).get("schema")
-        except (ValueError, AttributeError, OSError):
+            found = json.loads(doors.read_text(marker, doors.MIB)).get("schema")
+        except (ValueError, AttributeError, OSError, RecursionError):
             raise StoreError(f"{marker} is damaged: move {self.root} away and run the sweep again") from None
         if found != SCHEMA:
             raise StoreError(
                 f"the results store {self.root} has schema version {found!r}, and this vtc reads version {SCHEMA}: sweep into "
                 "another folder with --out, or read it with the vtc that wrote it"
             )
+        if create and not self.cells.exists():
+            self.cells.mkdir()
+        if not self.cells.is_dir():
+            raise StoreError(f"the results store {self.root} has no folder cells/: run the sweep again, or get the whole store")
 
     def claim(self, name: str) -> FileLock | None:
         """Claim a cell (or another name) for this runner; release the lock to give it back.
@@ -203,13 +215,14 @@ class Store:
         """Return what :meth:`write_sweep` wrote."""
         path = self.root / "sweep.json"
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(doors.read_text(path, FILE_BYTES))
         except FileNotFoundError:
             raise StoreError(
                 f"the results store {self.root} holds no sweep yet: run `vtc sweep FILE.yaml --out {self.root}`"
             ) from None
-        except ValueError:
-            raise StoreError(f"{path} is damaged: run the sweep again, finished cells are not repeated") from None
+        except (ValueError, OSError, RecursionError) as error:
+            reason = doors.short(error)
+            raise StoreError(f"{path} is damaged ({reason}): run the sweep again, finished cells are not repeated") from None
 
     # ------------------------------------------------------------------------------------------------------- cells
     def put(
@@ -292,7 +305,7 @@ class Store:
                 raise StoreError(f"the cell {cell} of {self.root} has no status: run the sweep again to redo it")
             return None
         try:
-            status = json.loads((folder / STATUS).read_text(encoding="utf-8"))
+            status = json.loads(doors.read_text(folder / STATUS, doors.MIB))
             files = status["files"]
             # a speed.json newer than the status is one whose pass was cut short: not there yet
             content = {}
@@ -302,7 +315,9 @@ class Store:
                         continue
                     raise ValueError(f"{name} was changed")
                 if name != "samples.jsonl" or samples:
-                    content[name] = (folder / name).read_text(encoding="utf-8")
+                    content[name] = doors.read_text(folder / name, FILE_BYTES)
+            if content.get("samples.jsonl", "").count("\n") > ROWS:
+                raise ValueError(f"it has more than {ROWS:,} samples")
             config = json.loads(content["config.json"])
             if cell_id(config) != cell:
                 if "engine" in config and "-" not in cell:  # ids had no part for the code at first
@@ -321,7 +336,7 @@ class Store:
                 [json.loads(line) for line in content["samples.jsonl"].split("\n") if line] if samples else [],
                 status["error"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if not (folder / STATUS).exists() and not folder.exists():
                 return None  # another runner is putting it anew
             raise StoreError(
@@ -331,7 +346,10 @@ class Store:
     def quarantine(self, cell: str) -> Path:
         """Move a damaged cell out of the way; returns where it went."""
         folder = self.root / "quarantine"
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{folder} cannot be made ({error.strerror or error}): move what is there away") from None
         number = 0
         while (target := folder / f"{cell}-{number}").exists():
             number += 1

@@ -115,6 +115,7 @@ class Worker:
         self.batches: list[Any] = []
         self.fixed: dict[str, Tensor] = {}
         self.features = SharedFeatures()
+        self.refused: list[tuple[ModelConfig, str]] = []
 
     def run(self, job: Job, progress: Callable[[int], object] | None = None) -> Outcome:
         """Run a job; whatever goes wrong is in the outcome, so that other jobs can go on."""
@@ -138,7 +139,15 @@ class Worker:
         if job.model != self._model_of:
             self.model = self.processor = self._model_of = self._task_of = None
             self.features.clear()
-            self.model, self.processor = models.load(job.model)
+            for model, reason in self.refused:
+                if model == job.model:  # not again in every cell: it takes minutes, and ends the same
+                    raise VtcError(reason)
+            try:
+                self.model, self.processor = models.load(job.model)
+            except Exception as error:
+                reason = str(error) if isinstance(error, VtcError) else f"{type(error).__name__}: {error}"
+                self.refused.append((job.model, reason))
+                raise
             self._model_of = job.model
         wanted = (job.task, job.batch_size)
         if wanted == self._task_of:

@@ -262,15 +262,24 @@ def test_entry_points_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("scratch")
-def test_broken_entry_point_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load() -> None:
-        raise ImportError("this plugin is broken")
+@pytest.mark.parametrize("error", [ImportError("this plugin is broken"), SystemExit(0), KeyError("x")])
+def test_a_broken_entry_point_costs_a_warning_that_names_it(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    before = vtc.list_reducers()
 
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [SimpleNamespace(name="x", load=load)])
+    def load() -> None:
+        @vtc.register("half_there", paper="baseline")
+        class HalfThere(Reducer):
+            """Registered before its module fails."""
+
+        raise error
+
+    point = SimpleNamespace(name="x", value="x:y", dist=SimpleNamespace(name="third-party"), load=load)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point])
     monkeypatch.setattr(registry, "_LOADED", False)
-    for _ in range(2):
-        with pytest.raises(ImportError, match="this plugin is broken"):
-            vtc.list_reducers()
+    with pytest.warns(
+        RuntimeWarning, match=r"the reducers 'x' of third-party are missing \(.+\): reinstall or remove third-party"
+    ):
+        assert vtc.list_reducers() == before
 
 
 # ------------------------------------------------------------------------------------------------------- import laws

@@ -211,9 +211,9 @@ FILES: dict[str, tuple[Params, dict[str, Any]]] = {
         {"B": 3, "layers": 28, "heads": 4, "kv_heads": 2, "sys": 4, "vis": 30, "text": 9, **LLAMA},
         {"width": 16, "inner": 20, "sharp": 0.6, "bias": True, "decode": True},
     ),
-    "flowcut/llm_stage_b3_t10_gqa_padded": (
+    "flowcut/llm_stage_b4_t10_gqa_padded": (
         {
-            **{"B": 3, "seq": 52, "visual_token_pos": [4, 9, 6], "visual_token_num": [36, 8, 27], "target": 10},
+            **{"B": 4, "seq": 52, "visual_token_pos": [4, 9, 6, 0], "visual_token_num": [36, 8, 27, 0], "target": 10},
             **{"prune_layer": 1, "heads": 4, "kv_heads": 2, "layers": 4, "act": "silu", **LLAMA},
         },
         {"width": 32, "inner": 40, "sharp": 1.6},

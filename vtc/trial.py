@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc.core import Reducer
+from vtc.doors import GREEDY, check_length, check_prompt
 from vtc.engine import upstream
 from vtc.engine.patch import bind, patch, unpatch
 from vtc.errors import VtcError
@@ -95,15 +96,17 @@ def encode(model: Any, processor: Any, image: Image.Image, prompt: str) -> dict[
     Raises
     ------
     VtcError
-        The processor has no chat template.
+        The processor has no chat template, or the question cannot be asked.
     """
     if not getattr(processor, "chat_template", None):
         raise VtcError(
             "this model's processor has no chat template: save one with it (processor.chat_template = ...), then try again"
         )
+    check_prompt(processor, prompt)
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[image], return_tensors="pt")
+    check_length(model.config, inputs[upstream.IDS].shape[1])
     return {k: v.to(model.device, model.dtype) if v.is_floating_point() else v.to(model.device) for k, v in inputs.items()}
 
 
@@ -185,7 +188,7 @@ def _once(model: Any, processor: Any, inputs: dict[str, Any], side: Side, length
 def _timed(model: Any, inputs: dict[str, Any], length: int) -> tuple[float, torch.Tensor]:
     _wait(model.device)
     start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=length, **GREEDY)
     _wait(model.device)
     return (time.perf_counter() - start) * 1e3, output
 

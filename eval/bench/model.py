@@ -152,7 +152,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation=upstream.SDPA)
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=upstream.SDPA, trust_remote_code=False)
     return model.to(device, dtype).eval()
 
 
@@ -417,7 +417,7 @@ def model(
     out: CsvOption = None,
     models: Annotated[list[str] | None, typer.Option("--model", help=f"One or more of {', '.join(MODELS)}.")] = None,
     reducers: Annotated[list[str] | None, typer.Option("--reducer", help="Reducer to measure; may be repeated.")] = None,
-    keep: Annotated[list[int] | None, typer.Option("--keep", help="Budget; may be repeated.")] = None,
+    keep: Annotated[list[int] | None, typer.Option("--keep", min=1, help="Budget; may be repeated.")] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds per row.")] = None,
     minutes: MinutesOption = 9.0,
     as_json: JsonOption = False,

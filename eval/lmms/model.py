@@ -7,6 +7,7 @@ name whose prompts the tasks should use, and its tasks carry reducer and code ve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
@@ -28,12 +29,14 @@ from tqdm import tqdm
 
 import vtc
 from vtc.core import Reducer
+from vtc.doors import open_image
 from vtc.engine import upstream
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.lmms.benchmarks import known_tasks
 from vtc.eval.lmms.locks import require_locks
 from vtc.eval.lmms.meter import GenerateFailedError, Meter, SampleCounts
+from vtc.inspect import read_config
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 UNREDUCED = "none"
@@ -181,7 +184,8 @@ class _Chat(lmms):
         else:
             self._model, self.processor = self._load(
                 pretrained,
-                {"revision": revision, "trust_remote_code": trust_remote_code},
+                trust_remote_code is True,
+                {"revision": revision},
                 {"dtype": dtype, "attn_implementation": attn_implementation},
                 {k: v for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items() if v is not None},
             )
@@ -209,12 +213,24 @@ class _Chat(lmms):
             return self.accelerator.device
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _load(self, pretrained: str, where: dict[str, Any], how: dict[str, Any], pixels: dict[str, Any]) -> tuple[Any, Any]:
+    def _load(
+        self, pretrained: str, trusted: bool, where: dict[str, Any], how: dict[str, Any], pixels: dict[str, Any]
+    ) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        if "/" in (how["attn_implementation"] or "") and not trusted:
+            raise ConfigError(
+                f"attn_implementation={how['attn_implementation']} is code from the hub: give trust_remote_code=True, or sdpa"
+            )
         try:
-            processor = AutoProcessor.from_pretrained(pretrained, **where, **pixels)
-            model = AutoModelForImageTextToText.from_pretrained(pretrained, **where, **how, device_map=self.device_map)
+            with contextlib.suppress(FileNotFoundError):  # of an adapter's folder there is no config.json
+                read_config(pretrained, pretrained, trust_remote_code=trusted, **where)
+            processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trusted, **where, **pixels)
+            model = AutoModelForImageTextToText.from_pretrained(
+                pretrained, trust_remote_code=trusted, **where, **how, device_map=self.device_map
+            )
+        except VtcError:
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"pretrained={pretrained}: {str(error).strip().splitlines()[0]} (give {' or '.join(POCKET_MODELS)}, a local "
@@ -331,12 +347,7 @@ def _batch_size(given: Any) -> int:
 
 
 def _image(source: Any) -> Any:
-    if not isinstance(source, str):
-        return source.convert("RGB")
-    from PIL import Image
-
-    with Image.open(source) as image:
-        return image.convert("RGB")
+    return open_image(source) if isinstance(source, str) else source.convert("RGB")
 
 
 def _video(source: Any, frames: int) -> tuple[Any, Any]:
@@ -465,7 +476,9 @@ def _base_class(base: str, force_simple: bool) -> type[lmms]:
 
 
 def _stock_arguments(base: str, given: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
-    """Mend the defaults of lmms-eval's classes that do not work: an empty device map, and "auto" on a CPU."""
+    """Mend the defaults of lmms-eval's classes: an empty device map and "auto" on a CPU do not work, some run a model's code."""
+    if "trust_remote_code" in accepted:
+        given = {"trust_remote_code": False, **given}
     if "device_map" not in accepted or given.get("device_map"):
         return given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.doors import GREEDY, check_length, check_prompt, short
 from vtc.pocket.errors import PocketError
 from vtc.pocket.questions import Question
 
@@ -90,6 +91,8 @@ def encode_questions(
     ------
     PocketError
         If `batch_size` is not positive.
+    PromptError
+        If a question holds the mark that stands for its picture.
     """
     if batch_size < 1:
         raise PocketError(f"batch_size must be positive, got {batch_size}")
@@ -110,6 +113,7 @@ def encode_questions(
 
 
 def _chat_prompt(processor: Any, question: Question) -> str:
+    check_prompt(processor, question.prompt, f"the question '{short(question.id)}'")
     content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -151,10 +155,16 @@ def answer_questions(
     ------
     PocketError
         If prepared batches are incomplete or mixed with questions.
+    PromptError
+        If a question is longer than the model's context, before any is asked.
     """
     from vtc.engine import upstream
 
     batches = _as_batches(processor, questions, batch_size)
+    for batch in batches:
+        real = batch.inputs.get(upstream.MASK, torch.ones_like(batch.inputs[upstream.IDS]))
+        for question, tokens in zip(batch.questions, real.sum(1).tolist(), strict=True):
+            check_length(model.config, tokens, f"the question '{short(question.id)}'")
     total = sum(len(batch.questions) for batch in batches)
     answers: dict[int, Answer] = {}
     device, dtype = model.device, model.dtype
@@ -165,7 +175,7 @@ def answer_questions(
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in batch.inputs.items()
             }
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
             new_tokens = output[:, inputs[upstream.IDS].shape[1] :]
             texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
             for position, question, text in zip(batch.positions, batch.questions, texts, strict=True):
