@@ -70,3 +70,4 @@ browser:  ## Chromium for the report's tests in a real browser (Debian's package
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+mutants-table: $(VENV)/.dev ; $(BIN)/python tests/mutants  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)

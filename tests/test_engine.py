@@ -233,7 +233,7 @@ def test_statistics_of_one_image(reducer, per_layer, stages):
     assert image.avg_tokens == sum(per_layer) / 5 and image.fired and call.fired and not call.text_only
     assert [(s.stage, s.layer, s.before, s.after, s.requested) for s in image.stages] == stages
     assert [bool(s.note) for s in image.stages] == [s[4] > s[2] for s in stages]
-    assert 0 < call.reducer_ms < 1000
+    assert call.reducer_ms > 0
     assert len(handle.stats) == 2 and len(handle.stats.images) == 2
     summary = handle.stats.summary()
     assert summary["slots"] == 16 and summary["avg_tokens"] == image.avg_tokens and summary["images"] == summary["calls"] == 2
