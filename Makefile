@@ -70,4 +70,17 @@ browser:  ## Chromium for the report's tests in a real browser (Debian's package
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
-mutants-table: $(VENV)/.dev ; $(BIN)/python tests/mutants  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)
+
+# two threads, no AVX-512, no AVX2: other CPUs round differently, and the tests that compare numbers hold on all of them
+CPUS := "OMP_NUM_THREADS=1" "OMP_NUM_THREADS=2" "OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	"OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2"
+NUMBERS := $(patsubst %,tests/test_%.py,golden reducers_* flowcut todre kernels contract packed)
+
+.PHONY: cpus
+cpus: $(VENV)/.dev  ## the tests that compare numbers, as other CPUs compute them
+	failed=0; for cpu in $(CPUS); do echo "$$cpu"; \
+	env HF_HUB_OFFLINE=1 $$cpu $(BIN)/pytest -n $(WORKERS) -k "not compiles_within" $(NUMBERS) || failed=1; done; exit $$failed
+
+.PHONY: mutants-table
+mutants-table: $(VENV)/.dev  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)
+	$(BIN)/python tests/mutants

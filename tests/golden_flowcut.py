@@ -250,7 +250,8 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     missing, unexpected = llama.load_state_dict(named, strict=False)
     assert not unexpected and missing == ["embed_tokens.weight"], (missing, unexpected)
     spans = list(zip(params["visual_token_pos"], params["visual_token_num"], strict=True))
-    layouts = [Layout.flat(n) for _, n in spans]
+    images = [(row, start, n) for row, (start, n) in enumerate(spans) if n > 0]
+    layouts = [Layout.flat(n) for _, _, n in images]
     model = Base(llama)
     empty = nn.ModuleList()
     facts = Facts(
@@ -278,10 +279,10 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         projector=nn.Identity(),
         image_token_ids=(IMAGE,),
         facts=facts,
-        describe=lambda call: VisionCall([1] * len(spans), layouts, layouts, torch.zeros(len(spans), 1)),
+        describe=lambda call: VisionCall([1] * len(images), layouts, layouts, torch.zeros(len(images), 1)),
     )
     ids = torch.ones(embeds.shape[:2], dtype=torch.long)
-    for row, (start, n) in enumerate(spans):
+    for row, start, n in images:
         ids[row, start : start + n] = IMAGE
     part = RecordingDecoder(keep=target, at=cut)
     handle = Handle(model, family, bind(part, facts), strict=True)
@@ -297,7 +298,7 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         ),
     ]
     try:
-        features = [embeds[row, start : start + n] for row, (start, n) in enumerate(spans)]
+        features = [embeds[row, start : start + n] for row, start, n in images]
         model(input_ids=ids, inputs_embeds=torch.where((ids == IMAGE)[..., None], 0.0, embeds), pixel_values=features)
     finally:
         for stub in stubs:

@@ -36,8 +36,6 @@ from vtc.families.llava_onevision import newline_in_features
 
 __all__ = ["DECODER_LAYERS", "PINPOINTS", "SIZES", "TOWER_LAYERS", "VOCABULARY", "view_count"]
 
-torch.set_num_threads(1)
-
 FAMILIES = ("llava", "llava_next", "llava_siglip")
 """The models that run the whole of test_oracle. ``llava_siglip``: LLaVA with a tower that has no class token."""
 

@@ -320,7 +320,7 @@ def test_doctor_survives_a_crashing_check(call, monkeypatch):
     monkeypatch.setattr("vtc.load_pocket", crash)
     monkeypatch.setattr(doctor, "_lmms", lambda: iter(()))
     code, out, _ = call("doctor")
-    assert code == 1 and "RuntimeError: no weights" in out and "1 problem found" in out
+    assert code == 1 and "RuntimeError: no weights" in out and "2 problems found" in out
 
 
 def test_doctor_sees_our_kernels_folder_posing_as_kernels(monkeypatch, tmp_path):

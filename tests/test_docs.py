@@ -92,7 +92,7 @@ def test_every_reducer_has_a_complete_entry(name):
 def test_every_golden_file_is_counted_once():
     files = list((ROOT / "tests" / "golden").rglob("*.safetensors"))
     counted = [docs.golden(name) for name in entries()]
-    assert sum(len(c) for c in counted) == len(files) >= 97
+    assert sum(len(c) for c in counted) == len(files) >= 102
     assert docs.golden("prumerge_plus") == ("plus_adaptive_576", "plus_fixed_576_b2")
     assert "adaptive_576" in docs.golden("prumerge")
     assert docs.golden("random") == ()

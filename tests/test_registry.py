@@ -379,10 +379,12 @@ LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "vtc.families",
             "vtc.kernels",
             "vtc.views",
+            "vtc.verify.memory",
             VECTORS,
         ),
         ("torch", "transformers", "safetensors"),
     ),
+    "vtc.verify.reference": ((), ("torch", "transformers")),
     VECTORS: (("vtc.core", "vtc.errors", "vtc.registry", "vtc.views"), ("torch",)),
     "vtc.kernels": (("vtc.kernels",), ("torch", "triton", "numpy", "scipy")),
 }
@@ -398,6 +400,8 @@ def breaks_law(arrow: Arrow) -> str:
                 return f"{package} may not import {target}"
     if within(source, "vtc.engine") and within(target, "vtc.families") and target not in ("vtc.families", "vtc.families.base"):
         return "the engine knows no family by name"
+    if within(source, "vtc.verify") and within(target, "vtc.engine", "vtc.reducers"):
+        return "what checks the engine uses vtc.patch, and nothing of what it checks"
     if within(target, "vtc.reducers") and source not in ("vtc.registry", "vtc.reducers", "vtc.train_docprune"):
         return "only the registry knows the reducers' folder (and the command that makes docprune's weights)"
     if within(source, "vtc.eval"):
@@ -447,6 +451,8 @@ def test_the_walk_sees_everything() -> None:
         ("vtc.x", "import transformers"),
         ("vtc.x", "from vtc.reducers import fastv"),
         ("vtc.eval.x", "from vtc.engine.text import TextSide"),
+        ("vtc.verify.x", "def f():\n    from vtc.engine.cache import check_cache"),
+        ("vtc.verify.reference", "from vtc.core import Stage"),
     ],
 )
 def test_forbidden_arrows_are_seen(module: str, source: str) -> None:

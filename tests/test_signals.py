@@ -23,10 +23,12 @@ from models import make_inputs, set_attention, shared, visual_of
 from pickers import EncoderPicker, marks_of
 from reference import given_to_projector, oracle_model, plan_of, projector_of, recorded, text_of, tower_layers
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer as CLIPLayer
 
 import vtc
 from vtc import signals
 from vtc.core import Kind, Need, Reducer, Selection, Signals, Stage
+from vtc.engine import upstream
 from vtc.engine.patch import bind
 from vtc.errors import VtcError
 from vtc.families import family_of
@@ -425,7 +427,10 @@ def test_other_attention_gives_the_same_signals(impl):
 
 
 # --------------------------------------------------------------------------------------- behind a reducer in the tower
-@pytest.mark.parametrize("name", ["llava", "llava_siglip", "llava_next"])
+# the CLIP of 4.57 hands out no map of its attention here
+@pytest.mark.parametrize(
+    "name", ["llava_siglip", *(["llava", "llava_next"] if upstream.parameters(CLIPLayer)[-1] == "kwargs" else [])]
+)
 def test_signals_of_a_tower_whose_views_hold_different_numbers(name):
     """Padding of a view that dropped more must not stand where one of its patches lives."""
     model = shared(name)

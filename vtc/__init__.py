@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from vtc.families import list_families
     from vtc.pocket import load_pocket
     from vtc.retrieval import maxsim, pool_vectors
+    from vtc.verify import verify
 
 from vtc._version import __version__
 
@@ -48,6 +49,7 @@ _LAZY = {
     "load_pocket": "vtc.pocket",
     "maxsim": "vtc.retrieval",
     "pool_vectors": "vtc.retrieval",
+    "verify": "vtc.verify",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "pool_vectors",
     "register",
     "unpatch",
+    "verify",
 ]
 
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import re
 import warnings
@@ -80,7 +81,8 @@ def outside(name: str) -> str | None:
     )
 
 
+@functools.cache
 def warn(name: str) -> None:
-    """Issue the sentence of :func:`outside` as a UserWarning, if there is one."""
+    """Issue the sentence of :func:`outside` as a UserWarning, if there is one: once per process, at who called our caller."""
     if said := outside(name):
-        warnings.warn(said, UserWarning, stacklevel=2)
+        warnings.warn(said, UserWarning, stacklevel=3)

@@ -158,10 +158,13 @@ def check(
     keep: Annotated[str, typer.Option(help="Tokens per image (int) or share (float); default 0.5.")] = "",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
     image_size: Annotated[str, typer.Option(help="WxH: count the visual tokens of an image of this size.")] = "",
+    prove: Annotated[
+        bool, typer.Option("--verify", help="Run a small copy against a slow reference; exit 1 if it fails.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Say what vtc can do with a model, from its config alone: structure, stages, tokens per image, reducers that run."""
-    from vtc.inspect import examine, label
+    from vtc.inspect import examine, label, load_config
 
     size = _size(image_size) if image_size else None
     wanted = _reducer([reducer], keep, "", option, share=0.5) if reducer else None
@@ -178,14 +181,22 @@ def check(
             check_implementation(report.family.text.config)
         except VtcError as refusal:
             error = refusal
+    verdict = None
+    if prove and error is None:
+        from vtc.verify import verify
+
+        verdict = verify(load_config(model))
     if as_json:
         data = report.to_dict()
         if wanted is not None:
             data["asked"] = {"reducer": reducer, "runs": error is None, "reason": str(error or "")}
+        if verdict is not None:
+            data["verify"] = verdict.to_dict()
         _json(data)
-        raise typer.Exit(1 if error else 0)
+        raise typer.Exit(1 if error or (verdict is not None and not verdict.ok) else 0)
     if wanted is None:
         _print_report(report)
+        _print_verdict(verdict)
         return
     if error is not None:
         raise error
@@ -193,6 +204,19 @@ def check(
     counts = [p.count(slots, facts) for p in bound.parts() if not p.decides_itself] if slots else []
     tokens = f": {slots} visual tokens -> {' -> '.join(str(c) for c in counts)}" if counts else ""
     _console().print(Text.assemble(("yes", "bold green"), f", {label(wanted)} runs on {model}{tokens}"))
+    _print_verdict(verdict)
+
+
+def _print_verdict(verdict: Any) -> None:
+    """Show what ``--verify`` found; exit code 1 unless it is all well."""
+    if verdict is None:
+        return
+    console = _console()
+    console.print()
+    console.print(verdict.table())
+    console.print(Text(f"\n{verdict.headline}", "bold green" if verdict.ok else "bold red"))
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 def _print_report(report: Any) -> None:

@@ -51,6 +51,10 @@ class NotReducedError(VtcError, RuntimeError):
     """A call contained visual tokens and a reducer did not act on them."""
 
 
+class UnverifiableError(VtcError, RuntimeError):
+    """:func:`vtc.verify` cannot make a small copy of a model, or cannot feed it, and so proves nothing about it."""
+
+
 class PatchError(VtcError, RuntimeError):
     """Patching or un-patching at a moment when it cannot be done cleanly."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vtc.core import Kind, Layout
 from vtc.engine.cache import Pruned
+from vtc.engine.parallel import Peers
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
 from vtc.engine.upstream import CONTEXT, Call, Names
@@ -103,6 +104,7 @@ class Context:
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
     step: Step | None = None  # what the layer before was given
+    peers: Peers | None = None  # the ranks that share the model; None: there is one rank
     promises: dict[int, tuple[int, int]] = field(
         default_factory=dict
     )  # decoder layer -> tokens its cache is to store, and to report

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Need, Reducer
-from vtc.engine import taps, upstream
+from vtc.engine import parallel, taps, upstream
 from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
 from vtc.engine.rope import rope_of, rotate
@@ -52,7 +52,7 @@ class TextTaps:
     """
 
     def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
-        self.family, self.facts = family, family.facts
+        self.family, self.facts, self.parts = family, family.facts, parts
         self.needs: dict[int, list[Need]] = {}
         self.looks: dict[int, list[Need]] = {}
         self.inside: dict[int, list[Need]] = {}
@@ -105,6 +105,7 @@ class TextTaps:
             return
         if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
             return
+        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), ctx.clock.span(query.device):
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
@@ -172,6 +173,7 @@ class TextTaps:
             layer.forward(*own.args, **own.kwargs)
         except _Seen as seen:
             query, key, value, scaling = seen.parts
+            parallel.check_running(self.family, self.parts, self.family.text_attention[i], query)
         else:
             raise UnsupportedFeatureError(
                 f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
@@ -210,6 +212,8 @@ class TextTaps:
             return
         before = args[0] if args else kwargs[upstream.HIDDEN]
         hidden = before if place == "neurons" else upstream.states_of(out)
+        if place == "neurons":
+            parallel.check_running(self.family, self.parts, self.family.layers[i].mlp)
         with torch.no_grad(), ctx.clock.span(hidden.device):
             seg = ctx.keep[i][0]
             visual, valid, last = tokens_of(ctx, seg)

@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from vtc import _window
 from vtc.core import Compose, Facts, Need, Reducer, Stage
-from vtc.engine import upstream
+from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
 from vtc.engine.neurons import NeuronSide
@@ -29,6 +30,7 @@ from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
+from vtc.verify.memory import ensure
 
 
 class Handle(BaseHandle):
@@ -166,26 +168,36 @@ def patch(
     Raises
     ------
     UnsupportedModelError, UnsupportedSignalError, UnsupportedFeatureError
-        The model, a signal of it, or its attention implementation cannot serve the reducer.
+        The model, a signal of it, its attention implementation, or how it is spread over ranks cannot serve the reducer; or a
+        small copy of the model failed the check that is made where neither an adapter nor a tested version vouches for it
+        (:func:`vtc.verify.memory.ensure`).
     UnknownReducerError, UnknownArgumentError, BudgetError
         The request makes no sense; the message says what would.
     PatchError
         The model is running.
     """
-    model = unwrap(model)
+    _window.warn("transformers")
+    parallel.check_copies(model)
+    given, model = model, unwrap(model)
     wanted = resolve(reducer, **options)  # type: ignore[arg-type]
     old: BaseHandle | None = vars(model).get(ATTRIBUTE)
     if old is not None:
         old.check_idle()
     family = family_of(model)
     if isinstance(family, Transformer):
-        handle: BaseHandle = VitHandle(model, family, bind_vit(wanted, family), strict)
+        bound = bind_vit(wanted, family)
+        parallel.check(family, bound.parts(), given)
+        handle: BaseHandle = VitHandle(model, family, bound, strict)
     elif isinstance(family, Retriever):
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
         upstream.check_cache_classes()
         upstream.check_implementation(family.text.config)
+        parallel.check_stages(family)
+        parallel.check(family, bound.parts(), given)
+        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        ensure(model, family, bound)
         handle = Handle(model, family, bound, strict)
     try:
         if old is not None:
@@ -260,8 +272,11 @@ def keep_positions(reducer: Reducer) -> Reducer:
     return dataclasses.replace(reducer, positions="original") if possible else reducer
 
 
-def usable(facts: Facts) -> list[str]:
-    """Return the names of the registered reducers whose stages and signals a model with these facts can serve."""
+def usable(facts: Facts, fits: Callable[[tuple[Reducer, ...]], bool] | None = None) -> list[str]:
+    """Return the names of the registered reducers whose stages and signals a model with these facts can serve.
+
+    ``fits`` says of the parts of one whether something else stands against it.
+    """
     names = []
     for name in entries():
         try:
@@ -273,7 +288,8 @@ def usable(facts: Facts) -> list[str]:
                     check_signal(need, facts)
         except VtcError:  # refused: not usable here
             continue
-        names.append(name)
+        if fits is None or fits(bound.parts()):
+            names.append(name)
     return names
 
 

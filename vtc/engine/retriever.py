@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.engine import upstream
+from vtc.engine import parallel, upstream
 from vtc.engine.handle import BaseHandle
 from vtc.families.base import Retriever
 from vtc.retrieval import pool_vectors
@@ -24,8 +24,9 @@ class RetrieverHandle(BaseHandle):
         self._undo.pre_hook(model, self.begin)
         self._undo.hook(model, self.end, with_kwargs=True, always_call=True)
 
-    def begin(self, _module: nn.Module, _args: Any) -> None:
+    def begin(self, module: nn.Module, _args: Any) -> None:
         """Note that a call is running."""
+        parallel.check_original(module, self._model())
         with self._lock:
             self._running += 1
 

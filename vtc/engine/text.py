@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Reducer, Stage, settle
-from vtc.engine import upstream
+from vtc.engine import parallel, upstream
 from vtc.engine.cache import Pruned, check_cache, held_by, promised, pruned_layer
 from vtc.engine.choose import Chooser, find_instances, keep_table, write
 from vtc.engine.context import CURRENT, Context, Step
@@ -72,10 +72,11 @@ class TextSide:
         return ctx is not None
 
     # ------------------------------------------------------------------------------------------ multimodal base model
-    def before_base(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before_base(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
         if not torch.compiler.is_compiling():  # (a graph break, and a compiled decode step cannot be interrupted)
             self.running[threading.get_ident()] = True
+        parallel.check_original(module, self.family.base)
         if len(args) < 2 and upstream.brings_nothing(kwargs):
             return  # most decode steps
         call = Call(self.names.base, args, kwargs)
@@ -89,6 +90,12 @@ class TextSide:
         upstream.check_implementation(self.family.text.config)
         if upstream.is_packed(call):
             raise UnsupportedFeatureError("packed sequences (cu_seq_lens_*) cannot be shortened: pass padded batches")
+        several = parallel.several()
+        if several:
+            parallel.check_stages(self.family)
+            parallel.check_sequence(
+                upstream.plain_mask(call.beside("mask")), call.beside("kv"), (embeds if ids is None else ids).shape[1]
+            )
         # the host's one look at ids and padding, while a GPU has little to do yet
         found = {video: self.placeholders(ids, embeds, self.token_ids[video]) for video in given}
         image = torch.stack(list(found.values())).any(0)
@@ -105,6 +112,7 @@ class TextSide:
             text=text,
             held=held,
             clock=Clock(),
+            peers=parallel.Peers() if several else None,
         )
         if self.taps.needs or self.taps.looks or self.taps.inside:
             ctx.longest = max(text), int(question_of(ctx.visual, real).sum(1).max())
@@ -160,6 +168,7 @@ class TextSide:
             ctx = Context(q=tokens.shape[1])
         else:
             CURRENT.set(None)
+            parallel.check_states(embeds, ctx.q, "the text model")
             ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
             call.set("embeds", self.reduce_inputs(ctx, embeds))
             if ctx.current is not None and self.family.between_layers is not None:
@@ -222,12 +231,16 @@ class TextSide:
         ctx = kwargs.get(CONTEXT)
         if ctx is None or ctx.visual is None:
             return out
+        if ctx.peers is not None:
+            ctx.peers.ask()
         if ctx.current is not None:
             self.keep_promises(ctx, Call(self.names.text, args, kwargs), out)
             states = upstream.states_of(out)
             out = upstream.with_states(out, take(states, ctx.current.rank.clamp(min=0), 1))
         self.account(ctx)
         settle(ctx.answers)  # last: a GPU has its work by now
+        if ctx.peers is not None:
+            ctx.peers.agree()
         return out
 
     def keep_promises(self, ctx: Context, call: Call, out: Any) -> None:
@@ -312,6 +325,11 @@ class TextSide:
         """Take the signals that layer ``i`` gives on entering, let its reducers act, and give it the states of what is left."""
         hidden = call["hidden"]
         if not (i in ctx.keep and i < len(ctx.per_layer)):  # not a recomputation
+            parallel.check_states(
+                hidden, ctx.q if i == 0 or ctx.current is None else ctx.current.rows.shape[1], f"decoder layer {i}"
+            )
+            if ctx.peers is not None and not ctx.peers.groups:
+                self.meet(ctx, module)
             if i in self.taps.needs:
                 held = getattr(cache, "layers", ())
                 ctx.static = i < len(held) and isinstance(held[i], FixedLayer)
@@ -322,6 +340,21 @@ class TextSide:
         if states is not hidden:
             call.set("hidden", states)
         return seg
+
+    def meet(self, ctx: Context, layer: nn.Module) -> None:
+        """Find the ranks that share a layer; compare with them what was kept so far."""
+        ctx.peers.groups = parallel.groups_of(layer)
+        self.compare(ctx, [p for p in self.parts if p.stage is not Stage.DECODER])
+
+    @staticmethod
+    def compare(ctx: Context, parts: list[Reducer]) -> None:
+        """Note what ``parts`` left, for the ranks to compare at the end; at once where they may have left different numbers."""
+        if not ctx.peers.groups:
+            return
+        ctx.peers.note(ctx.instances)
+        if any(parallel.count_may_differ(p) for p in parts):
+            ctx.peers.ask()
+            ctx.peers.agree()
 
     @staticmethod
     def hold(ctx: Context, i: int, cache: AnyCache | None, seg: Segment | None) -> tuple[Pruned | None, Tensor | None]:
@@ -415,6 +448,8 @@ class TextSide:
                         )
                     hidden = write(hidden, writes)
                     compact = compact or part.position_policy == "compact"
+                if ctx.peers is not None:
+                    self.compare(ctx, self.decoder[i])
                 ctx.keep[i] = self.shorten(ctx, compact) if ctx.alive() != ctx.held else (ctx.current, None)
             elif i not in ctx.keep:
                 ctx.keep[i] = (ctx.current, None)

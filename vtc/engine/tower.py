@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, explained, settle
-from vtc.engine import taps, upstream
+from vtc.engine import parallel, taps, upstream
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
@@ -106,7 +106,7 @@ class TowerSide:
     """Hooks on one model's vision side."""
 
     def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
-        self.family = family
+        self.family, self.parts = family, parts
         self.fingerprint = any(p.wants_fingerprint for p in parts)
         self.part = next((p for p in parts if p.stage.in_tower), None)
         provides = family.facts.provides
@@ -226,6 +226,7 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
+        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), run.clock.span(query.device):
             if run.call.pieces is not None:
                 self.observe_packed(run, record, stepping, query, key, value, scaling)
@@ -269,11 +270,12 @@ class TowerSide:
                 held.clear()
         run.encoder.observe(stepping, taken)
 
-    def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def observe_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute the signals wanted of the projector."""
         run = _RUN.get()
         if run is None:
             return
+        parallel.check_running(self.family, self.parts, module)
         with torch.no_grad(), run.clock.span(args[0].device):
             tap = ProjectionTap(args[0], self.projection.function, run.encoder.valid)
             for need in self.projected:

@@ -128,6 +128,7 @@ RELIANCE: dict[str, str] = {
     "`generate(prefill_chunk_size=, cache_implementation=, generation_config=)`": "read to refuse what cannot work",
     "`gradient_checkpointing`, `training`": "of layers; whether hooks run again is seen from `GradientCheckpointingLayer`",
     "`last_hidden_state`": "of text models: expanded to logical length",
+    "`num_attention_heads` (`num_heads`), `num_hidden_layers`": "compared with what a rank has, where there are several ranks",
 }
 """What else vtc relies on, and how."""
 
@@ -570,6 +571,9 @@ EAGER, SDPA = "eager", "sdpa"
 FLASH = "flash"
 """What the names of FlashAttention's implementations contain; transformers looks for it, too."""
 _REFUSED = ("flex", "paged")
+LAYERS = "num_hidden_layers"
+_HEADS = ("num_attention_heads", "num_heads")
+"""What configurations call the number of query heads; the second in towers that pack all images in one sequence."""
 
 
 def implementations() -> list[str]:
@@ -580,6 +584,12 @@ def implementations() -> list[str]:
 def attention_of(config: Any) -> str:
     """Return the name of the attention implementation a configuration asks for."""
     return getattr(config, IMPLEMENTATION, None) or EAGER
+
+
+def heads_of(attention: nn.Module) -> int | None:
+    """Return how many query heads the configuration of an attention module says it has; ``None``: it does not say."""
+    config = getattr(attention, "config", None)
+    return next((n for n in (getattr(config, name, None) for name in _HEADS) if isinstance(n, int)), None)
 
 
 def is_flash(implementation: str) -> bool:

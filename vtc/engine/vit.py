@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage, explained, settle
+from vtc.engine import parallel
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.handle import BaseHandle
 from vtc.errors import NotReducedError, UnsupportedFeatureError
@@ -31,6 +32,7 @@ class VitHandle(BaseHandle):
     def attach(self, model: nn.Module) -> None:
         """Wrap ``forward_features`` of the instance, and hook the blocks."""
         family, part, undo = self.family, self.reducer, self._undo
+        undo.pre_hook(model, self.check_original)
         self.wrap(model, "forward_features", self.forward_features)
         for name in ("forward_intermediates", "get_intermediate_layers"):
             if hasattr(model, name):
@@ -44,7 +46,7 @@ class VitHandle(BaseHandle):
             undo.pre_hook(family.layers[part.tower_layer], self.pool)
         for i, needs in wanted.items():
             if needs:
-                family.tap(family.attention[i], functools.partial(self.observe, needs), undo.hook)
+                family.tap(family.attention[i], functools.partial(self.observe, family.attention[i], needs), undo.hook)
         for layer in family.layers:  # behind the hooks that shorten: what a block is given
             undo.pre_hook(layer, self.count)
 
@@ -52,6 +54,10 @@ class VitHandle(BaseHandle):
         """Put a wrapper around a method of the instance."""
         original = getattr(model, name)
         self._undo.attribute(model, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    def check_original(self, module: nn.Module, _args: Any) -> None:
+        """Refuse replicas, whose wrapped methods are the original's."""
+        parallel.check_original(module, self._model())
 
     def current(self) -> EncoderRun | None:
         """State of this model's pass under way."""
@@ -88,11 +94,12 @@ class VitHandle(BaseHandle):
         self.account(run)
         return out
 
-    def observe(self, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    def observe(self, attention: nn.Module, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Compute the signals wanted of one block."""
         run = self.current()
         if run is None:
             return
+        parallel.check_running(self.family, self.reducer.parts(), attention)
         with torch.no_grad(), run.clock.span(query.device):
             head = int(self.family.facts.has_cls)
             mask = None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Facts, Kind, Layout, Stage
-from vtc.errors import UnsupportedModelError
+from vtc.errors import UnsupportedFeatureError, UnsupportedModelError
 
 SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on all of them"
 NO_BRANCH = "which vtc does not know how to reach between attention and MLP here"
@@ -208,6 +208,11 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if not hasattr(text, "layers") and hasattr(text, "model"):
         text = text.model
     require(getattr(text, "layers", None), "decoder layers", model)
+    if any(layer is None or isinstance(layer, nn.Identity) for layer in text.layers):
+        raise UnsupportedFeatureError(
+            f"{type(text).__name__} has only some of its decoder layers on this rank (pipeline parallelism), and a reducer needs "
+            "them all: load the model whole on every rank, or spread it with tensor parallelism"
+        )
     types = set(getattr(text.config, "layer_types", None) or ())
     odd = types - {"full_attention", "sliding_attention", "chunked_attention"}
     if odd:
