@@ -57,13 +57,14 @@ def dying(after):
         return call
     Path.replace, os.fsync, FakeWorker.answers = wrap(Path.replace), wrap(os.fsync), wrap(FakeWorker.answers)
 
-def child(store, seconds, after=None):
+def child(store, after=None, meet=None):
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
             dying(after)
-            outcome = sweep.run(Store(store, create=True), Console(quiet=True), executor=fake_executor(place / "log", seconds))
+            executor = fake_executor(place / "log", meet=meet)
+            outcome = sweep.run(Store(store, create=True), Console(quiet=True), executor=executor)
             code = 0 if outcome.failed == 0 else 2
         finally:
             os._exit(code)
@@ -83,24 +84,24 @@ def whole(store):
 KILLS = """
 place = root / "kills"
 place.mkdir()
-assert ended(child(place / "whole", 0)) == 0
+assert ended(child(place / "whole")) == 0
 (place / "log").unlink()
 draw, finished = random.Random(7), set()
 for kill in range(1, 21):
-    assert ended(child(place / "killed", 0, draw.randint(1, 30))) == -signal.SIGKILL
+    assert ended(child(place / "killed", draw.randint(1, 30))) == -signal.SIGKILL
     now = whole(place / "killed")
     assert finished <= now, "a finished cell was lost"
     begun = len((place / "log").read_text().splitlines()) if (place / "log").exists() else 0
     assert begun - len(now) <= kill, "more than the cell in flight was lost"
     finished = now
 (root / "finished").write_text(str(len(finished)))
-assert ended(child(place / "killed", 0)) == 0
+assert ended(child(place / "killed")) == 0
 """
 
 TWO = """
 place = root / "two"
 place.mkdir()
-first, second = child(place / "shared", 0.02), child(place / "shared", 0.02)
+first, second = child(place / "shared", meet=2), child(place / "shared", meet=2)
 assert ended(first) == 0 and ended(second) == 0
 """
 
@@ -123,6 +124,7 @@ def ran(tmp_path_factory) -> Path:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr
     return place
