@@ -17,6 +17,7 @@ import families_report
 import pytest
 import torch
 import transformers as hf
+from cases import CASES as METHODS
 from family_cases import CASES, DECODER_LAYERS, IMAGE_TOKEN, VIDEO_TOKEN
 from models import build, image_features, image_spans, make_inputs, shared, visual_of
 from pickers import BoundaryPicker, DecoderPicker, marks_of
@@ -215,7 +216,13 @@ def test_every_reducer_runs_or_is_refused(name):
         assert [image.slots for image in images] == slots, reducer
         assert all(image.fired for image in images), reducer
         assert (logits - base)[:, -1].abs().max() > 1e-5, reducer
-        assert all(image.kept <= image.slots for image in images), reducer
+        for image, kept in zip(images, handle.stats.kept, strict=True):
+            last = image.stages[-1]
+            newlines = int((kept.layout.kind[kept.entries] == Kind.NEWLINE).sum())
+            counted = len(kept.entries) - newlines * (handle.reducer.newline_policy in ("all", "with_row"))
+            if last.requested is not None and METHODS[reducer].count != "all":
+                room = min(last.requested, last.before)
+                assert counted == room if METHODS[reducer].count == "exact" else 1 <= counted <= room, reducer
         fewer += sum(image.kept for image in images) < sum(slots)
         ran += 1
     assert ran - 1 <= fewer >= 15  # one brings its tokens back behind the tower
@@ -260,17 +267,21 @@ def test_beams_and_sampling(name):
     beams = dict(max_new_tokens=5, num_beams=3, do_sample=False)
     want = hidden_generate(model, inputs, plan, 3, **beams)
     plain = hidden_generate(model, inputs, type(plan)(), 3, **beams)
-    draws = dict(max_new_tokens=5, num_return_sequences=2, do_sample=True)
+    draws = dict(max_new_tokens=5, num_return_sequences=2, do_sample=True, output_logits=True, return_dict_in_generate=True)
     torch.manual_seed(3)
-    drawn = hidden_generate(model, inputs, plan, 2, **draws)
+    drawn = hidden_generate(model, inputs, plan, 2, **{k: v for k, v in draws.items() if k != "return_dict_in_generate"})
     with vtc.patch(model, PARTS), torch.no_grad():
         got = model.generate(**inputs, return_dict_in_generate=True, output_scores=True, **beams)
-        torch.manual_seed(3)
-        sampled = model.generate(**inputs, **draws)
+        # whatever the seed draws: the same tokens are forced on both, and what they are drawn from is compared
+        forced = model.generate(
+            **inputs, **draws, prefix_allowed_tokens_fn=lambda row, ids: [int(drawn.sequences[row, len(ids)])]
+        )
     assert torch.equal(got.sequences, want.sequences)
     assert (got.sequences_scores - want.sequences_scores).abs().max() < tolerance(name)
     assert (got.sequences_scores - plain.sequences_scores).abs().max() > 2 * tolerance(name)
-    assert torch.equal(sampled, drawn.sequences)
+    assert torch.equal(forced.sequences, drawn.sequences)
+    for step, (mine, theirs) in enumerate(zip(forced.logits, drawn.logits, strict=True)):
+        assert (mine - theirs).abs().max() < tolerance(name), step
 
 
 @families
