@@ -383,7 +383,7 @@ def test_bad_models_and_seeds(line, parts):
         ("[{name: [divprune, fastv], options: {layr: 1}}]", ("reducers[0].options", "no member", "'layr'")),
         ("[[{name: divprune, options: {keep: 9}}]]", ("every member", "sets its own budget")),
         ("[{name: all, options: {layer: 1}}]", ("reducers[0]", "'all' takes no options")),
-        ("[[]]", ("reducers[0].members", "at least 1")),
+        ("[[]]", ("reducers[0]", "at least 1")),
     ],
 )
 def test_bad_compositions(line, parts):
