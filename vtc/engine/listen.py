@@ -14,7 +14,7 @@ from vtc.core import Need, Reducer
 from vtc.engine import parallel, taps, upstream
 from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
-from vtc.engine.rope import rope_of, rotate
+from vtc.engine.rope import positions_for, rope_of, rotate
 from vtc.engine.segment import Segment
 from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call
@@ -164,8 +164,11 @@ class TextTaps:
         held = held_by(call["kv"], i)
         own = Call(call.names, call.args, call.kwargs)
         own.set("hidden", hidden)
-        rotate(self.family.text, ctx, i, own, hidden, seg, None if held is None else held.shift)
-        own.update({"positions": None, "mask": None, "kv": None})
+        before = None if held is None else held.shift
+        rotate(self.family.text, ctx, i, own, hidden, seg, before)
+        own.update(
+            {"positions": positions_for(self.family.text, ctx, call["positions"], seg, before), "mask": None, "kv": None}
+        )
         if "caching" in own.names.roles:
             own.set("caching", False)
         own.kwargs = {**own.kwargs, upstream.CONTEXT: _Preview()}

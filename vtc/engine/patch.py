@@ -117,7 +117,7 @@ class Handle(BaseHandle):
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
         check_cache(upstream.check_generation(self._model(), original, args, kwargs))
-        upstream.check_implementation(self.family.text.config)
+        self.text.check_implementation()
         token = MADE.set([])
         try:
             with self.running():
@@ -193,12 +193,11 @@ def patch(
     else:
         bound = bind(wanted, family.facts)
         upstream.check_cache_classes()
-        upstream.check_implementation(family.text.config)
         parallel.check_stages(family)
         parallel.check(family, bound.parts(), given)
-        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        handle = Handle(model, family, bound, strict)  # what is not there is said before anything runs
+        handle.text.check_implementation()
         ensure(model, family, bound)
-        handle = Handle(model, family, bound, strict)
     try:
         if old is not None:
             old.remove()

@@ -42,7 +42,10 @@ class Segment:
     def rank(self) -> Tensor:
         """``(B, q)`` physical index of the last token held at or before each logical one; negative where there is none."""
         rank = self.kept.cumsum(1) - 1
-        return rank if self.valid is None else rank + (self.valid.shape[1] - self.valid.sum(1, keepdim=True))
+        if self.valid is None:
+            return rank
+        padding = self.valid.shape[1] - self.valid.sum(1, keepdim=True)  # slots in front of the row's first token
+        return torch.where(rank < 0, rank, rank + padding)
 
     @functools.cached_property
     def inverse(self) -> Tensor:

@@ -219,7 +219,34 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has decoder layers of type {sorted(odd)}, which vtc cannot shorten"
         )
+    attentions = [found for layer in text.layers if (found := getattr(layer, "self_attn", None)) is not None]
+    sharing = sum(bool(getattr(attention, "is_kv_shared_layer", False)) for attention in attentions)
+    if sharing:
+        raise UnsupportedModelError(
+            f"{sharing} of the {len(text.layers)} decoder layers of {type(model).__name__} read keys and values that an earlier "
+            "layer stored, and vtc does not follow which tokens are left of those: this model is not supported (those of its kind "
+            "without shared layers are)"
+        )
+    counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)}), None)
+    if counting is not None:
+        raise UnsupportedModelError(
+            f"{type(counting).__name__} counts positions itself, from the length of the KV cache and the tokens it is given, and "
+            "would be wrong about those behind dropped ones: this model is not supported"
+        )
     return base, text
+
+
+_COUNTS = {"get_seq_length", "get_query_offset", "get_mask_sizes"}
+"""What an attention asks the KV cache that scales or biases by positions of its own count (Llama 4, Inkling)."""
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    """Names that a function and all it wraps look up in other objects."""
+    found: tuple[str, ...] = ()
+    while function is not None:
+        found += getattr(getattr(function, "__code__", None), "co_names", ())
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def clip_tower(tower: nn.Module, model: nn.Module) -> tuple[nn.ModuleList, list[nn.Module], bool]:
