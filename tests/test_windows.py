@@ -251,33 +251,42 @@ def test_static_caches_of_windows_are_refused_before_anything_runs(name: str) ->
     assert not ran
 
 
-WINDOW = 34
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
 
 
-def with_text_under(impl: str) -> nn.Module:
-    model = build("mistral3:windowed", text=dict(sliding_window=WINDOW))
+def with_text_under(impl: str, name: str, window: int) -> nn.Module:
+    kinds = {} if name.startswith("mistral3") else dict(use_sliding_window=True, layer_types=MIXED)
+    model = build(name, text=dict(sliding_window=window, **kinds))
     set_attention(model.model.language_model, impl)
     return model
 
 
-def test_flash_attention_within_and_beyond_the_window() -> None:
-    """Decode steps beyond the window are right (its window counts tokens that are there); longer prompts are refused."""
-    parts = [BoundaryPicker(keep=0.3, ragged=True), DecoderPicker(keep=0.2, positions="original")]
-    want_of, model = with_text_under("sdpa"), with_text_under("fake_flash")
-    for batch in ([1], [1, 1]):
-        inputs = make_inputs("mistral3:windowed", model, images=batch)
-        length = inputs["input_ids"].shape[1]
-        assert WINDOW - 6 < length <= WINDOW
-        with vtc.patch(want_of, parts):
-            want = patched_generate(want_of, inputs, 16)
-        with vtc.patch(model, parts):
-            got = patched_generate(model, inputs, 16)
-            assert torch.equal(got[0], want[0]) and (got[1] - want[1]).abs().max() < TOLERANCE
-            longer = make_inputs("mistral3:windowed", model, images=[2])
-            with pytest.raises(UnsupportedFeatureError, match="FlashAttention counts the window.*attn_implementation='sdpa'"):
-                model(**longer)
-            with pytest.raises(UnsupportedFeatureError, match="FlashAttention counts the window"):
-                model(**longer, use_cache=False)
+@pytest.mark.parametrize("images", [[1], [1, 1], [0, 1], "first"], ids=str)
+@pytest.mark.parametrize("name", ["mistral3:windowed", "internvl"])
+def test_flash_attention_within_and_beyond_the_window(name: str, images: list[int] | str) -> None:
+    """Decode steps beyond the window are right (its window counts tokens that are there); longer prompts are refused.
+
+    In the last batches, what has left one row's window stands beside what has not left another's.
+    """
+    parts = [BoundaryPicker(keep=3), DecoderPicker(keep=1, positions="original")]
+    inputs = make_inputs(name, shared(name), images=[1, 1] if images == "first" else images)
+    if images == "first":  # no padding, and the second row begins with its picture
+        ids = inputs["input_ids"][:1]
+        inputs["input_ids"] = torch.cat([ids, ids.roll(-6)])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        inputs |= {"image_sizes": inputs["image_sizes"][:1].repeat(2, 1)} if "image_sizes" in inputs else {}
+    window = inputs["input_ids"].shape[1] + 3
+    want_of, model = with_text_under("sdpa", name, window), with_text_under("fake_flash", name, window)
+    with vtc.patch(want_of, parts):
+        want = patched_generate(want_of, inputs, 24)
+    with vtc.patch(model, parts):
+        got = patched_generate(model, inputs, 24)
+        assert torch.equal(got[0], want[0]) and (got[1] - want[1]).abs().max() < TOLERANCE
+        longer = make_inputs(name, model, images=[3])
+        with pytest.raises(UnsupportedFeatureError, match="FlashAttention counts the window.*attn_implementation='sdpa'"):
+            model(**longer)
+        with pytest.raises(UnsupportedFeatureError, match="FlashAttention counts the window"):
+            model(**longer, use_cache=False)
 
 
 # ------------------------------------------------------------------------------------------------------ one cache layer

@@ -42,6 +42,7 @@ class TextSide:
         self.names = ModelNames.of(family.base, family.text, family.layers)
         self.scaled = any(map(upstream.needs_positions, family.text_attention))
         self.windows = [upstream.window_of(family.text.config, i) for i in range(len(family.layers))]
+        self.alike = len({*self.windows}) == 1
         self.running: dict[int, bool] = {}  # threads inside a forward
         self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
         self.decoder: dict[int, list[Reducer]] = {}
@@ -406,14 +407,17 @@ class TextSide:
         given = {role: call[role] for role in roles}
         hidden, mask = call["hidden"], given["mask"]
         cols, valid, total = self.columns(ctx, layer, seg, mask)
-        window = self.windows[i]
-        if window is not None and total > window and upstream.is_flash(upstream.attention_of(self.family.text.config)):
+        window, flash = self.windows[i], upstream.is_flash(upstream.attention_of(self.family.text.config))
+        if flash and window is not None and total > window:
             cols, valid = self.in_window(ctx, i, layer, window, total)
         if mask is not None or valid is not None:
             call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer)))
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
         call.set("positions", positions_for(self.family.text, ctx, given["positions"], seg, before))
-        if layer is not None and not isinstance(layer, FixedLayer):  # (those run compiled: nothing to save there)
+        told_alike = not flash or self.alike  # else masks say nothing of windows
+        if (
+            layer is not None and told_alike and not isinstance(layer, FixedLayer)
+        ):  # (those run compiled: nothing to save there)
             ctx.step = Step(call.names, layer, seg, before, given, {role: call[role] for role in roles})
 
     @staticmethod
