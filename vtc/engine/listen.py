@@ -127,14 +127,17 @@ class TextTaps:
 
     @staticmethod
     def given(ctx: Context, need: Need, seg: Segment | None) -> dict[str, Tensor]:
-        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``."""
-        out = {}
+        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``; zero (False) where there is no token."""
+        out, (_, valid, _) = {}, tokens_of(ctx, seg)
         for other in need.uses:
             value, held, offset = ctx.tapped[other.key]
             if other.axis == "keys":
                 rows = torch.arange(ctx.q, device=value.device).expand(value.shape[0], -1) if seg is None else seg.rows
-                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)  # padding was held nowhere
+                # a choice: only padding was held nowhere, and any place does for what is set to zero
+                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)
                 value = take(value, at + offset, 1)
+                if ctx.padded if seg is None else seg.valid is not None:
+                    value = value.masked_fill(~valid.view(*valid.shape, *[1] * (value.dim() - 2)), 0)
             out[other.name] = value
         return out
 
