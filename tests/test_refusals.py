@@ -114,7 +114,7 @@ def test_chunked_prefill_in_a_generation_config(how):
     g.refuses(call, UnsupportedFeatureError, "prefill_chunk_size")
 
 
-CACHES = ["quantized", "offloaded", "offloaded_static", "sliding_window", "paged"]
+CACHES = ["quantized", "offloaded", "offloaded_static", "hybrid_chunked", "sliding_window", "paged"]
 if not upstream.fixed_layers_count():  # older static layers write at a logical cache_position
     CACHES.append("static")
 

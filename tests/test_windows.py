@@ -239,7 +239,38 @@ def test_an_emptied_cache_serves_text_and_pictures() -> None:
         assert torch.equal(again.logits, want.logits)
 
 
-# ------------------------------------------------------------------------------------------------------ static and flash
+# ----------------------------------------------------------------------------------------- hybrid, static and flash
+@pytest.mark.parametrize("where", ["generation_config", "config"])
+@pytest.mark.parametrize("name", [n for n in WINDOWED if n != "gemma4"])
+def test_a_hybrid_cache_of_the_models_files_is_what_transformers_makes_of_it(name: str, where: str) -> None:
+    """Gemma 3, Aya-Vision and Command-A-Vision ship with ``cache_implementation: hybrid``, which stands for nothing now."""
+    model = build(name, text=dict(cache_implementation="hybrid") if where == "config" else {})
+    if where == "generation_config":
+        model.generation_config.cache_implementation = "hybrid"
+    inputs = make_inputs(name, model)
+    with vtc.patch(model_of(name), PARTS["both"]):
+        want = patched_generate(model_of(name), inputs, 6)
+    with vtc.patch(model, PARTS["both"]):
+        assert model.generation_config.cache_implementation == "hybrid"
+        got = patched_generate(model, inputs, 6)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+    assert {type(layer) for layer in got[2].past_key_values.layers} <= {PrunedLayer, PrunedSlidingLayer}
+
+
+def test_a_hybrid_cache_that_the_call_asks_for() -> None:
+    """Newer releases take it for unset there, too; 4.57 makes a static cache of it, which is refused before anything runs."""
+    model, ran = model_of("gemma3"), []
+    inputs = make_inputs("gemma3", model)
+    hook = model.model.vision_tower.register_forward_pre_hook(lambda *_: ran.append(1))
+    with vtc.patch(model, PARTS["boundary"]), torch.no_grad():
+        try:
+            model.generate(**inputs, max_new_tokens=2, cache_implementation="hybrid")
+            assert ran
+        except UnsupportedFeatureError as error:
+            assert not ran and "StaticSlidingWindowLayer" in str(error)
+    hook.remove()
+
+
 @pytest.mark.parametrize("name", WINDOWED)
 def test_static_caches_of_windows_are_refused_before_anything_runs(name: str) -> None:
     model, ran = model_of(name), []

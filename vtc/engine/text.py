@@ -411,7 +411,8 @@ class TextSide:
         if flash and window is not None and total > window:
             cols, valid = self.in_window(ctx, i, layer, window, total)
         if mask is not None or valid is not None:
-            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer)))
+            static = isinstance(layer, FixedLayer)
+            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, window, static))
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
         call.set("positions", positions_for(self.family.text, ctx, given["positions"], seg, before))
         told_alike = not flash or self.alike  # else masks say nothing of windows
@@ -484,10 +485,16 @@ class TextSide:
         valid: Tensor | None,
         total: int,
         seg: Segment | None,
+        window: int | None,
         static: bool,
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
+        if isinstance(mask, Tensor) and window is None and mask.shape[-1] != total:
+            raise UnsupportedFeatureError(
+                f"an attention mask covers {mask.shape[-1]} tokens where there are {total}: pass one for all tokens, those in the "
+                "KV cache included"
+            )
         if static and upstream.is_flash(implementation):
             raise UnsupportedFeatureError(
                 "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"

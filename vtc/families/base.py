@@ -496,14 +496,14 @@ def anyres_layouts(
     rows, cols = grid
     per, wide = rows * cols, max(shape[1], 1)
     entry = torch.arange(n * per)
-    crop = (entry // per - 1).clamp(min=0)
+    crop = (entry // per - 1).clamp(min=0)  # a choice: the thumbnail is no crop, and has its own places below
     y, x = entry % per // cols, entry % per % cols
     y = torch.where(entry >= per, y + crop // wide * rows, y)
     x = torch.where(entry >= per, x + crop % wide * cols, x)
     told = torch.stack([entry >= per, y, x], -1).double().view(n, per, 3)
     packed = (pack(told, torch.full((3,), -1.0, dtype=torch.float64)) + 0.5).floor().long()
     new = packed[:, 0] < 0  # newlines
-    inside, down, across = packed.clamp(min=0).unbind(-1)
+    inside, down, across = packed.clamp(min=0).unbind(-1)  # a choice: newlines have no place, and take none
     view = inside * (1 + down // rows * wide + across // cols)
     at = torch.where(new, 0, view * per + down % rows * cols + across % cols)
     before = torch.where(new, torch.roll(at, 1), at)  # a newline closes the stitched row of the token before it
