@@ -852,6 +852,11 @@ class EncoderMerger(EncoderReducer):
         """Whether attention counts a token as often as it has patches (the logarithm of its size is added to its logits)."""
         return True
 
+    @property
+    def weighs_pool(self) -> bool:
+        """Whether a head that averages the tokens of a vision transformer counts each as often as it has patches."""
+        return False
+
     def bind(self, facts: Facts) -> Reducer:
         """Refuse towers whose layers cannot merge."""
         if facts.no_merging:

@@ -225,6 +225,11 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
                 f"'{part.name}': layer {part.layer} is out of range, use {facts.first_layer}..{facts.layers - 1} (reducers before "
                 "the first layer act at the boundary)"
             )
+        if getattr(part, "weighs_pool", False):
+            raise UnknownArgumentError(
+                f"'{part.name}': a head's average is weighted by size in a vision transformer without language model only: drop "
+                "the option"
+            )
         if part.position_policy == "compact" and facts.mrope:
             raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")
         for need in part.needs:

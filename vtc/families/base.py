@@ -151,6 +151,10 @@ class Transformer:
     tap : callable
         ``tap(attention, observe, hook)`` makes ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, be called whenever the attention
         module runs; ``hook(module, function)`` registers a forward hook.
+    pooling : str
+        Method of the model that averages the tokens behind the last block into one vector; empty where its head does otherwise.
+    average : callable
+        What it computes, with weights: the tokens ``(B, N, D)`` and the weights of the patches ``(B, n)`` to ``(B, D)``.
     """
 
     name: str
@@ -160,6 +164,8 @@ class Transformer:
     facts: Facts
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
     tap: Callable[[nn.Module, Observe, Callable[[nn.Module, Callable[..., Any]], None]], None]
+    pooling: str = ""
+    average: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
