@@ -565,6 +565,8 @@ class Reducer:
     wants_text: ClassVar[bool] = False
     wants_cls: ClassVar[bool] = False
     wants_fingerprint: ClassVar[bool] = False
+    wants_clips: ClassVar[bool] = False
+    """The method compares the frames of a clip; a picture alone gives it nothing to go by."""
     kind: ClassVar[str] = "select"
     name: ClassVar[str] = ""
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -192,6 +193,13 @@ def patch(
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
+        for part in bound.parts():
+            if part.wants_clips and family.frames:
+                warnings.warn(
+                    f"'{part.name}' compares the frames of a clip, and to '{family.name}' they are {family.frames}, each a picture of "
+                    "its own: the tokens of every frame are spread evenly",
+                    stacklevel=2,
+                )
         upstream.check_cache_classes()
         parallel.check_stages(family)
         parallel.check(family, bound.parts(), given)

@@ -101,6 +101,8 @@ class Family:
         ``describe`` takes: for counting tokens without pictures.
     unit : str
         What ``get_image_features`` takes for one image, and budgets therefore count.
+    frames : str
+        What the frames of a video are where the model takes videos and is told no clips; empty otherwise.
     between_layers : tuple of str
         Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
         ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
@@ -128,6 +130,7 @@ class Family:
     between_layers: tuple[str, str] | None = None
     example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None
     unit: str = "image"
+    frames: str = ""
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
 
@@ -351,6 +354,7 @@ def assemble(
     between_layers: tuple[str, str] | None = None,
     example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None,
     unit: str = "image",
+    frames: str = "",
     merger: nn.Module | None = None,
     **facts: Any,
 ) -> Family:
@@ -383,6 +387,7 @@ def assemble(
         between_layers=between_layers,
         example=example,
         unit=unit,
+        frames=frames,
         merger=merger,
     )
 
