@@ -99,6 +99,10 @@ def build(
         try:
             model = make()
         except Exception as error:
+            if not makes and "Unrecognized configuration class" in str(error):
+                raise UnverifiableError(
+                    f"transformers has no AutoModelForImageTextToText of type '{config.model_type}': only such models are checked"
+                ) from None
             raise UnverifiableError(f"a small {_name(kind, config)} cannot be built: {said(error)}") from error
         finally:
             torch.set_default_dtype(before)
