@@ -440,7 +440,7 @@ class _Checks:
             at = int((~(errors <= limit)).long().argmax())
             where = "the prefill" if at == 0 else f"decode step {at}"
             text = f"{prompt.name}: logits differ from {where} on (dropping moves them by {effect:.1e})"
-            return run("failed", "; ".join([text, *long]), error, limit)
+            return run("failed", "; ".join([text, *self.arguments(name, layer, got, 0)]), error, limit)
         if not self.greedy(wanted, got.tokens[:, :steps], limit):
             return run("failed", f"{prompt.name}: generate chose another token than the likeliest", error, limit)
         text = f"half of the visual tokens dropped, prefill and {steps - 1} decode steps equal the reference"
@@ -523,7 +523,7 @@ class _Checks:
         return found
 
     def arguments(self, name: str, layer: int, got: _Observed, held: int) -> list[str]:
-        """What is wrong with the arguments of the layers that run on fewer tokens; ``held`` 0: the run failed."""
+        """What is wrong with the arguments of the layers that run on fewer tokens; ``held`` 0: name what is gone, too."""
         length = self.bench.prompts[name].kinds.shape[1]
         long: dict[str, int] = {}
         lost: dict[str, int] = {}
@@ -538,13 +538,13 @@ class _Checks:
                     held and any(a < len(shapes[argument]) and shapes[argument][a] != held for a in axes)
                 ):
                     long.setdefault(argument, i)
-        said = [f"'{a}' of decoder layer {i} is not shortened with the tokens" for a, i in long.items()]
+        wrong = [f"'{a}' of decoder layer {i} is not shortened with the tokens" for a, i in long.items()]
         if not held:
             names = {a: i for a, i in lost.items() if a.partition("[")[0] != "attention_mask"}
-            said += [
+            wrong += [
                 f"the unpatched model gives '{a}' to decoder layer {i}, the patched one does not" for a, i in names.items()
             ]
-        return said
+        return wrong
 
     def shortened(self, layer: int) -> str:
         """Say which arguments were looked at."""
