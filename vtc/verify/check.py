@@ -622,7 +622,11 @@ def verify(model: Any, *, stages: Sequence[str] = STAGES) -> Verdict:
             except UnverifiableError as error:
                 items = [Item("small copy", "not checked", str(error))]
                 items += [Item(stage, "not checked", "there is no small copy", stage) for stage in stages]
-                name = kind.__name__ if kind is not None else (getattr(config, "architectures", None) or ["?"])[0]
+                name = (
+                    kind.__name__
+                    if kind is not None
+                    else (getattr(config, "architectures", None) or [type(config).__name__])[0]
+                )
             else:
                 items, name = _Checks(bench, stages).run(), type(bench.twin.model).__name__
     finally:
