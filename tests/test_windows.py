@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers as hf
 from family_cases import CASES, OTHERS
 from models import build, make_inputs, set_attention, shared
 from pickers import BoundaryPicker, DecoderPicker, marks_of
@@ -141,6 +142,10 @@ def test_turns(name: str, more: tuple[int, ...]) -> None:
         return torch.stack(got, 1), ends
 
     cache, whole_cache = DynamicCache(config=model.config), DynamicCache()
+    if name == "gemma3" and hf.__version__ < "5":  # which takes no picture behind a cache
+        with torch.no_grad(), pytest.raises(IndexError):
+            talk(cache)
+        return
     with torch.no_grad(), vtc.patch(model, PARTS["both"]):
         got, ends = talk(cache)
         assert (got - talk(whole_cache)[0]).abs().max() < TOLERANCE

@@ -104,6 +104,7 @@ class Context:
     fired: set[int] = field(default_factory=set)
     per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
+    positions: Tensor | None = None  # of the text model, where its layers need not be given them
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
     windows: list[PrunedSlidingLayer] = field(

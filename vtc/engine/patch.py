@@ -196,8 +196,8 @@ def patch(
         for part in bound.parts():
             if part.wants_clips and family.frames:
                 warnings.warn(
-                    f"'{part.name}' compares the frames of a clip, and to '{family.name}' they are {family.frames}, each a picture of "
-                    "its own: the tokens of every frame are spread evenly",
+                    f"'{part.name}' compares the frames of a clip, and to '{family.name}' they are {family.frames}, each a picture "
+                    "of its own: the tokens of every frame are spread evenly",
                     stacklevel=2,
                 )
         upstream.check_cache_classes()

@@ -37,6 +37,8 @@ def rotate(
         return
     kind, positions = upstream.layer_type(text.config, i), call["positions"]
     if positions is None:
+        positions = ctx.positions
+    if positions is None:
         raise UnsupportedFeatureError(
             f"{call.names.kind.__name__} is given no positions, which vtc would have to compact: pass positions='original'"
         )

@@ -41,6 +41,7 @@ class TextSide:
         self.parts = parts
         self.names = ModelNames.of(family.base, family.text, family.layers)
         self.scaled = any(map(upstream.needs_positions, family.text_attention))
+        self.untold = any("positions" not in names.roles for names in self.names.layers)
         self.windows = [upstream.window_of(family.text.config, i) for i in range(len(family.layers))]
         self.alike = len({*self.windows}) == 1
         self.running: dict[int, bool] = {}  # threads inside a forward
@@ -183,6 +184,9 @@ class TextSide:
             ctx = Context(q=tokens.shape[1])
         else:
             CURRENT.set(None)
+        if self.untold:
+            ctx.positions = self.counted(call, embeds if embeds is not None else call.beside("ids"))
+        if ctx.visual is not None:
             if ctx.peers is not None:
                 parallel.check_states(embeds, ctx.q, "the text model")
             ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
@@ -190,6 +194,15 @@ class TextSide:
             if ctx.current is not None and self.family.between_layers is not None:
                 call.kwargs = {**call.kwargs, **shorten_between(ctx, call.kwargs, *self.family.between_layers)}
         return call.args, {**call.kwargs, CONTEXT: ctx}
+
+    @staticmethod
+    def counted(call: Call, tokens: Tensor) -> Tensor:
+        """Return the positions of this forward, for layers that may not be given them (4.57's Cohere 2)."""
+        cache, given = call["kv"], call["positions"]
+        if given is not None:
+            return given
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        return torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
 
     def shortcut(self, call: Call, tokens: Tensor) -> bool:
         """Whether a forward without new images needs no work in the layers; its positions are shifted here where that is all.
