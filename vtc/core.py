@@ -709,6 +709,10 @@ class Schedule(Reducer):
         raise TypeError(f"{type(self).__name__} does not implement parts()")
 
 
+class Usual(int):
+    """The decoder layer a method acts at where nobody asks for one: on a model that allows only later ones, its first possible."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compose(Schedule):
     """Several reducers at different stages, for example ``divprune`` before the language model and ``fastv`` inside it."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vtc import _window
-from vtc.core import Compose, Facts, Need, Reducer, Stage
+from vtc.core import Compose, Facts, Need, Reducer, Stage, Usual
 from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
@@ -221,6 +221,7 @@ def patch(
 
 def bind(reducer: Reducer, facts: Facts) -> Reducer:
     """Resolve a reducer for a model; raise where stage, layer, signal or positions cannot be served."""
+    reducer = late_enough(reducer, facts.first_layer)
     bound = (keep_positions(reducer) if facts.mrope else reducer).bind(facts)
     for part in bound.parts():
         reason = facts.stages.get(part.stage, "not known to this adapter")
@@ -274,6 +275,14 @@ def check_signal(need: Need, facts: Facts) -> None:
             f"signal '{need.name}' is read from tower layer {used.layer}, where attention sees only a window: choose one of the "
             f"layers {', '.join(whole)} where the method has an option for it"
         )
+
+
+def late_enough(reducer: Reducer, first: int) -> Reducer:
+    """Return a reducer whose decoder layer, where it is not asked for, is not before the ``first`` that can be shortened."""
+    if isinstance(reducer, Compose):
+        return dataclasses.replace(reducer, members=tuple(late_enough(m, first) for m in reducer.members))
+    moves = isinstance(reducer.layer, Usual) and reducer.layer < first
+    return dataclasses.replace(reducer, layer=first) if moves else reducer  # type: ignore[call-arg]
 
 
 def keep_positions(reducer: Reducer) -> Reducer:
