@@ -398,6 +398,13 @@ def _cohere(name: str, words: dict[str, Any], eyes: dict[str, Any], over: dict[s
     return getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")(**(shared | over))
 
 
+def _pixtral(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    tower = hf.PixtralVisionConfig(**eyes | dict(image_size=32, patch_size=8))
+    shared = IDS | dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+    shared |= dict(text_config=hf.MistralConfig(**({"sliding_window": None} | words)), vision_config=tower)
+    return hf.LlavaForConditionalGeneration, hf.LlavaConfig(**(shared | over))
+
+
 SCALED = dict(rope_type="yarn", type="yarn", rope_theta=10000.0, factor=16.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0)
 SCALED |= dict(mscale_all_dim=1.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.5)
 """Queries grow with their position, as Ministral 3's do; from the eighth token on instead of the 16384th."""
@@ -447,6 +454,7 @@ def _seen_both_ways(ids: Tensor, prompt: int) -> dict[str, Tensor]:
 
 OTHERS: dict[str, Case] = {
     "mistral3:windowed": Case("mistral3", _windowed, _mixed_sizes, _one_sized, _broken_rows),
+    "pixtral": Case("llava", _pixtral, _mixed_sizes, _one_sized, _broken_rows),
     "aya_vision": Case("aya_vision", functools.partial(_cohere, "AyaVision"), _plain(32)),
 }
 if hasattr(hf, "Cohere2VisionConfig"):

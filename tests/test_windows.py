@@ -27,7 +27,7 @@ from vtc.errors import UnsupportedFeatureError
 
 pytestmark = pytest.mark.filterwarnings("ignore:models of type")
 EVERY = [*CASES, *OTHERS]
-WINDOWED = ["gemma3", *(n for n in OTHERS if n not in ("ministral3", "mistral4"))]
+WINDOWED = ["gemma3", *(n for n in OTHERS if n not in ("ministral3", "mistral4", "pixtral"))]
 """Families whose tiny models have windows shorter than their prompts."""
 PARTS = {
     "boundary": [BoundaryPicker(keep=0.4, ragged=True)],

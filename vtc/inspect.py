@@ -6,8 +6,6 @@ Nothing here downloads: a model is a folder, ``"pocket"``, or a hub id that is a
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +17,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from vtc.families.base import Family
+    from vtc.counts import Count
+    from vtc.families.base import Family, Retriever
 
 POCKET = "pocket"
 SIDE = 448
@@ -107,22 +106,62 @@ def load_config(model: str) -> Any:
     InputFileError
         Nothing of that name here.
     UnsupportedModelError
-        A configuration the installed transformers does not know.
+        A configuration that the installed transformers does not know, or that is not complete.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     place = locate(model)
     try:
-        return AutoConfig.from_pretrained(place, local_files_only=True)
+        fields, _ = PretrainedConfig.get_config_dict(place, local_files_only=True)
+        kind = fields.get("model_type")
+        if not kind:
+            raise UnsupportedModelError(
+                f"the config.json of '{model}' has no model_type: give the folder or hub id of a transformers model"
+            )
+        _check_native(model, kind, fields)
+        return AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     except OSError:
         if Path(place).is_dir():
             raise InputFileError(f"the config.json of '{model}' cannot be read: save or download the model again") from None
         raise InputFileError(
             f"no model '{model}' here: give a folder, '{POCKET}', or a hub id that is in the local cache (`hf download {model}`)"
         ) from None
-    except (ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"the configuration of '{model}' cannot be read by this transformers: {first}") from None
+    except VtcError:
+        raise
+    except Exception as error:  # what a file says may break anywhere in transformers
+        raise UnsupportedModelError(
+            f"the config.json of '{model}' is not complete, or not one of a '{kind}' that this transformers knows "
+            f"({first_line(error)}): save or download the model again"
+        ) from None
+
+
+def _check_native(model: str, kind: str, fields: dict[str, Any]) -> None:
+    """Refuse a type of model that transformers has no class for: the code beside its weights is never run."""
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as installed
+
+    if kind in CONFIG_MAPPING:
+        return
+    if fields.get("auto_map"):
+        raise UnsupportedModelError(
+            f"'{model}' is a '{kind}', whose code lies beside its weights, and vtc hooks into the classes of transformers only: "
+            "use the version of this checkpoint that was converted to them (its name often ends in -hf)"
+        )
+    raise UnsupportedModelError(
+        f"'{model}' is a '{kind}', which transformers {installed} does not have: use a release that has it (`vtc doctor` lists "
+        "what vtc supports)"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the kind and the first line of an error of somebody else's."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line}"[:200]
+
+
+def vision_language(config: Any) -> Any:
+    """Return the configuration of the model that reads pictures and writes text: the thinker of one that speaks, too."""
+    return getattr(config, "thinker_config", config)
 
 
 def skeleton(config: Any) -> Any:
@@ -131,18 +170,33 @@ def skeleton(config: Any) -> Any:
     Raises
     ------
     UnsupportedModelError
-        Not a vision-language model.
+        Not a vision-language model, or a configuration no model can be built from.
     """
     import torch
-    from transformers import AutoModelForImageTextToText
+    import transformers
 
+    named = next(iter(getattr(config, "architectures", None) or ()), "")
+    inside = vision_language(config)
+    kind = config.model_type
+    if inside is not config:
+        raise UnsupportedModelError(
+            f"a '{kind}' speaks, too: patch `model.thinker`, a '{inside.model_type}', which reads the pictures and writes the text"
+        )
+    make = transformers.AutoModelForImageTextToText.from_config
+    if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        if not named.endswith("ForRetrieval") or not hasattr(transformers, named):
+            raise UnsupportedModelError(
+                f"a '{kind}' is not a vision-language model: give one that AutoModelForImageTextToText can load, such as "
+                "a LLaVA (`vtc doctor` lists the supported families)"
+            )
+        make = getattr(transformers, named)
     try:
         with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
-    except ValueError:
+            return make(config)
+    except Exception as error:  # what a file says may break anywhere in transformers
         raise UnsupportedModelError(
-            f"a '{config.model_type}' is not a vision-language model: give one that AutoModelForImageTextToText can load, such as "
-            "a LLaVA (`vtc doctor` lists the supported families)"
+            f"no '{kind}' can be built from this configuration ({first_line(error)}): its config.json is not complete, or made for "
+            "another release of transformers"
         ) from None
 
 
@@ -228,12 +282,12 @@ class Report:
     ----------
     model, model_type, architecture : str
         As given, ``config.model_type``, class name.
-    family : Family
+    family : Family or Retriever
         The adapter's description of the weightless model.
     image_size : tuple of int or None
         Width and height of the image the token count is for.
-    slots, views : int or None
-        Visual tokens and views of one image.
+    count : Count
+        Visual tokens of one image.
     reducers : dict
         Registered reducers: ``""`` if it runs on this model, else why not.
     """
@@ -241,23 +295,34 @@ class Report:
     model: str
     model_type: str
     architecture: str
-    family: Family
+    family: Family | Retriever
     image_size: tuple[int, int] | None
-    slots: int | None
-    views: int | None
+    count: Count
     reducers: dict[str, str]
+
+    @property
+    def retriever(self) -> bool:
+        """Whether the model makes vectors of documents, and writes no text."""
+        return not hasattr(self.family, "facts")
+
+    @property
+    def budgeted(self) -> int | None:
+        """Visual tokens that a budget is a share of: those of the image, or of one of its tiles or crops."""
+        return self.count.tokens if self.family.unit == "image" else self.family.facts.tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        facts = self.family.facts
+        named = {"model": self.model, "model_type": self.model_type, "architecture": self.architecture}
+        if self.retriever:
+            return {**named, "family": self.family.name, "retriever": True, "reducers": self.reducers}
+        facts, count = self.family.facts, self.count
         return {
-            "model": self.model,
-            "model_type": self.model_type,
-            "architecture": self.architecture,
+            **named,
             "family": facts.family,
+            "adapter": not self.family.probed,
             "decoder": {"type": self.family.text.config.model_type, "layers": facts.layers},
             "tower": {
-                "type": getattr(self.family.tower.config, "model_type", type(self.family.tower).__name__),
+                "type": getattr(getattr(self.family.tower, "config", None), "model_type", type(self.family.tower).__name__),
                 "layers": facts.encoder_layers,
                 "feature_layer": facts.feature_layer,
                 "grid": list(facts.grid),
@@ -267,11 +332,14 @@ class Report:
             "signals": sorted(facts.provides),
             "stages": {stage.value: reason for stage, reason in facts.stages.items()},
             "image_size": list(self.image_size) if self.image_size else None,
-            "visual_tokens": self.slots,
+            "visual_tokens": count.tokens,
+            "unknown_since": count.why,
             "unit": self.family.unit,
+            "units": count.pieces,
+            "tokens_per_unit": self.budgeted,
             "video": self.family.describe_video is not None,
             "frames": self.family.frames,
-            "views": self.views,
+            "views": count.views,
             "max_visual_tokens": facts.max_tokens,
             "reducers": self.reducers,
         }
@@ -293,41 +361,46 @@ def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
     InputFileError, UnsupportedModelError
         Not found, or not supported.
     """
+    from vtc.counts import Count, count
     from vtc.families import family_of
+    from vtc.families.base import Family
 
     config = load_config(model)
     skeletal = skeleton(config)
-    family = family_of(skeletal)
+    kind, family = type(skeletal).__name__, family_of(skeletal)
+    if not isinstance(family, Family):
+        reasons = {name: reason_against_vectors(name) for name in _names()}
+        return Report(model, config.model_type, kind, family, None, Count(), reasons)
     size = image_size
-    if size is None and family.facts.tokens is None:  # depends on the picture: count for a common one
+    if size is None and (family.facts.tokens is None or family.unit != "image"):  # it matters: count for a common one
         side = config.vision_config.image_size if family.facts.anyres else SIDE
         size = (side, side)
-    slots, views = visual_tokens(family, size or (SIDE, SIDE), processor_settings(model))
+    counted = count(family, size or (SIDE, SIDE), locate(model))
     reasons = {name: reason_against(name, family.facts) for name in _names()}
-    return Report(model, config.model_type, type(skeletal).__name__, family, size, slots, views, reasons)
+    if family.probed:
+        reasons |= _checked(skeletal, family.facts, [name for name, reason in reasons.items() if not reason])
+    return Report(model, config.model_type, kind, family, size, counted, reasons)
 
 
-def visual_tokens(family: Family, size: tuple[int, int], processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return visual tokens and views of an image of ``size`` (width, height), from the adapter's own description.
+def _checked(skeletal: Any, facts: Facts, names: list[str]) -> dict[str, str]:
+    """Return why reducers would be refused after the check of a small copy that a model without an adapter has to pass."""
+    from vtc.engine.patch import bind
+    from vtc.registry import create
+    from vtc.verify.memory import refusals
 
-    ``processor``: settings of the image processor where they are known; its usual ones otherwise.
-    """
-    if family.example is None:
-        return None, None
-    width, height = size
-    call = family.describe(family.example(height, width, processor))
-    return len(call.slots[0]), call.views[0]
+    return refusals(skeletal, {name: bind(create(name, keep=0.5), facts) for name in names})
 
 
-def processor_settings(model: str) -> dict[str, Any]:
-    """Return the content of a model's ``preprocessor_config.json``, empty if it has none here."""
-    from transformers.utils import cached_file
+def reason_against_vectors(reducer: str) -> str:
+    """Return why a reducer cannot run on the vectors of a retriever (at half of them, default options), or ``""``."""
+    from vtc.registry import create
+    from vtc.retrieval import check_vector_reducer
 
     try:
-        path = cached_file(locate(model), "preprocessor_config.json", local_files_only=True)
-        return json.loads(Path(path).read_text())
-    except (OSError, TypeError, ValueError):  # not there, not in the cache, not JSON
-        return {}
+        check_vector_reducer(create(reducer, keep=0.5))
+    except VtcError as error:
+        return str(error)
+    return ""
 
 
 def _names() -> list[str]:

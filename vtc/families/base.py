@@ -21,6 +21,11 @@ NO_BRANCH = "which vtc does not know how to reach between attention and MLP here
 RECORDED = "whose outputs this release of transformers records before hooks can change them (upgrade transformers to 5)"
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
 
+
+class UnshortenableError(UnsupportedModelError):
+    """Decoder layers that cannot run on fewer tokens, of a model that is otherwise one vtc could serve."""
+
+
 Observe = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
@@ -97,8 +102,12 @@ class Family:
     describe_video : callable or None
         The same as ``describe`` for ``get_video_features``; ``None`` where there are no videos.
     example : callable or None
-        ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
-        ``describe`` takes: for counting tokens without pictures.
+        Height and width of a picture to the arguments ``describe`` takes, where they follow from the model's configuration: for
+        counting tokens without a processor (see :mod:`vtc.counts`).
+    processing : mapping
+        What the model's processor tells its image processor beside that one's own settings.
+    probed : bool
+        No adapter knows this kind of model: its structure was looked at.
     unit : str
         What ``get_image_features`` takes for one image, and budgets therefore count.
     frames : str
@@ -128,7 +137,9 @@ class Family:
     video_token_ids: tuple[int, ...] = ()
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None
     between_layers: tuple[str, str] | None = None
-    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None
+    example: Callable[[int, int], dict[str, Any]] | None = None
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    probed: bool = False
     unit: str = "image"
     frames: str = ""
     merger: nn.Module | None = None
@@ -231,14 +242,14 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     attentions = [found for layer in text.layers if (found := getattr(layer, "self_attn", None)) is not None]
     sharing = sum(bool(getattr(attention, "is_kv_shared_layer", False)) for attention in attentions)
     if sharing:
-        raise UnsupportedModelError(
+        raise UnshortenableError(
             f"{sharing} of the {len(text.layers)} decoder layers of {type(model).__name__} read keys and values that an earlier "
             "layer stored, and vtc does not follow which tokens are left of those: this model is not supported (those of its kind "
             "without shared layers are)"
         )
     counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)}), None)
     if counting is not None:
-        raise UnsupportedModelError(
+        raise UnshortenableError(
             f"{type(counting).__name__} counts positions itself, from the length of the KV cache and the tokens it is given, and "
             "would be wrong about those behind dropped ones: this model is not supported"
         )
@@ -310,13 +321,6 @@ def grid_of(vision_config: Any) -> tuple[int, int]:
     return high // down, wide // across
 
 
-def square(config: Any) -> Callable[[int, int, Mapping[str, Any]], dict[str, Any]]:
-    """Return :attr:`Family.example` of a model that resizes every picture to its tower's input size."""
-    size = config.vision_config.image_size
-    high, wide = size if isinstance(size, (list, tuple)) else (size, size)
-    return lambda *_: {"pixel_values": torch.empty(1, 3, high, wide, device="meta")}
-
-
 def placeholder(config: Any, what: str) -> tuple[int, ...]:
     """Return the token id of ``"image"`` or ``"video"`` placeholders as a tuple, empty where there is none."""
     ids = (getattr(config, f"{what}_token_{end}", None) for end in ("id", "index"))
@@ -352,7 +356,9 @@ def assemble(
     describe: Callable[[Mapping[str, Any]], VisionCall],
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None,
     between_layers: tuple[str, str] | None = None,
-    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None,
+    example: Callable[[int, int], dict[str, Any]] | None = None,
+    processing: Mapping[str, Any] | None = None,
+    probed: bool = False,
     unit: str = "image",
     frames: str = "",
     merger: nn.Module | None = None,
@@ -386,6 +392,8 @@ def assemble(
         describe_video=describe_video,
         between_layers=between_layers,
         example=example,
+        processing=processing or {},
+        probed=probed,
         unit=unit,
         frames=frames,
         merger=merger,
@@ -430,7 +438,6 @@ def of_one_size(
         return VisionCall([1] * n, [each] * n, [patches] * n, views, cells)
 
     settings = {
-        "example": square(model.config),
         "feature_layer": len(layers) - 1 if feature_layer is None else feature_layer,
         "tokens": len(each),
         "max_tokens": len(each),

@@ -39,6 +39,7 @@ def build(model: nn.Module) -> Family:
         cells=cells,
         feature_layer=feature_layer(config, len(layers)),
         projector=base.multi_modal_projector,
+        processing={"crop_to_patches": True},
         unit="tile",
         frames="tiles",
         stages=refused(image=SHUFFLE, encoder=SHUFFLE),

@@ -656,9 +656,9 @@ def versions() -> dict[str, str]:
 def _subject(model: Any) -> tuple[Any, type[nn.Module] | None, str | None]:
     """Configuration, class and cache implementation of what a user gave."""
     if isinstance(model, str):
-        from vtc.inspect import load_config
+        from vtc.inspect import load_config, vision_language
 
-        return load_config(model), None, None
+        return vision_language(load_config(model)), None, None
     if isinstance(model, nn.Module):
         inner = unwrap(model)
         config = getattr(inner, "config", None)
