@@ -621,6 +621,23 @@ def published(name: str):
     }[name]()
 
 
+QWEN = dict(image_processor_type="Qwen2VLImageProcessor", min_pixels=56 * 56, max_pixels=28 * 28 * 16384)
+SETTINGS = {
+    "gemma-3": dict(image_processor_type="Gemma3ImageProcessor", size=dict(height=896, width=896)),
+    "internvl-3": dict(image_processor_type="GotOcr2ImageProcessor", size=dict(height=448, width=448)),
+    "smolvlm": dict(
+        image_processor_type="SmolVLMImageProcessor",
+        do_image_splitting=True,
+        max_image_size=dict(longest_edge=512),
+        size=dict(longest_edge=2048),
+    ),
+    "mistral-3": dict(image_processor_type="PixtralImageProcessor", patch_size=14, size=dict(longest_edge=1540)),
+    "qwen2-vl": QWEN,
+    "qwen2.5-vl": QWEN,
+}
+"""Settings of the image processors of those checkpoints, where they decide."""
+
+
 @pytest.mark.parametrize(
     ("name", "size", "tokens", "views"),
     [
@@ -628,8 +645,8 @@ def published(name: str):
         ("llava-next", (640, 480), 2340, 5),  # documented for this model: 576 + 36 rows of 48 + 36 newlines
         ("paligemma-224", (640, 480), 256, 1),
         ("gemma-3", (640, 480), 256, 1),
-        ("internvl-3", (640, 480), 256, 1),
-        ("smolvlm", (640, 480), 64, 1),
+        ("internvl-3", (640, 480), 13 * 256, 13),
+        ("smolvlm", (640, 480), 13 * 64, 13),
         ("mistral-3", (1540, 1540), 3025, 1),
         ("mistral-3", (640, 480), 23 * 18, 1),
         ("qwen2-vl", (448, 448), 256, 1),
@@ -637,10 +654,14 @@ def published(name: str):
         ("qwen2.5-vl", (20, 20), 4, 1),  # enlarged to 56 x 56
     ],
 )
-def test_check_counts_tokens_from_the_config(name, size, tokens, views, tmp_path):
+def test_check_counts_tokens_as_the_processor_does(name, size, tokens, views, tmp_path):
     published(name).save_pretrained(tmp_path)
+    if name in SETTINGS:
+        unknown = examine(str(tmp_path), size).count
+        assert unknown.tokens is None and "whose settings (preprocessor_config.json) are not here" in unknown.why
+        (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS[name]))
     report = examine(str(tmp_path), size)
-    assert (report.slots, report.views) == (tokens, views)
+    assert (report.count.tokens, report.count.views) == (tokens, views)
     ran = [reducer for reducer, reason in report.reducers.items() if not reason]
     assert {"uniform", "fastv", "divprune"} <= set(ran) and json.dumps(report.to_dict())
 
@@ -648,7 +669,7 @@ def test_check_counts_tokens_from_the_config(name, size, tokens, views, tmp_path
 def test_check_reads_the_processor_of_the_folder(tmp_path):
     published("qwen2-vl").save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"min_pixels": 3136, "max_pixels": 28 * 28 * 64}))
-    assert examine(str(tmp_path), (1000, 1000)).slots == 64
+    assert examine(str(tmp_path), (1000, 1000)).count.tokens == 64
 
 
 # --------------------------------------------------------------------------------------------------------------- one entry
@@ -669,7 +690,11 @@ def test_a_family_is_one_file_and_one_entry():
     root = Path(vtc.__file__).parent
     prompts = {"paligemma": {"inputs.py"}}  # vtc.verify's: what its token types say of a prompt, no class tells
     mine = {case.family for name, case in CASES.items() if name != "unknown"}
-    assert len(mine) >= 14 and set(adapters()) - mine <= {"timm", "colpali", "colqwen2"} and mine <= set(vtc.list_families())
+    # kin of one that is in the table, by the same adapter: tests/test_released.py runs them
+    kin = {"qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "exaone4_5"}
+    assert (
+        len(mine) >= 14 and set(adapters()) - mine <= {"timm", "colpali", "colqwen2", *kin} and mine <= set(vtc.list_families())
+    )
     for kind in mine - {"llava", "llava_next"}:
         shared_files = [f for f in Path(__file__).parent.glob("*.py") if not f.name.startswith("test_")]
         naming = {f.name for f in [*root.rglob("*.py"), *shared_files] if f'"{kind}"' in f.read_text()}
@@ -677,3 +702,15 @@ def test_a_family_is_one_file_and_one_entry():
         assert naming - ours == {"family_cases.py"} | prompts.get(kind, set()) and len(naming & ours) == 1, (kind, naming)
     for kind in mine:
         assert len(Path(adapters()[kind].__file__).read_text().splitlines()) <= 100, kind
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+def test_methods_that_compare_frames_say_where_there_are_none(name):
+    """InternVL and SmolVLM take a video as tiles: whoever patches is told, before any statistics."""
+    with pytest.warns(UserWarning, match=f"'evs' compares the frames of a clip, and to '{name}' they are tiles"):
+        vtc.patch(model_of(name), "evs", keep=0.5).remove()
+    assert "InternVL and SmolVLM" in vtc.info("evs").cls.__doc__
+    for other, reducer in ((name, "uniform"), ("llava_onevision", "evs"), ("llava", "evs"), ("idefics3", "evs")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vtc.patch(model_of(other), reducer, keep=0.5).remove()
