@@ -666,3 +666,15 @@ def test_a_family_is_one_file_and_one_entry():
         assert naming - ours == {"family_cases.py"} | prompts.get(kind, set()) and len(naming & ours) == 1, (kind, naming)
     for kind in mine:
         assert len(Path(adapters()[kind].__file__).read_text().splitlines()) <= 100, kind
+
+
+@pytest.mark.parametrize("name", ["internvl", "smolvlm"])
+def test_methods_that_compare_frames_say_where_there_are_none(name):
+    """InternVL and SmolVLM take a video as tiles: whoever patches is told, before any statistics."""
+    with pytest.warns(UserWarning, match=f"'evs' compares the frames of a clip, and to '{name}' they are tiles"):
+        vtc.patch(model_of(name), "evs", keep=0.5).remove()
+    assert "InternVL and SmolVLM" in vtc.info("evs").cls.__doc__
+    for other, reducer in ((name, "uniform"), ("llava_onevision", "evs"), ("llava", "evs"), ("idefics3", "evs")):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            vtc.patch(model_of(other), reducer, keep=0.5).remove()

@@ -258,7 +258,10 @@ def _print_report(report: Any) -> None:
         + f"{cls} class token",
     )
     grid.add_row("visual tokens", tokens)
-    grid.add_row("video", "yes" if data["video"] else "no")
+    video = "yes" if data["video"] else "no"
+    if data["frames"]:
+        video = f"its frames are {data['frames']}, each a picture of its own (methods that compare frames spread tokens evenly)"
+    grid.add_row("video", video)
     grid.add_row("signals", ", ".join(data["signals"]))
     served = [s for s, reason in data["stages"].items() if not reason]
     grid.add_row("stages", ", ".join(served))

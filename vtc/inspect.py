@@ -391,6 +391,7 @@ class Report:
             "visual_tokens": self.slots,
             "unit": self.family.unit,
             "video": self.family.describe_video is not None,
+            "frames": self.family.frames,
             "views": self.views,
             "max_visual_tokens": facts.max_tokens,
             "reducers": self.reducers,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import Pruned
+from vtc.engine.cache import Pruned, PrunedSlidingLayer
 from vtc.engine.parallel import Peers
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
@@ -87,6 +87,9 @@ class Context:
     real: Tensor | None = None  # (B, q) bool, not padding
     q: int = 0
     padded: bool = False  # whether `real` is not True everywhere
+    bare: bool = (
+        False  # whether some row may have nothing kept in front of a logical token: it begins with an image, or padding
+    )
     places: dict[bool, Tensor] = field(default_factory=dict)  # "are videos" -> their part of `visual`, on the CPU
     text: list[int] = field(default_factory=list)  # text tokens of each row
     longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row
@@ -103,6 +106,9 @@ class Context:
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
+    windows: list[PrunedSlidingLayer] = field(
+        default_factory=list
+    )  # cache layers that were shortened and will throw tokens away
     step: Step | None = None  # what the layer before was given
     peers: Peers | None = None  # the ranks that share the model; None: there is one rank
     promises: dict[int, tuple[int, int]] = field(
@@ -204,11 +210,13 @@ class Step:
         given: dict[str, Any],
         changed: dict[str, Any],
     ) -> None:
-        self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
+        self.cols, self.valid, self.shift = layer.cols, layer.valid, layer.shift
+        self.end, self.skip = layer.end, layer.skip
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
-        self.names, self.cache = names, names.roles["kv"]
-        self.by_name = [(names.roles[role], value) for role, value in given.items()]
-        self.keywords = {names.roles[role]: value for role, value in changed.items()}
+        self.names, self.cache = names if names.roles.keys() >= given.keys() else None, names.roles["kv"]
+        if self.names is not None:  # else some come with a layer's further keywords, where :meth:`again` does not look
+            self.by_name = [(names.roles[role], value) for role, value in given.items()]
+            self.keywords = {names.roles[role]: value for role, value in changed.items()}
 
     def again(self, names: Names, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the keywords of layer ``i`` in a decode step if they are those of the layer before, else None.
@@ -221,7 +229,7 @@ class Step:
         layer = held[i] if i < len(held) else None
         if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
             return None
-        if layer.shift is not self.shift or layer.end != self.end:
+        if layer.shift is not self.shift or layer.end != self.end or layer.skip != self.skip:
             return None
         for name, value in self.by_name:
             other = kwargs.get(name)
@@ -238,6 +246,7 @@ class Step:
             and layer.valid is self.valid
             and layer.shift is self.shift
             and layer.end == self.end
+            and layer.skip == self.skip
             and seg is self.seg
             and before is self.before
         ):

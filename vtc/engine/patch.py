@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -117,7 +118,7 @@ class Handle(BaseHandle):
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
         check_cache(upstream.check_generation(self._model(), original, args, kwargs))
-        upstream.check_implementation(self.family.text.config)
+        self.text.check_implementation()
         token = MADE.set([])
         try:
             with self.running():
@@ -192,13 +193,19 @@ def patch(
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
+        for part in bound.parts():
+            if part.wants_clips and family.frames:
+                warnings.warn(
+                    f"'{part.name}' compares the frames of a clip, and to '{family.name}' they are {family.frames}, each a picture of "
+                    "its own: the tokens of every frame are spread evenly",
+                    stacklevel=2,
+                )
         upstream.check_cache_classes()
-        upstream.check_implementation(family.text.config)
         parallel.check_stages(family)
         parallel.check(family, bound.parts(), given)
-        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        handle = Handle(model, family, bound, strict)  # what is not there is said before anything runs
+        handle.text.check_implementation()
         ensure(model, family, bound)
-        handle = Handle(model, family, bound, strict)
     try:
         if old is not None:
             old.remove()
@@ -225,6 +232,11 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
             raise UnknownArgumentError(
                 f"'{part.name}': layer {part.layer} is out of range, use {facts.first_layer}..{facts.layers - 1} (reducers before "
                 "the first layer act at the boundary)"
+            )
+        if getattr(part, "weighs_pool", False):
+            raise UnknownArgumentError(
+                f"'{part.name}': a head's average is weighted by size in a vision transformer without language model only: drop "
+                "the option"
             )
         if part.position_policy == "compact" and facts.mrope:
             raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")

@@ -101,6 +101,8 @@ class Family:
         ``describe`` takes: for counting tokens without pictures.
     unit : str
         What ``get_image_features`` takes for one image, and budgets therefore count.
+    frames : str
+        What the frames of a video are where the model takes videos and is told no clips; empty otherwise.
     between_layers : tuple of str
         Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
         ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
@@ -128,6 +130,7 @@ class Family:
     between_layers: tuple[str, str] | None = None
     example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None
     unit: str = "image"
+    frames: str = ""
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
 
@@ -151,6 +154,10 @@ class Transformer:
     tap : callable
         ``tap(attention, observe, hook)`` makes ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, be called whenever the attention
         module runs; ``hook(module, function)`` registers a forward hook.
+    pooling : str
+        Method of the model that averages the tokens behind the last block into one vector; empty where its head does otherwise.
+    average : callable
+        What it computes, with weights: the tokens ``(B, N, D)`` and the weights of the patches ``(B, n)`` to ``(B, D)``.
     """
 
     name: str
@@ -160,6 +167,8 @@ class Transformer:
     facts: Facts
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
     tap: Callable[[nn.Module, Observe, Callable[[nn.Module, Callable[..., Any]], None]], None]
+    pooling: str = ""
+    average: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -219,7 +228,34 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has decoder layers of type {sorted(odd)}, which vtc cannot shorten"
         )
+    attentions = [found for layer in text.layers if (found := getattr(layer, "self_attn", None)) is not None]
+    sharing = sum(bool(getattr(attention, "is_kv_shared_layer", False)) for attention in attentions)
+    if sharing:
+        raise UnsupportedModelError(
+            f"{sharing} of the {len(text.layers)} decoder layers of {type(model).__name__} read keys and values that an earlier "
+            "layer stored, and vtc does not follow which tokens are left of those: this model is not supported (those of its kind "
+            "without shared layers are)"
+        )
+    counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)}), None)
+    if counting is not None:
+        raise UnsupportedModelError(
+            f"{type(counting).__name__} counts positions itself, from the length of the KV cache and the tokens it is given, and "
+            "would be wrong about those behind dropped ones: this model is not supported"
+        )
     return base, text
+
+
+_COUNTS = {"get_seq_length", "get_query_offset", "get_mask_sizes"}
+"""What an attention asks the KV cache that scales or biases by positions of its own count (Llama 4, Inkling)."""
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    """Names that a function and all it wraps look up in other objects."""
+    found: tuple[str, ...] = ()
+    while function is not None:
+        found += getattr(getattr(function, "__code__", None), "co_names", ())
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def clip_tower(tower: nn.Module, model: nn.Module) -> tuple[nn.ModuleList, list[nn.Module], bool]:
@@ -318,6 +354,7 @@ def assemble(
     between_layers: tuple[str, str] | None = None,
     example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None,
     unit: str = "image",
+    frames: str = "",
     merger: nn.Module | None = None,
     **facts: Any,
 ) -> Family:
@@ -350,6 +387,7 @@ def assemble(
         between_layers=between_layers,
         example=example,
         unit=unit,
+        frames=frames,
         merger=merger,
     )
 
@@ -469,14 +507,14 @@ def anyres_layouts(
     rows, cols = grid
     per, wide = rows * cols, max(shape[1], 1)
     entry = torch.arange(n * per)
-    crop = (entry // per - 1).clamp(min=0)
+    crop = (entry // per - 1).clamp(min=0)  # a choice: the thumbnail is no crop, and has its own places below
     y, x = entry % per // cols, entry % per % cols
     y = torch.where(entry >= per, y + crop // wide * rows, y)
     x = torch.where(entry >= per, x + crop % wide * cols, x)
     told = torch.stack([entry >= per, y, x], -1).double().view(n, per, 3)
     packed = (pack(told, torch.full((3,), -1.0, dtype=torch.float64)) + 0.5).floor().long()
     new = packed[:, 0] < 0  # newlines
-    inside, down, across = packed.clamp(min=0).unbind(-1)
+    inside, down, across = packed.clamp(min=0).unbind(-1)  # a choice: newlines have no place, and take none
     view = inside * (1 + down // rows * wide + across // cols)
     at = torch.where(new, 0, view * per + down % rows * cols + across % cols)
     before = torch.where(new, torch.roll(at, 1), at)  # a newline closes the stitched row of the token before it

@@ -37,5 +37,6 @@ def build(model: nn.Module) -> Family:
         projector=connector.modality_projection,
         example=lambda *_: {"pixel_values": torch.ones(1, 1, 3, side, side)},
         unit="tile",
+        frames="tiles" if model.config.model_type == "smolvlm" else "",
         stages=refused(image=SHUFFLE, encoder=SHUFFLE),
     )

@@ -64,7 +64,7 @@ def probe(model: nn.Module) -> Family:
 
     warnings.warn(
         f"models of type '{kind}' have no adapter{close}: vtc assumes that get_image_features returns one entry per image, in the "
-        "order of the placeholders, and that a square number of tokens is a square grid; compare keep=1.0 with the unpatched model",
+        "order of the placeholders, and that a square number of tokens is a square grid; vtc.verify(model) checks a small copy",
         stacklevel=4,
     )
     return assemble(
