@@ -75,7 +75,9 @@ class _Factors(nn.Module):
 
 
 def _wide(t: Tensor | None) -> Tensor | None:
-    """At least float32, without gradient; whole numbers as they are."""
+    """At least float32, without gradient, put together from the ranks that share it; whole numbers as they are."""
+    if hasattr(t, "full_tensor"):
+        t = t.detach().full_tensor()
     if t is None or not t.is_floating_point():
         return t
     return t.detach() if t.dtype == torch.float64 else t.detach().float()
