@@ -281,7 +281,7 @@ def _unread(family: Family | Transformer, parts: Iterable[Reducer], module: nn.M
 def _refusal(read: Read, family: Family | Transformer, fits: Callable[[tuple[Reducer, ...]], bool]) -> UnsupportedFeatureError:
     from vtc.engine.patch import usable
 
-    names = [] if isinstance(family, Transformer) else usable(family.facts, fits)
+    names = [] if isinstance(family, Transformer) else [n for n in usable(family.facts, fits) if n != read.part]
     others = f"use one of {', '.join(names)}, or " if names else ""
     return UnsupportedFeatureError(
         f"'{read.part}' reads {read.what}, whose weights are split over ranks (tensor parallelism) in a way that vtc cannot put "
