@@ -181,7 +181,7 @@ def _gathers(read: Read, held: bool) -> bool:
     return all(n is not None and n % size == 0 for n in upstream.heads_of(read.module))
 
 
-def _gather(part: Tensor, dim: int, whole: int | None, group: Any) -> Tensor | None:
+def gather(part: Tensor, dim: int, whole: int | None, group: Any) -> Tensor | None:
     """Return what the ranks of a group hold one after the other along ``dim``, ``whole`` long; ``None``: it does not add up."""
     if hasattr(part, "full_tensor"):  # handed from module to module as a distributed tensor
         part = part.detach().full_tensor()
@@ -212,7 +212,7 @@ def whole_attention(
     if group is None:
         check_running(family, parts, module, query)
         return query, key, value
-    found = [_gather(t, 1, n, group) for t, n in ((query, heads), (key, key_heads), (value, key_heads))]
+    found = [gather(t, 1, n, group) for t, n in ((query, heads), (key, key_heads), (value, key_heads))]
     if any(t is None for t in found):
         raise _unread(family, parts, module)
     return found[0], found[1], found[2]
@@ -226,7 +226,7 @@ def whole_neurons(family: Family, parts: Iterable[Reducer], mlp: nn.Module, inne
     if group is None:
         check_running(family, parts, mlp)
         return inner
-    found = _gather(inner, 2, whole, group)
+    found = gather(inner, 2, whole, group)
     if found is None:
         raise _unread(family, parts, mlp)
     return found
