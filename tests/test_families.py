@@ -364,6 +364,25 @@ def test_accelerate_dispatch(name):
         assert torch.equal(model(**inputs).logits, want)
 
 
+@pytest.mark.parametrize("where_to", ["cpu", "disk"])
+@pytest.mark.parametrize("name", ["llava", "llava_next", "llava_onevision"])
+def test_a_projector_that_accelerate_keeps_elsewhere(name, where_to, tmp_path):
+    """Zooprune computes with the projector's weights, which are on the meta device between calls."""
+    from accelerate import cpu_offload, disk_offload
+
+    model = build(name, dtype=torch.float32)
+    inputs = make_inputs(name, model, 2)
+    with vtc.patch(model, "zooprune", keep=0.4), torch.no_grad():
+        want = model(**inputs).logits
+    if where_to == "cpu":
+        cpu_offload(model, execution_device="cpu")
+    else:
+        disk_offload(model, str(tmp_path), execution_device="cpu")
+    with vtc.patch(model, "zooprune", keep=0.4), torch.no_grad():
+        for _ in range(2):  # what the first call computed is not kept for other weights
+            assert torch.equal(model(**inputs).logits, want)
+
+
 @pytest.mark.parametrize("name", ["gemma3", "mistral3", "qwen3_vl"])
 def test_compiled_decode_step_breaks_no_graph(name):
     """One for each kind of language model: a compiled step on a reduced cache is right, in as many graphs as unpatched."""

@@ -105,8 +105,8 @@ class TextTaps:
             return
         if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
             return
-        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), ctx.clock.span(query.device):
+            query, key, value = parallel.whole_attention(self.family, self.parts, module, query, key, value)
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
             visual, valid, last = tokens_of(ctx, seg)
@@ -179,7 +179,8 @@ class TextTaps:
             layer.forward(*own.args, **own.kwargs)
         except _Seen as seen:
             query, key, value, scaling = seen.parts
-            parallel.check_running(self.family, self.parts, self.family.text_attention[i], query)
+            attention = self.family.text_attention[i]
+            query, key, value = parallel.whole_attention(self.family, self.parts, attention, query, key, value)
         else:
             raise UnsupportedFeatureError(
                 f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
@@ -218,9 +219,10 @@ class TextTaps:
             return
         before = args[0] if args else kwargs[upstream.HIDDEN]
         hidden = before if place == "neurons" else upstream.states_of(out)
-        if place == "neurons":
-            parallel.check_running(self.family, self.parts, self.family.layers[i].mlp)
         with torch.no_grad(), ctx.clock.span(hidden.device):
+            if place == "neurons":
+                mlp = self.family.layers[i].mlp
+                hidden = before = parallel.whole_neurons(self.family, self.parts, mlp, before, mlp.down_proj.in_features)
             seg = ctx.keep[i][0]
             visual, valid, last = tokens_of(ctx, seg)
             tap = StateTap(hidden, last, visual, valid, self.family.text.norm, before=before, text=ctx.longest)

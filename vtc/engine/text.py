@@ -386,6 +386,8 @@ class TextSide:
     def meet(self, ctx: Context, layer: nn.Module) -> None:
         """Find the ranks that share a layer; compare with them what was kept so far."""
         ctx.peers.groups = parallel.groups_of(layer)
+        if self.decoder or self.taps.looks:  # where one rank tells the others what it chose
+            ctx.peers.compare_prompts(ctx.instances)
         self.compare(ctx, [p for p in self.parts if p.stage is not Stage.DECODER])
 
     @staticmethod

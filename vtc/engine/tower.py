@@ -226,8 +226,8 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
-        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), run.clock.span(query.device):
+            query, key, value = parallel.whole_attention(self.family, self.parts, module, query, key, value)
             if run.call.pieces is not None:
                 self.observe_packed(run, record, stepping, query, key, value, scaling)
                 return
@@ -275,7 +275,7 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
-        parallel.check_running(self.family, self.parts, module)
+        parallel.check_projector(self.family, self.parts, module)
         with torch.no_grad(), run.clock.span(args[0].device):
             tap = ProjectionTap(args[0], self.projection.function, run.encoder.valid)
             for need in self.projected:

@@ -632,6 +632,7 @@ FLASH = "flash"
 _REFUSED = ("flex", "paged")
 LAYERS = "num_hidden_layers"
 _HEADS = ("num_attention_heads", "num_heads")
+_KEY_HEADS = ("num_key_value_heads",)
 """What configurations call the number of query heads; the second in towers that pack all images in one sequence."""
 
 
@@ -645,10 +646,14 @@ def attention_of(config: Any) -> str:
     return getattr(config, IMPLEMENTATION, None) or EAGER
 
 
-def heads_of(attention: nn.Module) -> int | None:
-    """Return how many query heads the configuration of an attention module says it has; ``None``: it does not say."""
+def heads_of(attention: nn.Module) -> tuple[int | None, int | None]:
+    """Return how many query heads and key heads the configuration of an attention module says it has; ``None``: it does not."""
     config = getattr(attention, "config", None)
-    return next((n for n in (getattr(config, name, None) for name in _HEADS) if isinstance(n, int)), None)
+    heads, keys = (
+        next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)
+        for names in (_HEADS, _KEY_HEADS)
+    )
+    return heads, heads if keys is None else keys
 
 
 def is_flash(implementation: str) -> bool:
