@@ -147,8 +147,6 @@ def spread_with_tower() -> dict[str, Any]:
     return everything(lambda: split(whole(), line(), tower=True))
 
 
-SHAPES = ("llava_next", "qwen2_5_vl", "internvl", "gemma3")
-"""Tiny models with grouped keys (four query heads, two key heads), AnyRes crops, packed towers, tiles, windows."""
 READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune")
 """Reducers that read attention, keys or neurons of decoder layers."""
 
@@ -167,10 +165,10 @@ def tried(model: nn.Module, name: str) -> dict[str, Any]:
     return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in READERS}
 
 
-def families_spread(heads: int) -> dict[str, Any]:
+def families_spread(names: tuple[str, ...], heads: int) -> dict[str, Any]:
     """Tiny models of several families, whose decoders torch splits over all ranks."""
     size = distributed.get_world_size()
-    return {name: tried(split(copy.deepcopy(tiny(name, heads)), line(size)), name) for name in SHAPES}
+    return {name: tried(split(copy.deepcopy(tiny(name, heads)), line(size)), name) for name in names}
 
 
 def spread_embeddings() -> list[Any]:

@@ -193,7 +193,10 @@ def test_models_without_an_adapter_are_counted_by_their_processor(tmp_path):
         (checkpoints()["Qwen/Qwen2.5-Omni-7B"]["config.json"], "patch `model.thinker`, a 'qwen2_5_omni_thinker'"),
         (checkpoints()["OpenGVLab/InternVL3_5-8B"]["config.json"], "needs Python code that comes with the model"),
         (checkpoints()["AIDC-AI/Ovis2-8B"]["config.json"], "needs Python code that comes with the model"),
-        ({"model_type": "minicpmv", "auto_map": {"AutoConfig": "configuration_minicpm.C"}}, "needs Python code that comes with"),
+        (
+            {"model_type": "minicpmv", "auto_map": {"AutoConfig": "configuration_minicpm.C"}},
+            "needs Python code that comes with",
+        ),
         ({"model_type": "no_such_type"}, "which transformers"),
         ({"hidden_size": 8}, "has no model_type"),
         ({"model_type": "qwen2_vl", "text_config": {"hidden_size": 30, "num_attention_heads": 0}}, "not complete"),

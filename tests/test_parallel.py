@@ -23,6 +23,8 @@ from vtc.errors import UnsupportedFeatureError
 
 # the CLIP of 4.57 takes all heads for its own: it cannot be split, patched or not
 SPLITS_TOWERS = int(transformers.__version__.split(".")[0]) >= 5
+SHAPES = ("llava_next", "qwen2_5_vl", "internvl", "gemma3")
+"""Tiny models with grouped keys (four query heads, two key heads), AnyRes crops, packed towers, tiles, windows."""
 SPLIT = "whose weights are split over ranks"
 
 
@@ -66,8 +68,8 @@ def test_every_reducer_under_tensor_parallelism(job):
 @pytest.mark.parametrize(("size", "heads"), [(2, 4), (4, 8)])
 def test_reducers_that_read_the_decoder_on_other_families(size, heads):
     """Grouped keys, crops, packed towers, tiles and windows; float64, so that every choice is the single process's."""
-    found = ranks.run(jobs.families_spread, heads, ranks=size)
-    for name in jobs.SHAPES:
+    found = ranks.run(jobs.families_spread, SHAPES, heads, ranks=size)
+    for name in SHAPES:
         wanted = jobs.tried(jobs.tiny(name, heads), name)
         for reducer, want in wanted.items():
             for rank in found:

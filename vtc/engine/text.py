@@ -505,7 +505,8 @@ class TextSide:
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
-        if isinstance(mask, Tensor) and window is None and mask.shape[-1] != total:
+        # longer ones are cut by the attention itself: PaliGemma of 4.57 makes them one token longer
+        if isinstance(mask, Tensor) and window is None and mask.shape[-1] < total:
             raise UnsupportedFeatureError(
                 f"an attention mask covers {mask.shape[-1]} tokens where there are {total}: pass one for all tokens, those in the "
                 "KV cache included"
