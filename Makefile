@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OUT ?= results/store/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint format install lock newest drift browser clean
+.PHONY: demo test lint format install lock newest drift released rows browser clean
 
 demo: $(VENV)/.demo  ## sweep configs/demo.yaml on the embedded model, print the table, write the report
 	HF_HUB_OFFLINE=1 $(BIN)/vtc sweep configs/demo.yaml --out $(OUT)
@@ -64,6 +64,12 @@ $(VENV)/.oldest: $(VENV)/.dev requirements/oldest.txt
 $(VENV)/.uv: $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
 	touch $@
+
+released: $(VENV)/.dev  ## what vtc does with every checkpoint of tests/released.json: renews results/released.md (half an hour)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/released.py
+
+rows: $(VENV)/.dev  ## every reducer, family and padding side: rows of a batch get what they get alone
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VTC_EVERY_FAMILY=1 $(BIN)/pytest -n $(WORKERS) tests/test_rows.py
 
 browser:  ## Chromium for the report's tests in a real browser (Debian's package; needs root)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends chromium; }
