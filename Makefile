@@ -87,6 +87,14 @@ cpus: $(VENV)/.dev  ## the tests that compare numbers, as other CPUs compute the
 	failed=0; for cpu in $(CPUS); do echo "$$cpu"; \
 	env HF_HUB_OFFLINE=1 $$cpu $(BIN)/pytest -n $(WORKERS) -k "not compiles_within" $(NUMBERS) || failed=1; done; exit $$failed
 
-.PHONY: mutants-table
+.PHONY: oracle mutants mutants-table
+N ?= 1000
+oracle: $(VENV)/.dev  ## N compositions and conversations drawn at random, against the slow reference (a third of a second each)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VTC_ORACLE=$(N) $(BIN)/pytest -n $(WORKERS) -p no:cacheprovider tests/test_compositions.py
+
 mutants-table: $(VENV)/.dev  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)
 	$(BIN)/python tests/mutants
+
+COUNT ?= 150
+mutants: $(VENV)/.dev  ## change the code at random, COUNT times, and say in results/mutants.md what no test notices (goes on where it was)
+	$(BIN)/python tests/mutants/sample.py --count $(COUNT)

@@ -552,7 +552,9 @@ class TextSide:
                     compact = compact or part.position_policy == "compact"
                 if ctx.peers is not None:
                     self.compare(ctx, self.decoder[i])
-                ctx.keep[i] = self.shorten(ctx, compact) if ctx.alive() != ctx.held else (ctx.current, None)
+                # gaps are closed even if this layer drops nothing: it may in another row, and a row does not depend on others
+                closes = compact and ctx.current is not None and ctx.current.gaps
+                ctx.keep[i] = self.shorten(ctx, compact) if closes or ctx.alive() != ctx.held else (ctx.current, None)
             elif i not in ctx.keep:
                 ctx.keep[i] = (ctx.current, None)
             if len(ctx.per_layer) == i:
