@@ -10,7 +10,8 @@ from pathlib import Path
 
 from vtc.errors import ConfigError, UnknownArgumentError, did_you_mean
 from vtc.eval.config import BUILT_IN, TaskConfig
-from vtc.inspect import InputFileError, open_image
+from vtc.eval.pictures import FileQuestion, Picture, look_at
+from vtc.inspect import InputFileError
 from vtc.pocket import Question, detail_questions, easy_vqa_questions, scene_questions
 
 COLUMNS = ("image", "question", "answer")
@@ -141,12 +142,14 @@ def _rows(task: TaskConfig) -> list[tuple[int, dict[str, str]]]:
 
 def _own(task: TaskConfig) -> list[Question]:
     rows = _rows(task)
-    images, seen, found = {}, set(), []
+    images: dict[str, Picture] = {}
+    seen: set[str] = set()
+    found: list[Question] = []
     for line, row in rows[: task.n]:
         name = row["image"]
         if name not in images:
             try:
-                images[name] = open_image(Path(task.folder or "") / name)
+                images[name] = look_at(Path(task.folder or "") / name)
             except InputFileError as error:
                 problem = str(error).partition(": ")[0]
                 raise ConfigError(f"{task.questions} line {line}: {problem}: correct the line or the file") from None
@@ -154,7 +157,7 @@ def _own(task: TaskConfig) -> list[Question]:
         if identity in seen:
             raise ConfigError(f"{task.questions} line {line}: the id '{row['id']}' appears a second time: ids must differ")
         seen.add(identity)
-        found.append(Question(images[name], row["question"], row["answer"], row.get("type") or "all", identity))
+        found.append(FileQuestion(images[name], row["question"], row["answer"], row.get("type") or "all", identity))
     return found
 
 
@@ -173,10 +176,13 @@ def _plain(text: str) -> str:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """Hash of what is asked, pictures included: another generator makes other cells."""
+    """Hash of what is asked, pictures included: another generator, another file make other cells."""
     total = hashlib.sha256()
     for q in questions:
-        total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
+        if isinstance(q, FileQuestion):
+            total.update("\0".join((q.id, q.type, q.prompt, q.answer, q.picture.digest)).encode() + b"\0")
+        else:
+            total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
     return total.hexdigest()[:16]
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from vtc.errors import StoreError
 from vtc.eval import vtcbench
 from vtc.eval.browser import SAMPLES, Browser, browse
 from vtc.eval.config import BASELINES, UNREDUCED
@@ -24,6 +23,7 @@ from vtc.eval.plots import NoMatplotlibError, available, draw, inline_svg
 from vtc.eval.results import Results, Row, collect
 from vtc.eval.store import Store
 from vtc.eval.tables import columns, conditions, grid, guesses, type_columns
+from vtc.files import save
 
 _PLOTS = {
     "tokens": (
@@ -49,7 +49,7 @@ def write_report(store: Store, output: Path | None = None, *, samples: int = SAM
     store : Store
         Results.
     output : Path or None
-        HTML file; ``report.html`` in the store by default.
+        HTML file; by default ``report.html`` in the store, of another sweep than the store's latest ``report-SWEEP.html``.
     samples : int
         Most samples in the browser; none leaves the browser out.
     overlays : bool
@@ -65,15 +65,11 @@ def write_report(store: Store, output: Path | None = None, *, samples: int = SAM
     StoreError
         The store cannot be read, or the file cannot be written.
     """
-    path = output or store.root / "report.html"
+    path = output or store.root / (f"report-{store.sweep}.html" if store.sweep and not store.is_latest() else "report.html")
     text = render_report(
         collect(store), browser=browse(store, samples, overlays=overlays) if samples else None, vtc=vtcbench.split(store)
     )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --output") from None
+    save(path, text, "name another file with --output")
     return path
 
 

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 import vtc
-from vtc.errors import BudgetError, ConfigError, StoreError, VtcError
+from vtc.errors import BudgetError, ConfigError, DamagedCellError, VtcError
 from vtc.eval import env, models
 from vtc.eval.betting import Betting
 from vtc.eval.cells import reducer_identity, unlisted
@@ -177,11 +177,13 @@ class Tuner:
         rng.shuffle(self.images)
         while len(self.images) > 1 and sum(map(len, self.images)) > settings.questions:
             self.images.pop()
-        self.model, self.processor = models.load(settings.model)
+        models.fetch(settings.model)
+        planned = models.identity(settings.model)
+        self.model, self.processor = models.load(settings.model, planned)
         self.identity = {
             "schema": SCHEMA,
             "kind": "tune",
-            "model": models.identity(settings.model),
+            "model": planned,
             "task": {
                 "questions": digest([q for image in self.images for q in image]),
                 "batch_size": settings.batch_size,
@@ -190,6 +192,7 @@ class Tuner:
             },
             "engine": env.engine_version(),
         }
+        store.sweep_up()
         self.full = _Run(self, UNREDUCED, None)
 
     def run(self) -> list[Search]:
@@ -291,7 +294,7 @@ class _Run:
         self.seconds = 0.0
         try:
             stored = tuner.store.get(self.id)
-        except StoreError:
+        except DamagedCellError:
             tuner.store.quarantine(self.id)
             stored = None
         if stored is not None and stored.metrics:
@@ -321,9 +324,15 @@ class _Run:
         """Write what is not in the store yet."""
         if len(self.samples) == self.saved:
             return
+        claim = self.tuner.store.claim(self.id)
+        if claim is None:  # another search writes the same answers: these are kept here, and written next time
+            return
         n, correct = len(self.samples), sum(s["correct"] for s in self.samples)
         metrics = {"n": n, "correct": correct, "accuracy": correct / n, "seconds": self.seconds}
-        self.tuner.store.put(self.id, self.config, env.describe(self.tuner.settings.seed), metrics, self.samples)
+        try:
+            self.tuner.store.put(self.id, self.config, env.describe(self.tuner.settings.seed), metrics, self.samples)
+        finally:
+            claim.release()
         self.saved = n
 
     def tokens(self, images: int) -> tuple[float, float]:

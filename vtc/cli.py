@@ -251,7 +251,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Ask one question with and without a reducer: answers, time, tokens, and a picture of what was kept."""
-    from vtc.inspect import label, load_model, open_image, writable_picture
+    from vtc.inspect import label, load_model, open_image, save_picture, writable_picture
 
     wanted = _reducer(reducer, keep, avg_tokens, option)
     picture = open_image(image)
@@ -263,7 +263,7 @@ def run(
     outcome = trial(loaded, processor, picture, prompt, wanted, max_new_tokens=max_new_tokens, runs=runs)
     data = {"model": model, "reducer": label(wanted), **outcome.to_dict()}
     if target is not None:
-        outcome.picture(caption=_caption(data)).save(target)
+        save_picture(outcome.picture(caption=_caption(data)), target)
         data["picture"] = str(target)
     if as_json:
         _json(data)

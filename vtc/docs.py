@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vtc.core import Reducer
+from vtc.files import write_whole
 from vtc.registry import Entry, create, entries
 
 _BLOCK = re.compile(r"(<!-- vtc:begin (?P<name>[\w./-]+) -->\n).*?(<!-- vtc:end (?P=name) -->)", re.DOTALL)
@@ -259,7 +260,7 @@ def main() -> None:
     """Renew the blocks of the files named on the command line; results are looked for below the current folder."""
     for name in sys.argv[1:]:
         path = Path(name)
-        path.write_text(render(path.read_text(), Path.cwd()))
+        write_whole(path, render(path.read_text(), Path.cwd()))
 
 
 if __name__ == "__main__":

@@ -354,15 +354,25 @@ def open_image(path: str | Path) -> Image:
     Raises
     ------
     InputFileError
-        It does not exist, is not an image, or is damaged.
+        It does not exist, is not an image, is damaged, or holds more pixels than Pillow takes for an honest picture.
     """
+    import warnings
+
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not Path(path).is_file():
         raise InputFileError(f"there is no image file '{path}': check the path given to --image")
     try:
-        with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (
+        Image.DecompressionBombWarning,
+        Image.DecompressionBombError,
+    ):  # the one above the limit, the other above its double
+        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
+        raise InputFileError(f"the image '{path}' has more than {most:.0f} million pixels: shrink it first") from None
     except UnidentifiedImageError:
         raise InputFileError(f"'{path}' is not an image that Pillow can read: convert it to PNG or JPEG") from None
     except (OSError, SyntaxError, ValueError) as error:  # Pillow reports damage with all three
@@ -386,3 +396,22 @@ def writable_picture(path: str | Path) -> Path:
     if target.is_dir() or not target.resolve().parent.is_dir():
         raise InputFileError(f"'{path}' cannot be written, its folder does not exist: create the folder or choose another name")
     return target
+
+
+def save_picture(image: Image, target: Path) -> None:
+    """Write a picture to a file that :func:`writable_picture` has accepted.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written; what was there before is still there.
+    """
+    import io
+
+    from PIL import Image as pillow  # noqa: N813
+
+    from vtc.files import save
+
+    out = io.BytesIO()
+    image.save(out, format=pillow.registered_extensions()[target.suffix.lower()])
+    save(target, out.getvalue(), "choose another file with --show")
