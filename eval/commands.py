@@ -301,6 +301,7 @@ def _json(results: Any, root: Path, path: Path, outcome: Any) -> dict[str, Any]:
     raw = [pair for c in columns(results, by_type=True) for pair in c.raw]
     return {
         "store": str(root),
+        "sweep": outcome.sweep,
         "report": str(path),
         "done": outcome.done,
         "skipped": outcome.skipped,

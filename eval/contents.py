@@ -54,13 +54,21 @@ class _Commit(_Open):
 class _Machine(_Open):
     cpu: str
     gpu: str | None
+    cores: int | None
     torch_threads: int
+
+
+class _Versions(_Open):
+    python: str
+    torch: str
+    transformers: str
+    vtc: str
 
 
 class _Env(_Open):
     commit: _Commit
     machine: _Machine
-    versions: dict[str, str]
+    versions: _Versions
     seed: int
 
 
@@ -148,10 +156,17 @@ class _Ratios(_Open):
     ttft: _Interval
 
 
+class _Repeats(_Open):
+    repeats: Count
+    warmup: Count
+
+
 class _Speed(_Open):
-    settings: dict[str, Any]
+    settings: _Repeats
     host: dict[str, Any]
     env: _Env
+    batch_size: Count
+    prompt_tokens: Count
     unreduced: _Timings
     reduced: _Timings
     speedup: _Ratios

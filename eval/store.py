@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -35,10 +36,10 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
@@ -66,7 +67,13 @@ _JSON, _LINES = 64 * 2**20, 2**30
 _STALE = 3600
 """Seconds after which a file that never became whole belongs to a dead process."""
 
+_LONGEST = 64
+"""Characters of a name that is claimed: addresses have 25."""
+
 _REMEDY = "check the folder and run again"
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def canonical(data: Any) -> str:
@@ -143,6 +150,20 @@ def _remove(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             folder.unlink()
+
+
+def _told(method: Callable[P, T]) -> Callable[P, T]:
+    """Let a store's method end with one sentence where the system refuses what it is asked for."""
+
+    @functools.wraps(method)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return method(*args, **kwargs)
+        except OSError as error:
+            root = args[0].root  # type: ignore[attr-defined]
+            raise StoreError(f"the results store {root} cannot be used ({error.strerror or error}): {_REMEDY}") from None
+
+    return told
 
 
 @dataclass(frozen=True)
@@ -231,6 +252,7 @@ class Store:
         If it is not a store, or one of another schema version.
     """
 
+    @_told
     def __init__(self, root: Path | str, *, create: bool = False) -> None:
         self.root = Path(root)
         self.cells = self.root / "cells"
@@ -261,10 +283,7 @@ class Store:
 
     def _refuse_foreign(self) -> None:
         """Refuse a folder that holds something, but for what the making of a store may have left."""
-        try:
-            there = [p.name for p in self.root.iterdir()] if self.root.is_dir() else [""] if os.path.lexists(self.root) else []
-        except OSError as error:
-            raise StoreError(f"cannot read the folder {self.root} ({error.strerror or error}): {_REMEDY}") from None
+        there = [p.name for p in self.root.iterdir()] if self.root.is_dir() else [""] if os.path.lexists(self.root) else []
         if any(name not in ("cells", "locks") and not PART.fullmatch(name) for name in there):
             raise StoreError(f"{self.root} is not a vtc results store (it has no store.json): name another folder")
 
@@ -309,6 +328,7 @@ class Store:
         return store
 
     # ------------------------------------------------------------------------------------------------------- claims
+    @_told
     def claim(self, name: str, **more: str) -> Claim | None:
         """Claim a cell (or another name) for this runner; release the claim to give it back.
 
@@ -367,6 +387,7 @@ class Store:
         claim.once = True
         return claim
 
+    @_told
     def runners(self, mine: Claim | None = None) -> list[Holder]:
         """Return the runners at work here, but for the one that announced itself with ``mine``; what dead ones left is removed."""
         found = []
@@ -389,10 +410,13 @@ class Store:
             lock.release()
         return found
 
+    @_told
     def sweep_up(self) -> None:
         """Put away what killed runners left half-written; a cell that was whole, but not in its place, is put there."""
         for left in sorted((*self.cells.glob(".new-*"), *self.cells.glob(".old-*"))):  # the new one first
             cell = left.name[5:].partition(".")[0]
+            if len(cell) > _LONGEST:
+                continue  # nothing of ours
             claim = self.claim(cell)
             if claim is None:  # somebody is writing it
                 continue
@@ -411,6 +435,7 @@ class Store:
                         part.unlink()
 
     # ------------------------------------------------------------------------------------------------------- sweeps
+    @_told
     def write_sweep(self, data: Mapping[str, Any]) -> str:
         """Record which cells make up a sweep, which is the latest then.
 
@@ -428,6 +453,7 @@ class Store:
         write_json(self.root / "sweep.json", data)
         return name
 
+    @_told
     def read_sweep(self) -> dict[str, Any]:
         """Return the record of the latest sweep, or of the one chosen by :meth:`at`.
 
@@ -470,6 +496,7 @@ class Store:
         except OSError:
             return 0
 
+    @_told
     def sweeps(self) -> dict[str, tuple[str, int]]:
         """Return name, source and time of writing (nanoseconds) of the sweeps in this store, the latest last."""
         found = {}
@@ -480,6 +507,7 @@ class Store:
         return dict(sorted(found.items(), key=lambda item: item[1][1]))
 
     # ------------------------------------------------------------------------------------------------------- cells
+    @_told
     def put(
         self,
         cell: str,
@@ -509,6 +537,7 @@ class Store:
             raise DamagedCellError(f"the results of the cell {cell} cannot be stored ({error}): report this") from None
         self._put(cell, files)
 
+    @_told
     def put_failure(self, cell: str, config: Mapping[str, Any], env: Mapping[str, Any], error: str) -> None:
         """Record that a cell failed; the next sweep tries it again."""
         self._put(cell, {"config.json": as_json(config), "env.json": as_json(env)}, error)
@@ -540,6 +569,7 @@ class Store:
             raise
         _remove(old)
 
+    @_told
     def put_speed(self, cell: str, speed: Mapping[str, Any], error: str = "") -> None:
         """Add the speed pass to a stored cell the caller has claimed; with ``error``, record that it failed.
 
@@ -581,14 +611,13 @@ class Store:
             found.setdefault(name.partition("-")[0], []).append(name)
         return found
 
+    @_told
     def stored(self) -> list[str]:
         """Return the ids of all cells here, whole or damaged."""
         try:
             return sorted(name for name in os.listdir(self.cells) if re.fullmatch(ADDRESS, name))
         except FileNotFoundError:
             return []
-        except OSError as error:
-            raise StoreError(f"cannot read the folder {self.cells} ({error.strerror or error}): {_REMEDY}") from None
 
     def config(self, cell: str) -> dict[str, Any]:
         """Return what a cell's ``config.json`` says, unchecked; empty where it cannot be read."""
@@ -598,6 +627,7 @@ class Store:
             return {}
         return found if isinstance(found, dict) else {}
 
+    @_told
     def get(self, cell: str, *, samples: bool = True) -> CellResult | None:
         """Return a stored cell, or None where there is none or it is incomplete.
 
@@ -621,24 +651,17 @@ class Store:
 
     def _read(self, folder: Path, cell: str, samples: bool) -> CellResult | None:
         try:
-            if not os.path.lexists(folder / STATUS):
-                if os.path.lexists(folder):
-                    raise ContentError("it has no status")
-                return None
-            if not stat.S_ISDIR(folder.lstat().st_mode):
-                raise ContentError("it is a link")
-            status = check_status(parse(read_plain(folder / STATUS, _JSON)))
-            content = {}
-            for name, checksum in status["files"].items():
-                if name not in FILES:
-                    raise ContentError(f"no cell has a file {name!r}")
-                data = read_plain(folder / name, _LINES if name == "samples.jsonl" else _JSON)
-                if _sum(data) == checksum:
-                    content[name] = data
-                elif name != "speed.json":  # one newer than the status is of a pass that was cut short: not there yet
-                    raise ContentError(f"{name} was changed")
-            found = self._understand(cell, content, status)
-            return found if samples else CellResult(found.config, found.env, found.metrics, found.speed, [], found.error)
+            first = self._status_of(folder)
+            try:
+                found = None if first is None else self._checked(folder, cell, first)
+            except (ContentError, FileNotFoundError):
+                again = self._status_of(folder)
+                if again == first:
+                    raise
+                found = None if again is None else self._checked(folder, cell, again)  # somebody had just put it anew
+            if found is None or samples:
+                return found
+            return CellResult(found.config, found.env, found.metrics, found.speed, [], found.error)
         except (ContentError, FileNotFoundError) as error:
             if not os.path.lexists(folder):
                 return None  # another runner is putting it anew
@@ -649,6 +672,34 @@ class Store:
             raise StoreError(
                 f"the cell {cell} of {self.root} cannot be read ({error.strerror or error}): {_REMEDY}, or move {folder} away"
             ) from None
+
+    def _status_of(self, folder: Path) -> bytes | None:
+        """Contents of a cell's status; None where there is no cell."""
+        try:
+            if not stat.S_ISDIR(folder.lstat().st_mode):
+                raise ContentError("it is a link, or no folder")
+        except FileNotFoundError:
+            return None
+        try:
+            return read_plain(folder / STATUS, _JSON)
+        except FileNotFoundError:
+            if os.path.lexists(folder):
+                raise ContentError("it has no status") from None
+            return None
+
+    def _checked(self, folder: Path, cell: str, text: bytes) -> CellResult:
+        """Read the files that a status names, and check them."""
+        status = check_status(parse(text))
+        content = {}
+        for name, checksum in status["files"].items():
+            if name not in FILES:
+                raise ContentError(f"no cell has a file {name!r}")
+            data = read_plain(folder / name, _LINES if name == "samples.jsonl" else _JSON)
+            if _sum(data) == checksum:
+                content[name] = data
+            elif name != "speed.json":  # one newer than the status is of a pass that was cut short: not there yet
+                raise ContentError(f"{name} was changed")
+        return self._understand(cell, content, status)
 
     def _damaged(self, cell: str, why: str) -> DamagedCellError:
         return DamagedCellError(
@@ -679,6 +730,7 @@ class Store:
             return CellResult(config, data["env.json"], {}, None, [], error or "unknown error")
         return CellResult(config, data["env.json"], metrics, speed, data["samples.jsonl"], error)
 
+    @_told
     def quarantine(self, cell: str) -> Path:
         """Move a damaged cell out of the way; returns where it went.
 

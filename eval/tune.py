@@ -38,7 +38,7 @@ from vtc.eval.store import SCHEMA, Store, cell_id, write_json
 from vtc.eval.sweepfile import load_sweep
 from vtc.eval.worker import ask, threads
 from vtc.families import family_of
-from vtc.pocket import encode_questions
+from vtc.pocket import Batches
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03)
 """Budgets tried where none are given, as shares of an image's tokens."""
@@ -313,7 +313,7 @@ class _Run:
     def _ask(self, questions: Sequence[Any]) -> None:
         tuner, settings = self.tuner, self.tuner.settings
         start = time.perf_counter()
-        batches = encode_questions(tuner.processor, questions, settings.batch_size)
+        batches = Batches(tuner.processor, questions, settings.batch_size)
         longest = settings.task.max_new_tokens or settings.max_new_tokens
         self.samples += ask(tuner.model, tuner.processor, settings.task, batches, self.reducer, longest, settings.seed)
         self.seconds += time.perf_counter() - start
