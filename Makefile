@@ -1,11 +1,13 @@
-# Two commands: `make demo` and `make test`. They need Python (>= 3.10), pip and make, nothing else.
+# Two commands: `make demo` and `make test`. They need Python (>= 3.10), pip and make, nothing else, and install from the lock in
+# requirements/. `make lock` makes the lock again, `make newest` tries the newest of everything and raises bounds and lock
+# (docs/upstream.md), `make drift` says what the newest transformers would break.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= results/store/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint format install browser clean
+.PHONY: demo test lint format install lock newest drift browser clean
 
 demo: $(VENV)/.demo  ## sweep configs/demo.yaml on the embedded model, print the table, write the report
 	HF_HUB_OFFLINE=1 $(BIN)/vtc sweep configs/demo.yaml --out $(OUT)
@@ -26,22 +28,41 @@ format: $(VENV)/.dev
 
 install: $(VENV)/.dev
 
+lock: $(VENV)/.uv  ## compile requirements/ again, with as few changes as the ranges in pyproject.toml ask for
+	$(BIN)/python scripts/lock.py
+
+newest: $(VENV)/.uv  ## the suite on the newest of everything; when it is green, raise the bounds and the lock
+	$(BIN)/python scripts/newest.py --workers $(WORKERS)
+
+drift: $(VENV)/.dev  ## a part of the suite on the newest transformers, where there is a newer one; reports, and never fails
+	-$(BIN)/python scripts/newest.py --drift --workers $(WORKERS)
+
+# an environment is remembered as installed; the package itself comes without dependencies (the lock has them) and without a build
+# environment of its own (the lock has setuptools, too)
+EDITABLE := --no-deps --no-build-isolation --editable .
+
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet 'pip>=23'
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[pocket,plot]'
+$(VENV)/.demo: $(BIN)/python pyproject.toml requirements/demo.txt
+	$(BIN)/python -m pip install --quiet -r requirements/demo.txt
+	$(BIN)/python -m pip install --quiet $(EDITABLE)
 	touch $@
 
-$(VENV)/.dev: $(BIN)/python pyproject.toml
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
+$(VENV)/.dev: $(BIN)/python pyproject.toml requirements/test.txt
+	$(BIN)/python -m pip install --quiet -r requirements/test.txt
+	$(BIN)/python -m pip install --quiet $(EDITABLE)
 	touch $@
 
 # the oldest supported transformers beside the newest, in one environment: a folder put in front of the path
-$(VENV)/.oldest: $(VENV)/.dev tests/oldest.txt
+$(VENV)/.oldest: $(VENV)/.dev requirements/oldest.txt
 	rm -rf $(VENV)/oldest
-	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest -r tests/oldest.txt
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/oldest -r requirements/oldest.txt
+	touch $@
+
+$(VENV)/.uv: $(BIN)/python
+	$(BIN)/python -m pip install --quiet uv
 	touch $@
 
 browser:  ## Chromium for the report's tests in a real browser (Debian's package; needs root)
@@ -49,3 +70,13 @@ browser:  ## Chromium for the report's tests in a real browser (Debian's package
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
+
+# two threads, no AVX-512, no AVX2: other CPUs round differently, and the tests that compare numbers hold on all of them
+CPUS := "OMP_NUM_THREADS=1" "OMP_NUM_THREADS=2" "OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2" \
+	"OMP_NUM_THREADS=2 ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2"
+NUMBERS := $(patsubst %,tests/test_%.py,golden reducers_* flowcut todre kernels contract packed)
+
+.PHONY: cpus
+cpus: $(VENV)/.dev  ## the tests that compare numbers, as other CPUs compute them
+	failed=0; for cpu in $(CPUS); do echo "$$cpu"; \
+	env HF_HUB_OFFLINE=1 $$cpu $(BIN)/pytest -n $(WORKERS) -k "not compiles_within" $(NUMBERS) || failed=1; done; exit $$failed

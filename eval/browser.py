@@ -1,19 +1,22 @@
 """Samples for the report: pictures made again from the questions' sources, every method's answer, and which tokens it kept.
 
 A store holds answers, not pictures and not kept tokens. Both are made again here for the few samples that are shown: pictures by
-the task's own generator or from its files, kept tokens by running the embedded model once per row. Where that is not possible the
-report says why.
+the task's own generator, kept tokens by running the embedded model once per row. Files are read only where the reader says so: a
+store may come from somebody else, and its record names paths. Where something is not possible the report says why.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc.doors import inside, short
 from vtc.errors import VtcError
 from vtc.eval.config import UNREDUCED
 from vtc.eval.scores import Listed, listed_cells, score_of, version_of
@@ -22,6 +25,7 @@ from vtc.eval.store import CellResult, Store
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from vtc.eval.config import TaskConfig
     from vtc.pocket import Question
 
 SAMPLES = 24
@@ -105,7 +109,14 @@ class Browser:
     notes: list[str]
 
 
-def browse(store: Store, count: int = SAMPLES, *, overlays: bool = True) -> Browser:
+def browse(
+    store: Store,
+    count: int = SAMPLES,
+    *,
+    overlays: bool = True,
+    asked: Mapping[str, Sequence[Question]] | None = None,
+    data: Path | None = None,
+) -> Browser:
     """Choose samples of the latest sweep and gather what is shown of them.
 
     Parameters
@@ -116,6 +127,10 @@ def browse(store: Store, count: int = SAMPLES, *, overlays: bool = True) -> Brow
         Most samples.
     overlays : bool
         Whether to find out which tokens were kept, by running the model.
+    asked : mapping or None
+        Questions by task that are at hand.
+    data : Path or None
+        Folder below which images and CSV files of the user's own tasks may be looked for.
     """
     sweep, listed = listed_cells(store)
     chosen: list[Sample] = []
@@ -132,11 +147,18 @@ def browse(store: Store, count: int = SAMPLES, *, overlays: bool = True) -> Brow
         share = max(1, min(share, OVERLAYS // max(1, len(found) * len(groups))))
         samples = _choose(model, task, found, share)
         total += max((len(r.samples) for r in found.values()), default=0)
-        questions, problem = _questions(sweep, task)
-        known = [s for s in samples if s.id in questions]
-        for sample in known:
+        questions, problem = _questions(sweep, task, found, (asked or {}).get(task), data)
+        known = []
+        for sample in samples:
+            try:
+                sample.image = _address(questions[sample.id].image)
+            except KeyError:
+                continue
+            except VtcError as error:  # a file that has changed since it was asked about
+                notes.append(f"Task {task}: {short(error, 500)}")
+                continue
             sample.question = questions[sample.id].prompt
-            sample.image = _address(questions[sample.id].image)
+            known.append(sample)
         if problem:
             notes.append(f"Task {task}: pictures and questions cannot be shown ({problem}).")
         if overlays and known:
@@ -189,23 +211,50 @@ def _entry(sample: Mapping[str, Any]) -> Entry:
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures
-def _questions(sweep: Mapping[str, Any], task: str) -> tuple[dict[str, Question], str]:
+def _questions(
+    sweep: Mapping[str, Any],
+    task: str,
+    found: Mapping[Listed, CellResult],
+    asked: Sequence[Question] | None,
+    data: Path | None,
+) -> tuple[dict[str, Question], str]:
     """Make the questions of a task again; by id, or why not."""
     from vtc.eval.config import DATA, TaskConfig
-    from vtc.eval.questions import task_questions
+    from vtc.eval.questions import digest, task_questions
 
+    if asked:
+        return {q.id: q for q in asked}, ""
     try:
         config = sweep["config"]
-        data = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
-        given = config.get("tasks") or [{"name": DATA, "data": data}]
+        sources = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
+        given = config.get("tasks") or [{"name": DATA, "data": sources}]
         tasks = {t.title: t for t in map(TaskConfig.model_validate, given)}
         if task not in tasks:
             return {}, "the sweep's settings do not describe it"
-        if tasks[task].kind == "lmms":
+        chosen = tasks[task]
+        if chosen.kind == "lmms":
             return {}, "they belong to lmms-eval and are not stored"
-        return {q.id: q for q in task_questions(tasks[task])}, ""
-    except (VtcError, ValueError, OSError, KeyError, TypeError) as error:
-        return {}, str(error).splitlines()[0]
+        most = max((len(r.samples) for r in found.values()), default=0)
+        if chosen.made > most:
+            return {}, "the sweep's settings ask for other questions than the store has answers to"
+        if chosen.kind == "files":
+            if data is None:
+                return {}, "they are files, and not in the store: name the folder they are in with --data"
+            chosen = _below(chosen, data)
+        questions = task_questions(chosen)
+        if digest(questions) not in {str(r.config.get("task", {}).get("questions")) for r in found.values()}:
+            return {}, "those that are there now are not those that were answered"
+        return {q.id: q for q in questions}, ""
+    except (VtcError, ValueError, OSError, KeyError, TypeError, AttributeError) as error:
+        return {}, short(error, 500)
+
+
+def _below(task: TaskConfig, data: Path) -> TaskConfig:
+    """Return a task whose files lie below ``data`` as they lay to one another when it was asked: nothing else is read."""
+    assert task.folder is not None and task.questions is not None
+    top = Path(os.path.commonpath([task.folder, Path(task.questions).parent]))
+    moved = {name: str(inside(data, str(Path(getattr(task, name)).relative_to(top)))) for name in ("folder", "questions")}
+    return task.model_copy(update=moved)
 
 
 def _address(image: Image) -> str:
@@ -228,6 +277,7 @@ def _add_kept(
     import torch
 
     import vtc
+    from vtc.engine import upstream
     from vtc.eval import env
     from vtc.pocket import POCKET_MODELS, encode_questions, load_pocket
     from vtc.viz import unprocess
@@ -264,7 +314,7 @@ def _add_kept(
     torch.set_num_threads(threads)
     for batch in batches:  # a picture that the processor cropped is shown as the tower saw it
         for row, position in enumerate(batch.positions):
-            pixels = batch.inputs["pixel_values"]
+            pixels = batch.inputs[upstream.PIXELS]
             if pixels.dim() == 4 and len(pixels) == len(batch.positions):
                 samples[position].image = _address(unprocess(pixels[row : row + 1], processor.image_processor)[0])
     notes = ["Small pictures: dark patches have no token in the last decoder layer, half-dark ones share a token with others."]
@@ -280,10 +330,11 @@ def _embedded(sweep: Mapping[str, Any], title: str) -> str | None:
     from vtc.pocket import POCKET_MODELS
 
     config = sweep["config"]
-    for given in [*(config.get("models") or []), config.get("model")]:
+    several = config.get("models")
+    for given in [*(several if isinstance(several, list) else []), config.get("model")]:
         name = given.get("name") if isinstance(given, Mapping) else given
         label = (given.get("label") if isinstance(given, Mapping) else None) or name
-        if label == title and name in POCKET_MODELS:
+        if label == title and isinstance(name, str) and name in POCKET_MODELS:
             return name
     return title if title in POCKET_MODELS else None
 

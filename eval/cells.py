@@ -8,10 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import vtc
+from vtc import doors
 from vtc.core import Reducer
 from vtc.errors import ConfigError, VtcError
 from vtc.eval import env
 from vtc.eval.config import ALL, BASELINES, UNREDUCED, KeyPath, ReducerConfig, SweepConfig
+
+CELLS = 50_000
+"""Most cells of a sweep, models, tasks and seeds counted; such a store takes hours to read."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,18 @@ def unlisted(reducers: Sequence[ReducerConfig]) -> list[str]:
     return [n for n in vtc.list_reducers() if n not in listed and n not in BASELINES]
 
 
+def _bounded(config: SweepConfig, wanted: Sequence[tuple[ReducerConfig, KeyPath]]) -> None:
+    """Refuse products that nobody can have meant."""
+    used = {b.text for r, _ in wanted for b in r.budgets or ()} | {b.text for b in config.budgets}
+    rows = 1 + len(BASELINES) * len(used) + sum(len(r.budgets or config.budgets) for r, _ in wanted)
+    total = rows * len(config.all_models) * len(config.all_tasks) * len(config.all_seeds)
+    if total > CELLS:
+        raise ConfigError(
+            f"{config.place(('reducers',))}: with all models, tasks, seeds and budgets these are {total:,} cells, and a sweep may "
+            f"have {CELLS:,}: cut it into several files"
+        )
+
+
 def cells(config: SweepConfig) -> list[Cell]:
     """Expand a sweep into its cells, unreduced first, then by budget: mandatory baselines, then the file's reducers.
 
@@ -101,6 +117,7 @@ def cells(config: SweepConfig) -> list[Cell]:
             wanted += [(ReducerConfig(name=n, budgets=r.budgets), ("reducers", i)) for n in unlisted(config.reducers)]
         else:
             wanted.append((r, ("reducers", i)))
+    _bounded(config, wanted)
     used = {b.text: b for b in config.budgets} | {b.text: b for r in config.reducers for b in r.budgets or ()}
     budgets = list(used)
     asked: dict[str, KeyPath] = {b.text: ("budgets", j) for j, b in enumerate(config.budgets)}
@@ -133,7 +150,8 @@ def cells(config: SweepConfig) -> list[Cell]:
                     leaf = (*key, "options")
                 raise ConfigError(f"{place(leaf)}: {error}") from None
             except (TypeError, ValueError) as error:
-                raise ConfigError(f"{place((*key, 'options'))}: '{reducer.name}' refuses these options: {error}") from None
+                reason = doors.short(error)
+                raise ConfigError(f"{place((*key, 'options'))}: '{reducer.name}' refuses these options: {reason}") from None
             name = (reducer.title, budget.text)
             if name in found:
                 raise ConfigError(

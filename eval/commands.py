@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vtc import doors
+from vtc.cli import Trust
 from vtc.errors import UnknownArgumentError, did_you_mean
 from vtc.eval import bench
 from vtc.files import save
@@ -55,8 +57,10 @@ def sweep(
     shard: Annotated[str, typer.Option("--shard", help="Only part I of N of the cells: I/N, such as 1/8.")] = "",
     executor: Annotated[str, typer.Option("--executor", help="Where cells run: local, or ray (a cluster).")] = "local",
     workers: Annotated[
-        int | None, typer.Option("--workers", help="Cells at a time: 1 (local); one for every GPU or CPU of the cluster (ray).")
+        int | None,
+        typer.Option("--workers", max=1024, help="Cells at a time: 1 (local); one for every GPU or CPU of the cluster (ray)."),
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Measure models x tasks x reducers x budgets: accuracy, tokens, FLOPs, speed. Finished cells are not run again."""
     from rich.console import Console
@@ -64,9 +68,9 @@ def sweep(
     from vtc.eval.store import Store
     from vtc.eval.sweepfile import load_sweep
 
-    config = load_sweep(file, overrides or ())
+    config = load_sweep(file, overrides or (), trust_remote_code=trust)
     part = _shard(shard)
-    root = out if out is not None else RESULTS / file.stem
+    root = doors.place(out if out is not None else RESULTS / file.stem)
     used = root.exists() and (not root.is_dir() or any(root.iterdir()))
     if used:
         Store(root)  # a folder that cannot be used is refused before any question is made
@@ -85,6 +89,8 @@ def sweep(
         return
     with ended_like_ctrl_c():
         running.check_data()
+        if executor != "ray":  # the nodes of a cluster have devices and caches of their own
+            running.check_models()
         only = running.shard(*part)  # the plan may be a new one
         slots = executors.make(executor, workers)
         try:
@@ -97,9 +103,9 @@ def sweep(
 
     store = store.at(outcome.sweep)  # whatever else was recorded meanwhile
     results = collect(store)
-    path = write_report(store)
+    path = write_report(store, asked=running.questions)
     if as_json:
-        print(json.dumps(_json(results, root, path, outcome), indent=2, ensure_ascii=False))
+        print(json.dumps(_json(results, root, path, outcome), indent=2))
     else:
         _print_terminal(results)
         print(f"\nReport: {path}\nThis table again: vtc table {root}")
@@ -132,8 +138,11 @@ def ended_like_ctrl_c() -> Iterator[None]:
 def _shard(text: str) -> tuple[int, int]:
     """Read ``I/N``; the whole when empty."""
     number, slash, of = (text or "1/1").partition("/")
-    if not (slash and number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
-        raise UnknownArgumentError(f"--shard {text!r} is not of the form I/N with 1 <= I <= N: write for example --shard 3/8")
+    right = slash and all(n.isdecimal() and len(n) < 7 for n in (number, of)) and 1 <= int(number) <= int(of)
+    if not right:
+        raise UnknownArgumentError(
+            f"--shard {doors.short(text)!r} is not of the form I/N with 1 <= I <= N: write for example --shard 3/8"
+        )
     return int(number), int(of)
 
 
@@ -214,16 +223,23 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the store by default.")
     ] = None,
-    samples: Annotated[int, typer.Option("--samples", min=0, help="Most questions in the sample browser.")] = 24,
+    samples: Annotated[int, typer.Option("--samples", min=0, max=2000, help="Most questions in the sample browser.")] = 24,
     overlays: Annotated[
         bool, typer.Option("--overlays/--no-overlays", help="Run the embedded model to show which tokens each method kept.")
     ] = True,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Folder with the images and CSV files of your own tasks; not read without.")
+    ] = None,
 ) -> None:
-    """Write the HTML report of a results store: one file, everything in it."""
+    """Write the HTML report of a results store: one file, everything in it.
+
+    Of your own images and questions it shows what the store holds, which is the answers. With --data it looks for the rest below
+    that folder, and nowhere else: a store that somebody sent you cannot name files of yours.
+    """
     from vtc.eval.report import write_report
 
     opened = _opened(store, which)
-    print(write_report(opened, output, samples=samples, overlays=overlays))
+    print(write_report(opened, output, samples=samples, overlays=overlays, data=data))
 
 
 def tune(
@@ -240,10 +256,12 @@ def tune(
     out: Annotated[Path | None, typer.Option("--out", help=f"Store; {RESULTS}/tune-<model or file> by default.")] = None,
     fmt: Annotated[str, typer.Option("--format", "-f", help="terminal, md, csv or latex.")] = "terminal",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")] = False,
+    trust: Trust = False,
 ) -> None:
     """Find the smallest budget of every reducer whose loss of accuracy stays below a target, asking no more than it takes."""
     from rich.console import Console
 
+    from vtc.eval import models
     from vtc.eval.formats import FORMATS
     from vtc.eval.store import Store
     from vtc.eval.tune import Tuner, read_settings, render_tune
@@ -252,8 +270,9 @@ def tune(
         raise UnknownArgumentError(
             f"there is no table format '{fmt}'{did_you_mean(fmt, FORMATS)} (formats: {', '.join(FORMATS)})"
         )
-    settings = read_settings(what, target_drop, reducers, budgets, questions, confidence)
-    root = out if out is not None else RESULTS / f"tune-{Path(what).stem}"
+    settings = read_settings(what, target_drop, reducers, budgets, questions, confidence, trust_remote_code=trust)
+    root = doors.place(out if out is not None else RESULTS / f"tune-{Path(what).stem}")
+    models.check_available(settings.model)  # before a folder is made for its results
     console = Console(stderr=True)
     tuner = Tuner(
         settings, Store(root, create=True), lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -261,10 +280,10 @@ def tune(
     with ended_like_ctrl_c():
         record = tuner.record(tuner.run())
     if as_json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2))
     else:
         sys.stdout.write(render_tune(record, fmt, **(_terminal() if fmt == "terminal" else {})))
-        console.print(f"Answers and result: {root}", highlight=False)
+        console.print(f"Answers and result: {root}", markup=False, highlight=False)
 
 
 def _opened(root: Path | None, which: str) -> Store:

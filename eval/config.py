@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
 
 import vtc
 from vtc.core import Reducer, check_amount
+from vtc.doors import short
 from vtc.errors import UnknownArgumentError
 from vtc.registry import resolve
 
@@ -30,6 +32,18 @@ DATA = "questions"
 _QUESTIONS = 300
 """Questions of a generated task that does not say how many."""
 
+MADE = 50_000
+"""Most questions of a generated task: making them takes a minute or two and gigabytes."""
+
+ASKED = 10_000_000
+"""Most questions of any other task."""
+
+SEEDS = 2**32 - 1
+"""Largest seed that every random generator takes."""
+
+SCENE_SEEDS = 2**30 - 1
+"""Largest seed of the scene generator."""
+
 KeyPath = tuple[str | int, ...]
 """Where in a sweep file something is: ``("reducers", 2, "name")``."""
 
@@ -47,7 +61,37 @@ def _amount(value: Any) -> Any:
     return value
 
 
+def _one_line(value: str) -> str:
+    if any(c in value for c in "\n\r\t"):
+        raise ValueError("a name is one line of text: leave line breaks and tabs out")
+    return value
+
+
+def _attention(value: str) -> str:
+    if not re.fullmatch(r"\w{1,60}", value, re.ASCII):
+        raise ValueError(
+            "give the name of an attention implementation of transformers, such as sdpa; code from the hub is not run"
+        )
+    return value
+
+
+def _device(value: str) -> str:
+    if value == "meta" or not re.fullmatch(r"[a-z]{2,12}(:\d{1,3})?", value, re.ASCII):
+        raise ValueError("give a torch device that computes, such as cpu, cuda or cuda:1, or auto")
+    return value
+
+
+def _revision(value: str) -> str:
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", value) or ".." in value:
+        raise ValueError("give a branch, a tag or a commit of the hub repository")
+    return value
+
+
 Amount = Annotated[int | float, BeforeValidator(_amount)]
+Name = Annotated[str, Field(min_length=1, max_length=500), AfterValidator(_one_line)]
+Label = Annotated[str, Field(min_length=1, max_length=60), AfterValidator(_one_line)]
+Seed = Annotated[int, Field(ge=0, le=SEEDS)]
+Pixels = Annotated[int, Field(ge=1, le=2**30)]
 
 
 class _Strict(BaseModel):
@@ -57,7 +101,7 @@ class _Strict(BaseModel):
 class _Named(_Strict):
     """Something with a name and settings; the bare name will do."""
 
-    name: str = Field(min_length=1)
+    name: Name
 
     @model_validator(mode="before")
     @classmethod
@@ -80,10 +124,10 @@ class SceneData(_Strict):
         Stream of the split.
     """
 
-    n: int = Field(ge=1)
+    n: int = Field(ge=1, le=MADE)
     split: Literal["test", "val"] = "test"
-    types: list[str] | None = Field(default=None, min_length=1)
-    seed: int = Field(default=0, ge=0)
+    types: list[Name] | None = Field(default=None, min_length=1, max_length=100)
+    seed: int = Field(default=0, ge=0, le=SCENE_SEEDS)
 
 
 class EasyVqaData(_Strict):
@@ -97,7 +141,7 @@ class EasyVqaData(_Strict):
         ``"val"`` is held out of the public training set.
     """
 
-    n: int | None = Field(default=None, ge=1)
+    n: int | None = Field(default=None, ge=1, le=ASKED)
     split: Literal["test", "val"] = "test"
 
 
@@ -123,6 +167,48 @@ class DataConfig(_Strict):
         return self
 
 
+class ProcessorConfig(_Strict):
+    """Settings of a model's processor that a sweep file may change: how large pictures are, and how they are cut up.
+
+    Anything else ``from_pretrained`` takes is not for a file to say: where it looks, what it runs.
+
+    Attributes
+    ----------
+    min_pixels, max_pixels : int or None
+        Bounds of a picture's area (Qwen-VL and its kin).
+    size : int or dict or None
+        Side, or sides by name (``{shortest_edge: 336}``, ``{height: 448, width: 448}``).
+    do_resize, do_center_crop, do_pad : bool or None
+        Steps of the image processor.
+    do_image_splitting : bool or None
+        Whether large pictures are cut into crops (Idefics3, SmolVLM).
+    crop_to_patches, min_patches, max_patches : bool, int, int or None
+        The same of InternVL.
+    do_pan_and_scan : bool or None
+        The same of Gemma 3.
+    use_fast : bool or None
+        Which of two image processors transformers takes, where there are two.
+    """
+
+    min_pixels: Pixels | None = None
+    max_pixels: Pixels | None = None
+    size: Pixels | dict[Name, Pixels] | None = None
+    do_resize: bool | None = None
+    do_center_crop: bool | None = None
+    do_pad: bool | None = None
+    do_image_splitting: bool | None = None
+    crop_to_patches: bool | None = None
+    min_patches: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_patches: Annotated[int, Field(ge=1, le=64)] | None = None
+    do_pan_and_scan: bool | None = None
+    use_fast: bool | None = None
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The settings that the file names."""
+        return self.model_dump(exclude_none=True)
+
+
 class ModelConfig(_Named):
     """One model: a bare name, or a mapping.
 
@@ -140,21 +226,33 @@ class ModelConfig(_Named):
         Attention implementation (``"sdpa"``, ``"flash_attention_2"`` ...); transformers' default when None.
     revision : str or None
         Branch, tag or commit of a hub id.
-    processor : dict
-        Arguments of ``AutoProcessor.from_pretrained``, such as ``max_pixels``.
+    processor : ProcessorConfig
+        Settings of its processor, such as ``max_pixels``.
     """
 
-    label: str | None = Field(default=None, min_length=1, max_length=60)
+    label: Label | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: str = "auto"
-    attention: str | None = None
-    revision: str | None = None
-    processor: dict[str, Any] = Field(default_factory=dict)
+    device: Annotated[str, AfterValidator(_device)] = "auto"
+    attention: Annotated[str, AfterValidator(_attention)] | None = None
+    revision: Annotated[str, Field(max_length=200), AfterValidator(_revision)] | None = None
+    processor: ProcessorConfig = ProcessorConfig()
+    _trusted: bool = PrivateAttr(default=False)
 
     @property
     def title(self) -> str:
         """Name in tables."""
         return self.label or self.name
+
+    @property
+    def trusted(self) -> bool:
+        """Whether Python code that comes with the model may run: the user's word, never the file's."""
+        return self._trusted
+
+    def trusting(self) -> ModelConfig:
+        """Return the same model with leave to run the Python code that comes with it."""
+        out = self.model_copy()
+        out._trusted = True
+        return out
 
 
 class TaskConfig(_Named):
@@ -182,16 +280,16 @@ class TaskConfig(_Named):
         Metric that tables show, where a task of lmms-eval has several; its main one when None.
     """
 
-    label: str | None = Field(default=None, min_length=1, max_length=60)
-    n: int | None = Field(default=None, ge=1)
+    label: Label | None = None
+    n: int | None = Field(default=None, ge=1, le=ASKED)
     split: Literal["test", "val"] = "test"
-    types: list[str] | None = Field(default=None, min_length=1)
-    seed: int = Field(default=0, ge=0)
+    types: list[Name] | None = Field(default=None, min_length=1, max_length=100)
+    seed: int = Field(default=0, ge=0, le=SCENE_SEEDS)
     data: DataConfig | None = None
-    folder: str | None = None
-    questions: str | None = None
+    folder: Annotated[str, Field(min_length=1, max_length=4000)] | None = None
+    questions: Annotated[str, Field(min_length=1, max_length=4000)] | None = None
     max_new_tokens: int | None = Field(default=None, ge=1, le=32768)
-    metric: str | None = None
+    metric: Name | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TaskConfig:
@@ -200,6 +298,8 @@ class TaskConfig(_Named):
         if self.data is not None and self.folder is not None:
             raise ValueError("give `data`, or `folder` and `questions`, not both")
         made = self.data is None and self.name in ("scenes", "details")
+        if made and (self.n or 0) > MADE:
+            raise ValueError(f"n: {self.n} is more than a generated task may have: ask for at most {MADE}")
         if not made and (self.types is not None or self.seed):
             raise ValueError("`types` and `seed` belong to the generated tasks scenes and details: remove them here")
         if not made and self.split != "test" and self.name != "easy_vqa":
@@ -234,6 +334,13 @@ class TaskConfig(_Named):
         """Name in tables."""
         return self.label or self.name.removeprefix("lmms:")
 
+    @property
+    def made(self) -> int:
+        """How many questions have to be made for it."""
+        if self.kind != "questions":
+            return 0
+        return sum(part.n for part in (self.sources.scenes, self.sources.details) if part is not None)
+
 
 class BudgetConfig(_Strict):
     """One budget: a bare number (or ``"22%"``) means ``keep``.
@@ -254,7 +361,7 @@ class BudgetConfig(_Strict):
     keep: Amount | None = None
     avg_tokens: Amount | None = None
     flops: float | None = Field(default=None, gt=0.0, le=1.0)
-    label: str | None = Field(default=None, min_length=1, max_length=20)
+    label: Annotated[str, Field(min_length=1, max_length=20), AfterValidator(_one_line)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -327,9 +434,9 @@ class ReducerConfig(_Strict):
         Replaces the sweep's budgets for this reducer.
     """
 
-    name: str
-    members: list[MemberConfig] | None = Field(default=None, min_length=1)
-    label: str | None = Field(default=None, min_length=1, max_length=60)
+    name: Name
+    members: list[MemberConfig] | None = Field(default=None, min_length=1, max_length=20)
+    label: Label | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     budgets: list[BudgetConfig] | None = Field(default=None, min_length=1)
 
@@ -386,7 +493,7 @@ class ReducerConfig(_Strict):
                 options.setdefault("seed", seed)
             made.append(vtc.create(member.name, **options))
         if unknown := sorted(set(self.options) - used):
-            raise UnknownArgumentError(f"no member of '{self.name}' has the option '{unknown[0]}'")
+            raise UnknownArgumentError(f"no member of '{self.name}' has the option '{short(unknown[0], 80)}'")
         return resolve(made)
 
 
@@ -470,12 +577,17 @@ class SweepConfig(_Strict):
     reducers: Annotated[list[ReducerConfig], BeforeValidator(_listed)]
     batch_size: int = Field(default=16, ge=1, le=1024)
     max_new_tokens: int = Field(default=4, ge=1, le=32768)
-    seed: int = Field(default=0, ge=0)
-    seeds: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    seed: Seed = 0
+    seeds: list[Seed] | None = Field(default=None, min_length=1)
     threads: int | None = Field(default=None, ge=1, le=1024)
     bootstrap: BootstrapConfig = BootstrapConfig()
     speed: SpeedConfig | Literal[False] = SpeedConfig()
     _place: Callable[[KeyPath], str] = PrivateAttr(default_factory=lambda: dotted)
+
+    def trusting(self) -> SweepConfig:
+        """Return the same sweep with leave to run the Python code that comes with its models (:meth:`ModelConfig.trusting`)."""
+        models = [m.trusting() for m in self.models] if self.models is not None else None
+        return self.model_copy(update={"model": self.model.trusting() if self.model is not None else None, "models": models})
 
     def place(self, key: KeyPath) -> str:
         """Return where a key is, for messages; with file and line where the sweep was read from a file."""

@@ -14,17 +14,17 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from vtc.errors import short
+from vtc.eval.cells import CELLS
+
 SCHEMA = 1
 """Version of the store's layout and of the contents below."""
 
 ADDRESS = r"[0-9a-f]{16}(-[0-9a-f]{8})?"
 """Pattern of a cell's address: hashes of its settings and of the code that measured it."""
 
-SAMPLES = 1_000_000
-"""Most answers of one cell."""
-
-CELLS = 1_000_000
-"""Most cells of one sweep."""
+SAMPLES = 500_000
+"""Most answers of one cell: twice the questions of the largest benchmark."""
 
 _TOLERANCE = 1e-9
 _TOKENS = {"slots": "slots", "kept": "kept", "avg": "avg_tokens"}
@@ -43,26 +43,28 @@ class _Open(BaseModel):
 
 Count = Annotated[int, Field(ge=0)]
 Amount = Annotated[float, Field(ge=0)]
+Text = Annotated[str, Field(max_length=1000)]
+"""What tables show of a record: names and labels."""
 
 
 # ----------------------------------------------------------------------------------------------------------------- cells
 class _Commit(_Open):
-    id: str | None
+    id: Text | None
     dirty: bool | None
 
 
 class _Machine(_Open):
-    cpu: str
-    gpu: str | None
+    cpu: Text
+    gpu: Text | None
     cores: int | None
     torch_threads: int
 
 
 class _Versions(_Open):
-    python: str
-    torch: str
-    transformers: str
-    vtc: str
+    python: Text
+    torch: Text
+    transformers: Text
+    vtc: Text
 
 
 class _Env(_Open):
@@ -185,11 +187,11 @@ _ANSWERS = TypeAdapter(list[_Sample])
 # --------------------------------------------------------------------------------------------------------------- sweeps
 class _Listed(_Open):
     id: Annotated[str, Field(pattern=f"^{ADDRESS}$")]
-    label: str
-    reducer: str
-    budget: str
-    model: str | None = None
-    task: str | None = None
+    label: Text
+    reducer: Text
+    budget: Text
+    model: Text | None = None
+    task: Text | None = None
     seed: int = 0
 
 
@@ -204,7 +206,7 @@ class _Config(_Open):
 
 
 class _Model(_Open):
-    name: str
+    name: Text
     parameters: Count | None = None
     decoder_layers: Count | None = None
     visual_tokens: Count | None = None
@@ -212,13 +214,13 @@ class _Model(_Open):
 
 class _Record(_Open):
     schema_: int = Field(alias="schema")
-    source: str = ""
-    written: str = ""
+    source: Text | None = None
+    written: Text | None = None
     config: _Config
     env: _Env
     model: _Model
-    models: list[_Model] = Field(default_factory=list)
-    constant_guess: dict[str, float] = Field(default_factory=dict)
+    models: list[_Model] | None = None
+    constant_guess: dict[Text, float] | None = None
     cells: Annotated[list[_Listed], Field(max_length=CELLS)]
 
 
@@ -236,7 +238,7 @@ def parse(data: bytes) -> Any:
     except ContentError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ContentError(f"no JSON: {error}") from None
+        raise ContentError(f"no JSON: {short(error)}") from None
 
 
 def parse_lines(data: bytes) -> list[Any]:
@@ -244,7 +246,7 @@ def parse_lines(data: bytes) -> list[Any]:
     try:
         lines = [line for line in data.decode("utf-8").split("\n") if line]  # an answer may hold other line breaks
     except UnicodeDecodeError as error:
-        raise ContentError(f"no UTF-8: {error}") from None
+        raise ContentError(f"no UTF-8: {short(error)}") from None
     if len(lines) > SAMPLES:
         raise ContentError(f"more than {SAMPLES:,} lines")
     return parse(f"[{','.join(lines)}]".encode())
@@ -266,7 +268,7 @@ def _shaped(kind: type[BaseModel], value: Any, name: str) -> Any:
         return kind.model_validate(value)
     except ValidationError as error:
         where, problem = _first(error)
-        raise ContentError(f"{name}: {'.'.join(map(str, where))}{': ' if where else ''}{problem}") from None
+        raise ContentError(f"{name}: {short('.'.join(map(str, where)))}{': ' if where else ''}{problem}") from None
 
 
 def _first(error: ValidationError) -> tuple[tuple[Any, ...], str]:
@@ -308,7 +310,7 @@ def check_cell(config: Any, env: Any = None, metrics: Any = None, samples: list[
         _ANSWERS.validate_python(samples)
     except ValidationError as error:
         (number, *key), problem = _first(error)
-        where = ".".join(map(str, key))
+        where = short(".".join(map(str, key)))
         raise ContentError(f"samples.jsonl line {number + 1}: {where}{': ' if where else ''}{problem}") from None
     for number, sample in enumerate(samples, 1):
         if not {"correct", "score"} & set(sample):
@@ -354,7 +356,7 @@ def _follow(metrics: _Marks, samples: Sequence[Mapping[str, Any]]) -> None:
     for name, marks, rows in [("", metrics, range(len(samples))), *((t, m, by_type[t]) for t, m in given.items())]:
         right, mean = sum(bool(samples[i].get("correct")) for i in rows), sum(scores[i] for i in rows) / len(rows)
         if marks.n != len(rows) or marks.correct != right or abs(marks.accuracy - mean) > _TOLERANCE:
-            raise ContentError(f"metrics.json{f': by_type.{name}' if name else ''} does not follow from samples.jsonl")
+            raise ContentError(f"metrics.json{f': by_type.{short(name)}' if name else ''} does not follow from samples.jsonl")
 
 
 def _follow_tokens(tokens: Mapping[str, float], samples: Sequence[Mapping[str, Any]]) -> None:

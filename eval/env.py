@@ -18,7 +18,7 @@ from typing import Any
 import vtc
 from vtc.core import Reducer
 
-_ENGINE_MODULES = ("vtc.core", "vtc.signals", "vtc.compat", "vtc.stats")
+_ENGINE_MODULES = ("vtc.core", "vtc.signals", "vtc.stats")
 _ENGINE_PACKAGES = ("vtc.engine", "vtc.families", "vtc.kernels")
 _APART = ("builtins", "vtc.registry", "vtc.errors")
 """Modules a reducer's file mentions and no result depends on."""

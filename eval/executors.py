@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import functools
 import importlib.util
+import ipaddress
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
 from collections import deque
@@ -19,7 +22,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
-from vtc.errors import ConfigError, UnknownArgumentError, did_you_mean
+from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval.worker import Job, Outcome, Worker
 
 EXECUTORS = ("local", "ray")
@@ -188,10 +191,72 @@ class Processes:
             self.pool, self.ends = None, []
 
 
+@contextlib.contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """Join a cluster, unless this process has; tokens are as its owner set them up (``RAY_AUTH_MODE``, ``RAY_AUTH_TOKEN``)."""
+    import ray
+
+    joined = not ray.is_initialized()
+    if joined:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    try:
+        yield ray
+    finally:
+        if joined:
+            ray.shutdown()
+
+
+_PRIVATE = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's switch for "this machine only", whatever the system: it listens on loopback
+    "RAY_AUTH_MODE": "token",
+}
+"""Environment of a Ray that is started here, for this run; read by Ray when it is imported, and by the processes it starts."""
+
+
+@functools.cache
+def _token() -> str:
+    """Secret of this process's Rays: one for all, since Ray reads it once."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _private_ray() -> Iterator[Any]:
+    """Start a Ray that nobody else can talk to: loopback addresses, no dashboard, a token of this run where Ray has tokens.
+
+    Anybody who reaches an open port of Ray's runs code with the rights of its owner.
+
+    Raises
+    ------
+    ConfigError
+        Ray was imported before, by somebody else, and would listen on other addresses.
+    """
+    wanted = _PRIVATE | {"RAY_AUTH_TOKEN": _token()}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        import ray
+
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        try:
+            addresses = [ipaddress.ip_address(node["NodeManagerAddress"]) for node in ray.nodes()]
+            if not all(address.is_loopback for address in addresses):
+                raise ConfigError(
+                    f"Ray would listen on {addresses[0]}, since it was imported before vtc could say otherwise: run the sweep in a "
+                    "process of its own, or start a cluster with `ray start --head` and name it in RAY_ADDRESS"
+                )
+            yield ray
+        finally:
+            ray.shutdown()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
 class RayActors:
     """One actor for every GPU of a Ray cluster, or CPU slot where there is no GPU; a dead actor's job starts again on a new one.
 
-    ``RAY_ADDRESS`` (or a ``ray start`` on this machine) says which cluster; without one, Ray runs on this machine.
+    ``RAY_ADDRESS`` says which cluster (``auto``: the one that ``ray start`` made on this machine). Without it a Ray is started for
+    this run and ended with it, which listens to this machine only and asks for a token.
 
     Parameters
     ----------
@@ -203,7 +268,7 @@ class RayActors:
     Raises
     ------
     ConfigError
-        Ray is not installed, or its cluster cannot be reached.
+        Ray is not installed, its cluster cannot be reached, or it cannot be kept to this machine.
     """
 
     remote = True
@@ -211,21 +276,19 @@ class RayActors:
     def __init__(self, workers: int | None = None, worker: type[Worker] = Worker) -> None:
         if importlib.util.find_spec("ray") is None:
             raise ConfigError("--executor ray needs Ray: pip install 'vtc-reducers[ray]'")
-        import ray
-
-        self.ray, self.worker = ray, worker
-        self.started = not ray.is_initialized()
-        if self.started:
-            address = os.environ.get("RAY_ADDRESS")
-            try:
-                ray.init(address=address, log_to_driver=False, logging_level="ERROR")
-            except (ConnectionError, RuntimeError, ValueError) as error:
-                first = str(error).strip().splitlines()[0]
-                raise ConfigError(
-                    f"the Ray cluster at {address or 'this machine'} cannot be reached ({first}): start it with `ray start "
-                    "--head`, or correct RAY_ADDRESS"
-                ) from None
-        there = ray.cluster_resources()
+        self.worker, self.started = worker, contextlib.ExitStack()
+        address = os.environ.get("RAY_ADDRESS")
+        try:
+            self.ray = self.started.enter_context(_cluster(address) if address else _private_ray())
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            if isinstance(error, VtcError):
+                raise
+            first = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"the Ray cluster at {address or 'this machine'} cannot be reached ({first}): start it with `ray start --head`, or "
+                "correct RAY_ADDRESS"
+            ) from None
+        there = self.ray.cluster_resources()
         self.gpus = int(there.get("GPU", 0))
         self.slots = workers or self.gpus or max(1, int(there.get("CPU", 1)))
         self.idle: list[Any] = []
@@ -268,5 +331,4 @@ class RayActors:
         for actor in [*self.idle, *(actor for _, actor, _ in self.running.values())]:
             self.ray.kill(actor)
         self.idle, self.running = [], {}
-        if self.started:
-            self.ray.shutdown()
+        self.started.close()

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from vtc import Handle, kernels
+from vtc.engine import upstream
 from vtc.errors import VtcError
 from vtc.families import family_of
+from vtc.kernels.ref.linear import ONEDNN
 from vtc.stats import Clock
 
 TOLERANCE = 0.02
@@ -148,11 +151,8 @@ def describes(config: Any) -> bool:
 
 
 def _uncounted() -> dict[Any, Callable[..., int]]:
-    """Formulas for products the counter passes over: with a vector, by oneDNN, and (older torch) flash attention on the CPU."""
-    aten, onednn = torch.ops.aten, getattr(torch.ops, "mkldnn", None)
-
-    def attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-        return sdpa_flop_count(query, key, value)
+    """Formulas for products the counter passes over: with a vector, and by oneDNN."""
+    aten = torch.ops.aten
 
     def product(matrix: Any, vector: Any, **_: Any) -> int:
         return 2 * math.prod(matrix)
@@ -164,13 +164,17 @@ def _uncounted() -> dict[Any, Callable[..., int]]:
         return 2 * math.prod(tokens) * weight[0]
 
     formulas = {
-        getattr(onednn, "_linear_pointwise", None): linear,
-        getattr(aten, "_scaled_dot_product_flash_attention_for_cpu", None): attention,
+        ONEDNN: linear,
         aten.mv: product,
         aten.dot: product,
         aten.addmv: added,
     }
     return {op: formula for op, formula in formulas.items() if op is not None and op not in flop_registry}
+
+
+def _attention_seen(device: torch.device) -> AbstractContextManager[Any]:
+    """Let the counter see attention: it knows the fused one of GPUs, and on a CPU only the products attention is made of."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 @contextmanager
@@ -179,7 +183,7 @@ def _watch(model: nn.Module, seen: Tokens) -> Iterator[None]:
     family = family_of(model)
 
     def length(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = args[0] if args else kwargs[upstream.HIDDEN]
         return int(hidden.shape[:-1].numel())
 
     def layer(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -250,16 +254,17 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
     Count
         Both results, what each layer ran on, and the KV cache.
     """
-    if inputs["input_ids"].shape[0] != 1:
+    if inputs[upstream.IDS].shape[0] != 1:
         raise VtcError("FLOPs are counted on one prompt: pass inputs with a batch of one")
     family = family_of(model)
     seen = Tokens()
     counter = FlopCounterMode(display=False, depth=None, custom_mapping=_uncounted())
     parts = _Parts(model, counter)
     # torch's counter sees torch's products only: the reducer's are counted as its torch twins make them, on every device
-    with torch.no_grad(), kernels.use("torch"), _watch(model, seen), counter, parts.observing():
-        out = model(**inputs, use_cache=True, logits_to_keep=1)
-    total = inputs["input_ids"].shape[1]
+    seeing = _attention_seen(inputs[upstream.IDS].device)
+    with torch.no_grad(), kernels.use("torch"), _watch(model, seen), seeing, counter, parts.observing():
+        out = upstream.prefill(model, inputs)
+    total = inputs[upstream.IDS].shape[1]
     if handle is None or not handle.stats.last.images:
         seen.decoder = [total] * family.facts.layers
     else:
@@ -271,7 +276,7 @@ def count(model: nn.Module, inputs: Mapping[str, Tensor], handle: Handle | None)
         formula = closed_form(model.config, seen)
     else:  # the language model is checked; tower and projector are the counter's
         formula = replace(language_flops(model.config, seen.decoder), tower=counted.tower, projector=counted.projector)
-    return Count(counted, formula, seen, out.past_key_values)
+    return Count(counted, formula, seen, upstream.cache_of(out))
 
 
 class _Parts:

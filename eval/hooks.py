@@ -19,6 +19,7 @@ import torch
 import typer
 
 import vtc
+from vtc.engine import upstream
 from vtc.eval.env import machine, versions
 from vtc.files import write_whole
 
@@ -101,20 +102,21 @@ def toy_inputs(batch: int) -> dict[str, torch.Tensor]:
     """Return a prompt with one image per row; rows after the first are left-padded."""
     rows = [[0] * (3 * b) + [1] + [100] * 36 + list(range(3, 20 - 3 * b)) for b in range(batch)]
     ids = torch.tensor(rows)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "pixel_values": torch.randn(batch, 3, 84, 84)}
+    return upstream.prompt(ids, (ids != 0).long(), torch.randn(batch, 3, 84, 84))
 
 
 def step_seconds(model: torch.nn.Module, inputs: dict[str, torch.Tensor], steps: int = 24) -> float:
     """Return the median thread time of a decode step."""
     times = []
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
-        mask = inputs["attention_mask"]
+        cache = upstream.cache_of(model(**inputs, **{upstream.USE_CACHE: True}))
+        name = upstream.cache_argument(model)
+        mask = inputs[upstream.MASK]
         token = torch.full((len(mask), 1), 7)
         for _ in range(steps):
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
             start = time.thread_time()
-            model(input_ids=token, past_key_values=cache, attention_mask=mask if len(mask) > 1 else None)
+            model(**{upstream.IDS: token, name: cache, upstream.MASK: mask if len(mask) > 1 else None})
             times.append(time.thread_time() - start)
     return statistics.median(times[4:])
 

@@ -8,20 +8,33 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc import doors
 from vtc.core import Facts
-from vtc.errors import ConfigError, UnsupportedModelError, VtcError, did_you_mean
+from vtc.errors import ConfigError, InputFileError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval.config import ModelConfig
 from vtc.eval.digests import folder_digest
-from vtc.inspect import SIDE, InputFileError, device_named, load_config, locate, processor_settings, skeleton, visual_tokens
+from vtc.inspect import (
+    SIDE,
+    device_named,
+    explained,
+    load_config,
+    locate,
+    processor_settings,
+    read_config,
+    skeleton,
+    visual_tokens,
+)
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
     import torch
+
+    from vtc.pocket import Question
 
 _CLIP = {
     "model_type": "clip_vision_model",
@@ -92,24 +105,37 @@ def check_model(model: ModelConfig) -> None:
     ConfigError
         With close matches.
     """
+    if model.attention is not None:
+        from transformers import AttentionInterface
+
+        there = sorted({"eager", *AttentionInterface().keys()})
+        if model.attention not in there:
+            raise ConfigError(
+                f"transformers has no attention implementation '{model.attention}'{did_you_mean(model.attention, there)} (use one "
+                f"of {', '.join(there)})"
+            )
     if model.name in POCKET_MODELS:
         return
     known = [*POCKET_MODELS, *KNOWN]
-    folder = Path(model.name).expanduser()
-    if folder.is_dir():
-        try:
+    try:
+        folder = doors.place(model.name)
+        if folder.is_dir():
             locate(model.name)
-        except InputFileError as error:
-            raise ConfigError(str(error)) from None
+    except InputFileError as error:
+        raise ConfigError(str(error)) from None
+    if folder.is_dir():
+        pass
     elif model.name.startswith((".", "/", "~")) or model.name.count("/") > 1:
         raise ConfigError(
-            f"there is no folder '{model.name}': give a model's folder, a hub id, or {' or '.join(POCKET_MODELS)}"
+            f"there is no folder '{doors.short(model.name)}': give a model's folder, a hub id, or {' or '.join(POCKET_MODELS)}"
         )
     elif "/" not in model.name:
         raise ConfigError(
-            f"no embedded model is named '{model.name}'{did_you_mean(model.name, known)} (use one of {', '.join(POCKET_MODELS)}, "
-            "a folder, or a hub id such as llava-hf/llava-1.5-7b-hf)"
+            f"no embedded model is named '{doors.short(model.name, 80)}'{did_you_mean(model.name, known)} (use one of "
+            f"{', '.join(POCKET_MODELS)}, a folder, or a hub id such as llava-hf/llava-1.5-7b-hf)"
         )
+    elif not re.fullmatch(r"[\w.-]{1,96}/[\w.-]{1,96}", model.name, re.ASCII) or ".." in model.name or "--" in model.name:
+        raise ConfigError(f"'{doors.short(model.name)}' is neither a folder nor a name that the hub has, such as {known[-1]}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +164,7 @@ class Outline:
 
 
 @functools.lru_cache(maxsize=32)
-def _outline(name: str) -> Outline:
+def _outline(name: str, trusted: bool) -> Outline:
     from transformers import AutoConfig
 
     from vtc.families import family_of
@@ -146,7 +172,7 @@ def _outline(name: str) -> Outline:
     notes = []
     place = str(pocket_path(name)) if name in POCKET_MODELS else name
     try:
-        config = load_config(place)
+        config = load_config(place, trust_remote_code=trusted)
     except InputFileError as error:
         if name not in KNOWN:
             return Outline(None, None, None, None, f"{error}; without its configuration nothing can be checked or estimated")
@@ -158,14 +184,15 @@ def _outline(name: str) -> Outline:
         notes.append("sizes from vtc's own table, since the model is not in the local cache")
     parameters = None
     try:
-        skeletal = skeleton(config)
+        skeletal = skeleton(config, trust_remote_code=trusted)
         parameters = sum(p.numel() for p in skeletal.parameters())
-        family = family_of(skeletal)
+        with explained(name, "the configuration"):
+            family = family_of(skeletal)
+            facts = family.facts
+            size = (2 * config.vision_config.image_size,) * 2 if facts.anyres else (SIDE, SIDE)
+            slots = facts.tokens or visual_tokens(family, size, processor_settings(place))[0]
     except UnsupportedModelError as error:
         return Outline(config, None, None, parameters, "; ".join([*notes, f"budgets cannot be checked: {error}"]))
-    facts = family.facts
-    size = (2 * config.vision_config.image_size,) * 2 if facts.anyres else (SIDE, SIDE)
-    slots = facts.tokens or visual_tokens(family, size, processor_settings(place))[0]
     if slots is None:
         notes.append("the number of visual tokens depends on the picture, so that FLOPs are not estimated")
     elif facts.tokens is None:
@@ -175,7 +202,7 @@ def _outline(name: str) -> Outline:
 
 def outline(model: ModelConfig) -> Outline:
     """Describe a model from its configuration: an embedded one, a folder, the hub cache, or :data:`KNOWN`."""
-    return _outline(model.name)
+    return _outline(model.name, model.trusted)
 
 
 def identity(model: ModelConfig) -> dict[str, Any]:
@@ -189,6 +216,8 @@ def identity(model: ModelConfig) -> dict[str, Any]:
         A file of the model's folder that cannot be read.
     """
     out: dict[str, Any] = {"name": model.name, **_files(model.name, model.revision)}
+    if model.trusted:
+        out["remote_code"] = True  # other code of the same folder
     chosen = model.model_dump(exclude={"name", "label"}, exclude_defaults=True)
     return {**out, "settings": chosen} if chosen else out
 
@@ -196,7 +225,7 @@ def identity(model: ModelConfig) -> dict[str, Any]:
 def _files(name: str, revision: str | None) -> dict[str, str]:
     if name in POCKET_MODELS:
         return {"folder": folder_digest(pocket_path(name), _NOTES)}
-    folder = Path(name).expanduser()
+    folder = doors.place(name)
     if folder.is_dir():
         return {"folder": folder_digest(folder)}
     if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
@@ -232,22 +261,104 @@ def fetch(model: ModelConfig) -> bool:
     return True
 
 
-def _absent(model: ModelConfig) -> ConfigError:
-    return ConfigError(
-        f"the model '{model.name}' is neither a folder nor in the local cache, and the hub cannot be reached: run "
-        f"`hf download {model.name}` where there is a network, or correct the name{did_you_mean(model.name, KNOWN)}"
-    )
-
-
 def _check_same(model: ModelConfig, planned: Mapping[str, Any]) -> None:
     """Refuse a folder whose files are not those that a sweep was planned with."""
     if planned.get("revision") == UNKNOWN:
         raise _absent(model)
     if "folder" in planned and identity(model) != planned:
         raise ConfigError(
-            f"the files of the model '{model.title}' are not those the sweep was planned with (changed since, or others on this "
-            "machine): run the sweep again, it measures the new ones under addresses of their own"
+            f"the files of the model '{doors.short(model.title)}' are not those the sweep was planned with (changed since, or others "
+            "on this machine): run the sweep again, it measures the new ones under addresses of their own"
         )
+
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def check_available(model: ModelConfig) -> None:
+    """Make sure, as far as that goes without loading it, that a model can be had on this machine.
+
+    Raises
+    ------
+    VtcError
+        Its device is not there, its folder is incomplete, or it is neither in the cache nor to be reached.
+    """
+    device_of(model)
+    if model.name in POCKET_MODELS:
+        return
+    place = locate(model.name)
+    if Path(place).is_dir():
+        if not any(p.name.startswith(_WEIGHTS) or p.suffix in (".safetensors", ".bin") for p in Path(place).iterdir()):
+            raise ConfigError(
+                f"the model folder '{doors.short(model.name)}' holds no weights: save or download the model again"
+            )
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    try:
+        read_config(model.name, place, trust_remote_code=model.trusted, **_where(model))
+    except InputFileError:
+        raise
+    except OSError:
+        raise _absent(model) from None
+    found = (try_to_load_from_cache(model.name, name, revision=model.revision) for name in _WEIGHTS)
+    if constants.HF_HUB_OFFLINE and not any(isinstance(path, str) for path in found):
+        raise _absent(model)
+
+
+_LONGEST = 50
+"""Of so many questions, those with the most characters, tokens are counted before a sweep."""
+
+
+def check_prompts(model: ModelConfig, questions: Sequence[Question]) -> None:
+    """Make sure that a model can be asked the user's own questions, as far as its tokenizer and its configuration tell.
+
+    Raises
+    ------
+    VtcError
+        The processor cannot be had, or a question is too long for the model or holds its mark for a picture.
+    """
+    known = outline(model)
+    processor = load_processor(model)
+    for q in questions:
+        doors.check_prompt(processor, q.prompt, f"the question '{doors.short(q.id)}'")
+    tokenizer = getattr(processor, "tokenizer", None)
+    for q in sorted(questions, key=lambda q: -len(q.prompt))[:_LONGEST]:
+        if known.config is not None and tokenizer is not None:
+            tokens = len(tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
+            doors.check_length(known.config, tokens, f"the question '{doors.short(q.id)}'")
+
+
+def load_processor(model: ModelConfig) -> Any:
+    """Load a model's processor; see :func:`load` for what is raised."""
+    from transformers import AutoProcessor
+
+    if model.name in POCKET_MODELS:
+        return load_pocket(model.name)[1]
+    try:
+        with explained(model.name, "the processor"):
+            place = locate(model.name)
+            return AutoProcessor.from_pretrained(
+                place, trust_remote_code=model.trusted, **_where(model), **model.processor.given
+            )
+    except VtcError:
+        raise
+    except OSError:
+        raise _absent(model) from None
+
+
+def _where(model: ModelConfig) -> dict[str, str]:
+    return {"revision": model.revision} if model.revision else {}
+
+
+def _absent(model: ModelConfig) -> ConfigError:
+    name = doors.short(model.name)
+    if doors.place(model.name).is_dir():
+        return ConfigError(f"files are missing in the model folder '{name}': save or download the model again, complete")
+    return ConfigError(
+        f"the model '{name}' is neither a folder nor in the local cache, and the hub cannot be reached: run `hf download {name}` "
+        f"where there is a network, or correct the name{did_you_mean(model.name, KNOWN)}"
+    )
 
 
 def device_of(model: ModelConfig) -> torch.device:
@@ -261,7 +372,8 @@ def device_of(model: ModelConfig) -> torch.device:
     try:
         return device_named(model.device)
     except VtcError:
-        raise ConfigError(f"the device '{model.device}' of the model '{model.title}' is not available here: use auto") from None
+        title = doors.short(model.title)
+        raise ConfigError(f"the device '{model.device}' of the model '{title}' is not available here: use auto") from None
 
 
 def load(model: ModelConfig, planned: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
@@ -280,37 +392,39 @@ def load(model: ModelConfig, planned: Mapping[str, Any] | None = None) -> tuple[
         No such model, no network, a model that vtc does not support, a device that is not there, or other files than planned.
     """
     if planned is None:
-        return _load(model, model.revision)
+        return _load(model)
     _check_same(model, planned)
-    loaded = _load(model, planned.get("revision"))
+    loaded = _load(model.model_copy(update={"revision": planned.get("revision")}))
     _check_same(model, planned)  # nothing changed while it was read
     return loaded
 
 
-def _load(model: ModelConfig, revision: str | None) -> tuple[Any, Any]:
+def _load(model: ModelConfig) -> tuple[Any, Any]:
     import torch
 
     device = device_of(model)
     dtype = None if model.dtype == "auto" else getattr(torch, model.dtype)
     if model.name in POCKET_MODELS:
         return load_pocket(model.name, dtype=dtype, device=device, attn_implementation=model.attention)
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     from vtc.families import family_of
 
-    place = locate(model.name)
-    where = {"revision": revision} if revision else {}
+    place, where, trusted = locate(model.name), _where(model), model.trusted
     attention = {"attn_implementation": model.attention} if model.attention else {}
     try:
-        family_of(skeleton(AutoConfig.from_pretrained(place, **where)))  # refuse before gigabytes are read
-        processor = AutoProcessor.from_pretrained(place, **where, **model.processor)
-        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype or "auto", **where, **attention)
-    except OSError:
-        raise _absent(model) from None
+        config = read_config(model.name, place, trust_remote_code=trusted, **where)
+        with explained(model.name, "the configuration"):
+            family_of(skeleton(config, trust_remote_code=trusted))  # refuse before gigabytes are read
+        processor = load_processor(model)
+        with explained(model.name, "the model"):
+            loaded = AutoModelForImageTextToText.from_pretrained(
+                place, dtype=dtype or "auto", trust_remote_code=trusted, **where, **attention
+            )
     except VtcError:
         raise
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"the model '{model.name}' cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    except OSError:
+        raise _absent(model) from None
     if device.type == "cpu" and dtype is None and loaded.dtype == torch.float16:
         loaded = loaded.float()  # half precision is slow and incomplete on CPUs
     return loaded.to(device).eval(), processor

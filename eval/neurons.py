@@ -19,6 +19,7 @@ import torch
 import typer
 
 import vtc
+from vtc.engine import upstream
 from vtc.eval.env import machine, versions
 from vtc.eval.hooks import markdown, random_llava
 from vtc.files import write_whole
@@ -84,18 +85,18 @@ def wide_model() -> torch.nn.Module:
 def wide_inputs() -> dict[str, torch.Tensor]:
     """Return a prompt with one image and 40 words."""
     ids = torch.tensor([[1, *range(3, 13), *[200] * 576, *range(13, 43)]])
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.randn(1, 3, 336, 336)}
+    return upstream.prompt(ids, pixels=torch.randn(1, 3, 336, 336))
 
 
 def once(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[float, float]:
     """Return the CPU time of the prompt and the median one of a decode step, in ms (other processes do not count)."""
     with torch.no_grad():
         start = time.thread_time()
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = upstream.cache_of(model(**inputs, **{upstream.USE_CACHE: True}))
         prompt, steps, token = time.thread_time() - start, [], torch.tensor([[7]])
         for _ in range(STEPS):
             start = time.thread_time()
-            model(input_ids=token, past_key_values=cache)
+            model(**{upstream.IDS: token, upstream.cache_argument(model): cache})
             steps.append(time.thread_time() - start)
     return prompt * 1e3, statistics.median(steps[2:]) * 1e3
 
@@ -140,7 +141,7 @@ def answers(model: torch.nn.Module, processor: Any, count: int) -> Callable[[dic
                 chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": q.prompt}]}]
                 text = processor.apply_chat_template(chat, add_generation_prompt=True)
                 inputs = processor(images=[q.image], text=[text], return_tensors="pt")
-                ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+                ids = model.generate(**inputs, max_new_tokens=16, do_sample=False)[0, inputs[upstream.IDS].shape[1] :]
                 answer = processor.decode(ids, skip_special_tokens=True).strip()
                 out.append((answer, answer == q.answer))
         return out
@@ -157,8 +158,8 @@ def measure(pairs: int = 7, questions: int = 150) -> list[Row]:
     ask = answers(model, processor, questions)
     full, rows = ask(options), []
     inputs = {
-        "input_ids": torch.tensor([[1, 5, *[model.config.image_token_id] * 196, *range(10, 22)]]),
-        "pixel_values": torch.randn(1, 3, 112, 112),
+        upstream.IDS: torch.tensor([[1, 5, *[model.config.image_token_id] * 196, *range(10, 22)]]),
+        upstream.PIXELS: torch.randn(1, 3, 112, 112),
     }
     for row in timed("pocket (6 layers, 128 wide)", model, inputs, options, pairs):
         found = ask({**options, "neurons": row.neurons})

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from vtc import doors
 from vtc.errors import ConfigError, did_you_mean
 from vtc.eval.config import UNREDUCED
 from vtc.eval.formats import MISSING, Grid, Line, csv_text, format_grids
 from vtc.eval.results import Results, Row
+from vtc.eval.yamlfile import parse_yaml, read_yaml
 
 FOLDER = Path("configs/paper")
 """Where names are looked up, below the current folder."""
@@ -91,7 +92,7 @@ class PaperRow(_Strict):
 
     method: str
     label: str | None = None
-    tokens: int | None = None
+    tokens: int | None = Field(default=None, ge=1)
     source: str
     values: dict[str, Number | float] = Field(default_factory=dict)
     average: float | None = None
@@ -144,27 +145,22 @@ def load_paper(name: str) -> Paper:
     ConfigError
         If there is none, or it is not valid; a number without a known source is not.
     """
-    path = Path(name)
-    if not path.is_file():
+    path, shown = doors.place(name), doors.short(name)
+    if not path.exists():
         named = FOLDER / f"{name}.yaml"
-        if not named.is_file():
+        if not doors.place(named).is_file():
             known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
             listed = f" (in {FOLDER}/: {', '.join(known)})" if known else ""
-            raise ConfigError(f"there is no file of published numbers '{name}'{did_you_mean(name, known)}{listed}")
+            raise ConfigError(f"there is no file of published numbers '{shown}'{did_you_mean(name, known)}{listed}")
         path = named
+    _, data = parse_yaml(read_yaml(path, "file of published numbers"), doors.short(path))
     try:
-        return Paper.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{path}{where}: this is not valid YAML: check indentation, quotes and brackets") from None
+        return Paper.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         at = ".".join(str(step) for step in first["loc"])
         message = str(first["msg"]).removeprefix("Value error, ")
-        raise ConfigError(f"{path}: {at + ': ' if at else ''}{message[0].lower()}{message[1:]}") from None
+        raise ConfigError(f"{doors.short(path)}: {at + ': ' if at else ''}{message[0].lower()}{message[1:]}") from None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import importlib.resources
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
@@ -24,6 +25,9 @@ from vtc.eval.results import Results, Row, collect
 from vtc.eval.store import Store
 from vtc.eval.tables import columns, conditions, grid, guesses, type_columns
 from vtc.files import save
+
+if TYPE_CHECKING:
+    from vtc.pocket import Question
 
 _PLOTS = {
     "tokens": (
@@ -41,7 +45,15 @@ _PLOTS = {
 }
 
 
-def write_report(store: Store, output: Path | None = None, *, samples: int = SAMPLES, overlays: bool = True) -> Path:
+def write_report(
+    store: Store,
+    output: Path | None = None,
+    *,
+    samples: int = SAMPLES,
+    overlays: bool = True,
+    asked: Mapping[str, Sequence[Question]] | None = None,
+    data: Path | None = None,
+) -> Path:
     """Write the report of a store.
 
     Parameters
@@ -54,6 +66,10 @@ def write_report(store: Store, output: Path | None = None, *, samples: int = SAM
         Most samples in the browser; none leaves the browser out.
     overlays : bool
         Whether to run the embedded model on those samples to show which tokens each method kept.
+    asked : mapping or None
+        Questions by task that the caller has at hand, because it has just asked them.
+    data : Path or None
+        Folder below which the images and CSV files of the user's own tasks may be looked for.
 
     Returns
     -------
@@ -66,9 +82,8 @@ def write_report(store: Store, output: Path | None = None, *, samples: int = SAM
         The store cannot be read, or the file cannot be written.
     """
     path = output or store.root / (f"report-{store.sweep}.html" if store.sweep and not store.is_latest() else "report.html")
-    text = render_report(
-        collect(store), browser=browse(store, samples, overlays=overlays) if samples else None, vtc=vtcbench.split(store)
-    )
+    browser = browse(store, samples, overlays=overlays, asked=asked or {}, data=data) if samples else None
+    text = render_report(collect(store), browser=browser, vtc=vtcbench.split(store))
     save(path, text, "name another file with --output")
     return path
 

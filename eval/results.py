@@ -87,6 +87,8 @@ class Row:
         Name of the model.
     code : str
         Short name of the code version (engine and reducer).
+    several : bool
+        Whether the table has several tasks, also where this row was measured on one.
     """
 
     label: str
@@ -110,12 +112,12 @@ class Row:
     error: str = ""
     model: str = ""
     code: str = ""
+    several: bool = False
 
     @property
     def by_type(self) -> dict[str, float]:
         """Scores by question type; with several tasks the names say which."""
-        several = len(self.tasks) > 1
-        return {f"{t}: {k}" if several else k: v for t, s in self.tasks.items() for k, v in s.by_type.items()}
+        return {f"{t}: {k}" if self.several else k: v for t, s in self.tasks.items() for k, v in s.by_type.items()}
 
 
 @dataclass(frozen=True)
@@ -238,6 +240,7 @@ class _Rows:
         versions: dict[tuple[str, str, str], set[tuple[str, str]]] = {}
         engines: dict[str, set[str]] = {}
         self.references: dict[tuple[str, ...], list[Scored]] = {}
+        self.several = len({c.listed.task for c in cells if c.questions is not None}) > 1
         for cell in cells:
             at = cell.listed
             self.rows.setdefault((at.model, at.label, at.budget, *cell.version), []).append(cell)
@@ -312,6 +315,7 @@ class _Rows:
             error=error,
             model=at.model,
             code=code,
+            several=self.several,
             **self._costs(good),
         )
 
@@ -324,7 +328,10 @@ class _Rows:
 
         at = cells[0].listed
         base = [c for c in self._candidates(cells[0], UNREDUCED, "") if c.metrics]
-        flops, full = mean(c.metrics["flops"] for c in cells), mean(c.metrics["flops"] for c in base)
+        flops = mean(c.metrics["flops"] for c in cells)
+        # of the same tasks: their prompts differ in length
+        full = [mean(b.metrics["flops"] for b in self._candidates(c, UNREDUCED, "") if b.metrics) for c in cells]
+        whole = None if None in full else mean(full)
         layers = None
         if cells[0].metrics["decoder"] and base and base[0].metrics["decoder"]:
             text = base[0].metrics["decoder"][0] - base[0].metrics["tokens"]["slots"]
@@ -336,7 +343,7 @@ class _Rows:
             "avg": mean(c.metrics["tokens"]["avg"] for c in cells),
             "layers": layers,
             "flops": flops if flops is None or flops % 1 else int(flops),
-            "flops_share": 1.0 if at.reducer == UNREDUCED and flops else flops / full if flops and full else None,
+            "flops_share": 1.0 if at.reducer == UNREDUCED and flops else flops / whole if flops and whole else None,
             "mismatch": max(c.metrics["mismatch"] for c in cells),
             "kv_bytes": kv if kv is None or kv % 1 else int(kv),
         }

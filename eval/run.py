@@ -31,8 +31,9 @@ from vtc.eval import env, executors
 from vtc.eval.cells import Cell, cells, reducer_identity
 from vtc.eval.config import BASELINES, ModelConfig, SweepConfig, TaskConfig
 from vtc.eval.formats import clean
-from vtc.eval.models import fetch, identity, outline
+from vtc.eval.models import check_available, check_prompts, fetch, identity, outline
 from vtc.eval.questions import check_data, digest, image_of, question_count, task_questions
+from vtc.eval.stats import WEIGHTS
 from vtc.eval.store import SCHEMA, CellResult, Claim, Holder, Store, cell_id
 from vtc.eval.worker import Job, Outcome, host
 from vtc.pocket import Question, majority_baseline
@@ -193,6 +194,25 @@ class Sweep:
         if any([fetch(model) for model in self.config.all_models]):  # a list: all of them are asked
             self.left_out = []
             self.planned = self._plan()
+
+    def check_models(self) -> None:
+        """Make sure that every model can be had on this machine, and asked the questions of own data, before any is loaded.
+
+        Raises
+        ------
+        VtcError
+            With what to do instead.
+        """
+        own = [q for t in self.config.all_tasks if t.kind == "files" for q in self.questions[t.title]]
+        for model in self.config.all_models:
+            check_available(model)
+            if own:
+                check_prompts(model, own)
+        draws, most = self.config.bootstrap.resamples, max(map(len, self.questions.values()), default=0)
+        if draws * most > WEIGHTS:
+            raise ConfigError(
+                f"{draws} bootstrap resamples of {most} questions need too much memory: set `bootstrap.resamples` lower"
+            )
 
     # ------------------------------------------------------------------------------------------------------- states
     def state(self, store: Store | None, item: Planned) -> str:

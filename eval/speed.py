@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.eval.stats import spread
 from vtc.families import family_of
 
@@ -103,7 +104,7 @@ def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
     family = family_of(model)
     if not family.facts.mrope:
         return {}
-    return {"position_ids": (family.base.rope_deltas + mask.shape[1] - 1).expand(3, -1, -1)}
+    return {upstream.POSITIONS: (family.base.rope_deltas + mask.shape[1] - 1).expand(3, -1, -1)}
 
 
 def run_once(model: nn.Module, inputs: Mapping[str, Tensor], reducer: Reducer | None, decode_steps: int) -> Run:
@@ -115,18 +116,17 @@ def run_once(model: nn.Module, inputs: Mapping[str, Tensor], reducer: Reducer | 
             torch.cuda.reset_peak_memory_stats(device)
         with torch.no_grad(), _marks(model) as seen:
             start = _now(device)
-            out = model(**inputs, use_cache=True, logits_to_keep=1)
+            out = upstream.prefill(model, inputs)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
             end = _now(device)
-        cache = out.past_key_values
+        cache = upstream.cache_of(out)
         held = kv_cache_bytes(cache)
-        mask, steps = inputs["attention_mask"], []
+        mask, steps = inputs[upstream.MASK], []
         with torch.no_grad():
             for _ in range(decode_steps):
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 begin = _now(device)
-                step = {"input_ids": token, "attention_mask": mask, **_positions(model, mask)}
-                out = model(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                out = upstream.decode(model, token, cache, mask, **_positions(model, mask))
                 token = out.logits[:, -1].argmax(-1, keepdim=True)
                 steps.append(1e3 * (_now(device) - begin))
         times = {
@@ -194,8 +194,8 @@ def measure(
         if enabled:
             gc.enable()
     result: dict[str, Any] = {
-        "batch_size": int(inputs["input_ids"].shape[0]),
-        "prompt_tokens": int(inputs["input_ids"].shape[1]),
+        "batch_size": int(inputs[upstream.IDS].shape[0]),
+        "prompt_tokens": int(inputs[upstream.IDS].shape[1]),
         "unreduced": _summary([p for p, _ in pairs]),
         "reduced": _summary([r for _, r in pairs]),
     }

@@ -20,6 +20,9 @@ from vtc.errors import VtcError
 
 Draws = NDArray[np.float64]
 
+WEIGHTS = 4 * 2**30
+"""Most draws times images of one bootstrap: each takes a byte."""
+
 _CHUNK = 2_000_000  # weights multiplied at a time
 
 
@@ -72,7 +75,7 @@ class Bootstrap:
     Raises
     ------
     VtcError
-        If there is no question.
+        If there is no question, or so many draws of so many images do not fit into memory.
     """
 
     def __init__(
@@ -83,6 +86,8 @@ class Bootstrap:
         names, self.group = np.unique(np.asarray(groups), return_inverse=True)
         rng = np.random.default_rng(seed)
         n = len(names)
+        if n * resamples > WEIGHTS:
+            raise VtcError(f"{resamples} bootstrap resamples of {n} images take too much memory: lower `bootstrap.resamples`")
         # an image is drawn a handful of times, so a byte holds the count: tens of thousands of images stay in megabytes
         self.weights: NDArray[np.uint8] = np.empty((resamples, n), dtype=np.uint8)
         even, step = np.full(n, 1 / n), max(1, _CHUNK // n)

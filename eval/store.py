@@ -43,6 +43,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
+from vtc import doors
 from vtc.errors import DamagedCellError, StoreError
 from vtc.eval.contents import (
     ADDRESS,
@@ -61,8 +62,8 @@ STATUS = "status.json"
 FILES = ("config.json", "env.json", "metrics.json", "samples.jsonl", "speed.json")
 """What a cell may consist of, besides its status."""
 
-_JSON, _LINES = 64 * 2**20, 2**30
-"""Largest files that are read, in bytes."""
+FILE_BYTES = 512 * doors.MIB
+"""Largest file of a store that is read."""
 
 _STALE = 3600
 """Seconds after which a file that never became whole belongs to a dead process."""
@@ -270,7 +271,7 @@ class Store:
             except OSError as error:
                 raise StoreError(f"cannot make the results store {self.root}: {error.strerror or error}") from None
         try:
-            found = parse(read_plain(marker, _JSON)).get("schema")
+            found = parse(read_plain(marker, FILE_BYTES)).get("schema")
         except (ContentError, AttributeError, OSError):
             raise StoreError(f"{marker} is damaged: move {self.root} away and run the sweep again") from None
         if found != SCHEMA:
@@ -462,9 +463,11 @@ class Store:
         StoreError
             There is none, it is damaged, or a later vtc wrote it.
         """
-        if self.sweep is not None:
-            return self._record(self.root / "sweeps" / f"{self.sweep}.json")
-        return self._record(self.root / "sweep.json")
+        name = "sweep.json" if self.sweep is None else f"sweeps/{self.sweep}.json"
+        found = self._record(self.root / name)
+        if not os.path.lexists(self.cells):
+            raise StoreError(f"the results store {self.root} has no folder cells/: run the sweep again, or get the whole store")
+        return found
 
     def is_latest(self) -> bool:
         """Whether the record that :meth:`read_sweep` returns is that of the store's latest sweep."""
@@ -477,7 +480,7 @@ class Store:
 
     def _record(self, path: Path) -> dict[str, Any]:
         try:
-            found = parse(read_plain(path, _LINES))
+            found = parse(read_plain(path, FILE_BYTES))
             check_sweep(found)
             return found
         except FileNotFoundError:
@@ -503,7 +506,7 @@ class Store:
         for path in (self.root / "sweeps").glob("*.json"):
             with contextlib.suppress(StoreError, OSError):
                 if re.fullmatch("[0-9a-f]{12}", path.stem):
-                    found[path.stem] = (self._record(path).get("source", ""), self.written(path.stem))
+                    found[path.stem] = (self._record(path).get("source") or "", self.written(path.stem))
         return dict(sorted(found.items(), key=lambda item: item[1][1]))
 
     # ------------------------------------------------------------------------------------------------------- cells
@@ -584,7 +587,7 @@ class Store:
         try:
             check_speed(speed) if not error else None
             content = as_json({"cell": cell, **speed})
-            files = dict(check_status(parse(read_plain(folder / STATUS, _JSON)))["files"])
+            files = dict(check_status(parse(read_plain(folder / STATUS, FILE_BYTES)))["files"])
         except ContentError as problem:
             raise DamagedCellError(f"the timings of the cell {cell} cannot be stored ({problem}): report this") from None
         except OSError as problem:
@@ -622,7 +625,7 @@ class Store:
     def config(self, cell: str) -> dict[str, Any]:
         """Return what a cell's ``config.json`` says, unchecked; empty where it cannot be read."""
         try:
-            found = parse(read_plain(self.cells / cell / "config.json", _JSON))
+            found = parse(read_plain(self.cells / cell / "config.json", FILE_BYTES))
         except (OSError, ContentError):
             return {}
         return found if isinstance(found, dict) else {}
@@ -681,7 +684,7 @@ class Store:
         except FileNotFoundError:
             return None
         try:
-            return read_plain(folder / STATUS, _JSON)
+            return read_plain(folder / STATUS, FILE_BYTES)
         except FileNotFoundError:
             if os.path.lexists(folder):
                 raise ContentError("it has no status") from None
@@ -694,7 +697,7 @@ class Store:
         for name, checksum in status["files"].items():
             if name not in FILES:
                 raise ContentError(f"no cell has a file {name!r}")
-            data = read_plain(folder / name, _LINES if name == "samples.jsonl" else _JSON)
+            data = read_plain(folder / name, FILE_BYTES)
             if _sum(data) == checksum:
                 content[name] = data
             elif name != "speed.json":  # one newer than the status is of a pass that was cut short: not there yet

@@ -14,9 +14,11 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from vtc import doors
 from vtc.errors import ConfigError, VtcError, did_you_mean
 from vtc.eval.cells import cells
 from vtc.eval.config import (
+    MADE,
     BootstrapConfig,
     BudgetConfig,
     DataConfig,
@@ -24,6 +26,7 @@ from vtc.eval.config import (
     KeyPath,
     MemberConfig,
     ModelConfig,
+    ProcessorConfig,
     ReducerConfig,
     SceneData,
     SpeedConfig,
@@ -31,9 +34,10 @@ from vtc.eval.config import (
     TaskConfig,
     dotted,
 )
+from vtc.eval.yamlfile import parse_yaml, read_yaml
 
 
-def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
+def load_sweep(path: Path | str, overrides: Sequence[str] = (), *, trust_remote_code: bool = False) -> SweepConfig:
     """Read and check a sweep file.
 
     Parameters
@@ -42,6 +46,8 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
         YAML file.
     overrides : sequence of str
         ``a.b=value`` each; the value is YAML. List items are addressed by number (``reducers.0.name=divprune``).
+    trust_remote_code : bool
+        Whether Python code that comes with the models may run. Only who runs the sweep can say so: the file cannot.
 
     Returns
     -------
@@ -53,32 +59,24 @@ def load_sweep(path: Path | str, overrides: Sequence[str] = ()) -> SweepConfig:
     ConfigError
         With file, line, key path and what to write instead.
     """
-    path = Path(path)
+    path = doors.place(path)
+    if doors.unprintable(path.name):
+        raise ConfigError(f"the name of the sweep file {doors.short(path)} is not plain UTF-8 text: rename it")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_yaml(path, "sweep file")
     except FileNotFoundError:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.y*ml")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"there is no sweep file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read as UTF-8 text ({error}): give the path of a YAML file") from None
-    return parse_sweep(text, overrides, source=str(path), folder=path.parent)
+        raise ConfigError(f"there is no sweep file {doors.short(path)}{hint}") from None
+    config = parse_sweep(text, overrides, source=str(path), folder=path.parent)
+    return config.trusting() if trust_remote_code else config
 
 
 def parse_sweep(
     text: str, overrides: Sequence[str] = (), source: str = "the sweep file", folder: Path | None = None
 ) -> SweepConfig:
     """Check the text of a sweep file whose relative paths start at ``folder``; see :func:`load_sweep`."""
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        problem = getattr(error, "problem", None) or "syntax error"
-        raise ConfigError(
-            f"{source}{where}: this is not valid YAML ({problem}): check indentation, quotes and brackets"
-        ) from None
+    node, data = parse_yaml(text, source)
     _refuse_duplicates(node, source)
     if data is None:
         raise ConfigError(f"{source} is empty: write at least the keys data, budgets and reducers (see configs/smoke.yaml)")
@@ -86,11 +84,11 @@ def parse_sweep(
         raise ConfigError(f"{source} holds a {type(data).__name__}: write a mapping with the keys data, budgets and reducers")
     for item in overrides:
         _override(data, item)
-    _absolute(data, folder)
+    _absolute(data, folder, source)
     try:
         config = SweepConfig.model_validate(data)
     except ValidationError as error:
-        raise ConfigError(_explain(error, node, source)) from None
+        raise ConfigError(_explain(error, node, data, source)) from None
 
     config._place = functools.partial(_place, node, source)
     _check_whole(config)
@@ -98,12 +96,15 @@ def parse_sweep(
     return config
 
 
-def _absolute(data: dict[str, Any], folder: Path | None) -> None:
+def _absolute(data: dict[str, Any], folder: Path | None, source: str) -> None:
     """Make the paths of a user's own data absolute: they are relative to the sweep file."""
-    for task in data.get("tasks") or () if isinstance(data.get("tasks"), list) else ():
+    for i, task in enumerate(data.get("tasks") or () if isinstance(data.get("tasks"), list) else ()):
         for name in ("folder", "questions"):
             if isinstance(task, dict) and isinstance(task.get(name), str):
-                task[name] = str((folder or Path()).resolve() / Path(task[name]).expanduser())
+                try:
+                    task[name] = str((folder or Path()).resolve() / doors.place(task[name]))
+                except VtcError as error:
+                    raise ConfigError(f"{source}: {dotted(('tasks', i, name))}: {error}") from None
 
 
 def _check_whole(config: SweepConfig) -> None:
@@ -126,6 +127,10 @@ def _check_whole(config: SweepConfig) -> None:
             if item.title in seen:
                 raise ConfigError(f"{place((name, i))}: two {name} are called '{item.title}': give one of them a `label`")
             seen.add(item.title)
+    if sum(task.made for task in config.all_tasks) > 2 * MADE:
+        raise ConfigError(
+            f"{place(('tasks',))}: more than {2 * MADE} questions would have to be made: lower the `n` of some tasks"
+        )
     from vtc.eval.models import check_model
 
     for i, model in enumerate(config.all_models):
@@ -150,8 +155,8 @@ def _refuse_duplicates(node: yaml.Node | None, source: str) -> None:
             line = key.start_mark.line + 1
             if key.value in seen:
                 raise ConfigError(
-                    f"{source} line {line}: the key '{key.value}' appears a second time (first on line {seen[key.value]}): "
-                    "remove one of them"
+                    f"{source} line {line}: the key '{doors.short(key.value, 80)}' appears a second time (first on line "
+                    f"{seen[key.value]}): remove one of them"
                 )
             seen[key.value] = line
 
@@ -169,28 +174,27 @@ def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
 
 def _override(data: dict[str, Any], item: str) -> None:
     key, equals, text = item.partition("=")
+    shown = doors.short(item)
     steps = key.split(".")
     if not equals or not all(steps):
-        raise ConfigError(f"--set {item!r} is not of the form KEY=VALUE: write for example --set data.scenes.n=110")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"--set {item!r}: the value is not valid YAML") from None
+        raise ConfigError(f"--set {shown!r} is not of the form KEY=VALUE: write for example --set data.scenes.n=110")
+    if len(steps) > 16 or doors.unprintable(key):
+        raise ConfigError(f"--set {shown!r}: no key of a sweep file is like that")
+    _, value = parse_yaml(text, f"--set {shown!r}")
     at: Any = data
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
+        above, this = doors.short(".".join(steps[:i])), doors.short(step, 40)
         if isinstance(at, list):
-            if not step.isdecimal() or int(step) >= len(at):
-                raise ConfigError(
-                    f"--set {item!r}: '{'.'.join(steps[:i])}' is a list of {len(at)}, so '{step}' must be a number below that"
-                )
+            if not (step.isdecimal() and len(step) < 10) or int(step) >= len(at):
+                raise ConfigError(f"--set {shown!r}: '{above}' is a list of {len(at)}, so '{this}' must be a number below that")
             index: Any = int(step)
         elif isinstance(at, dict):
             index = step
             if not last and at.get(step) is None:
                 at[step] = {}
         else:
-            raise ConfigError(f"--set {item!r}: '{'.'.join(steps[:i])}' is a plain value and has no key '{step}'")
+            raise ConfigError(f"--set {shown!r}: '{above}' is a plain value and has no key '{this}'")
         if last:
             at[index] = value
         else:
@@ -213,7 +217,7 @@ def _place(node: yaml.Node | None, source: str, key: KeyPath) -> str:
             line = at.start_mark.line + 1
         else:
             break
-    return f"{source}{f' line {line}' if line else ''}: {dotted(key)}"
+    return f"{source}{f' line {line}' if line else ''}: {doors.short(dotted(key), 200)}"
 
 
 _SECTIONS: dict[str, type[BaseModel]] = {
@@ -233,6 +237,7 @@ _NESTED: dict[str, type[BaseModel]] = {
     "data": DataConfig,
     "budgets[]": BudgetConfig,
     "members[]": MemberConfig,
+    "processor": ProcessorConfig,
 }
 
 
@@ -244,26 +249,37 @@ def _fields_at(key: KeyPath) -> list[str]:
     return list(kind.model_fields) if kind is not None else []
 
 
-def _explain(error: ValidationError, node: yaml.Node | None, source: str) -> str:
+def _written(loc: KeyPath, data: Any, missing: bool) -> KeyPath:
+    """Return the steps of a validation's place that are in the file: a union reports under its branch, a bare name as a mapping."""
+    key: list[str | int] = []
+    for i, step in enumerate(loc):
+        if isinstance(data, list) and isinstance(step, int) and step < len(data) or isinstance(data, dict) and step in data:
+            data = data[step]
+        elif not (missing and i == len(loc) - 1):
+            continue
+        key.append(step)
+    return tuple(key)
+
+
+def _explain(error: ValidationError, node: yaml.Node | None, data: Any, source: str) -> str:
     """One sentence for the first problem of a validation."""
-    # members of a union report under the union's branch; those names are not part of the file
     first = min(error.errors(), key=lambda e: (e["type"] != "extra_forbidden", e["type"] != "missing"))
-    key = tuple(s for s in first["loc"] if not (isinstance(s, str) and (s in ("SpeedConfig", "int", "float") or "[" in s)))
+    key = _written(first["loc"], data, first["type"] == "missing")
     where = _place(node, source, key)
     if first["type"] == "extra_forbidden":
         known = _fields_at(key[:-1])
-        name = str(key[-1])
-        inside = f" in '{dotted(key[:-1])}'" if len(key) > 1 else ""
+        name = doors.short(first["loc"][-1], 80)
+        inside = f" in '{doors.short(dotted(key[:-1]), 200)}'" if len(key) > 1 else ""
         listed = f" (known: {', '.join(known)})" if known else ""
         return f"{where}: unknown key '{name}'{inside}{did_you_mean(name, known)}{listed}"
     if first["type"] == "missing":
         return f"{where}: the key '{key[-1]}' is missing: add it (see configs/smoke.yaml for a complete file)"
     if key == ("speed",):
         return f"{where}: give a mapping such as {{repeats: 10}}, or false to leave the speed pass out"
-    if first["type"] == "model_type" and key[0] in ("model", "models"):
+    if first["type"] == "model_type" and first["loc"][0] in ("model", "models"):
         return f"{where}: give a model's name as a string, or a mapping such as {{name: pocket, dtype: float32}}"
     message = str(first["msg"]).removeprefix("Value error, ").removeprefix("Assertion failed, ")
-    message = message[0].lower() + message[1:]
+    message = doors.short(message[0].lower() + message[1:], 400)
     given = first.get("input")
-    shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {given!r})"
+    shown = "" if isinstance(given, (dict, list)) or message.startswith("budget=") else f" (it is {doors.short(repr(given))})"
     return f"{where}: {message}{shown}"

@@ -27,11 +27,12 @@ from typing import Any
 import numpy as np
 
 import vtc
+from vtc.doors import short
 from vtc.errors import BudgetError, ConfigError, DamagedCellError, VtcError
 from vtc.eval import env, models
 from vtc.eval.betting import Betting
 from vtc.eval.cells import reducer_identity, unlisted
-from vtc.eval.config import ALL, UNREDUCED, BudgetConfig, ModelConfig, ReducerConfig, TaskConfig
+from vtc.eval.config import ALL, MADE, UNREDUCED, BudgetConfig, ModelConfig, ReducerConfig, TaskConfig
 from vtc.eval.formats import MISSING, Grid, Line, csv_text, format_grids
 from vtc.eval.questions import digest, image_of, task_questions
 from vtc.eval.store import SCHEMA, Store, cell_id, write_json
@@ -154,10 +155,7 @@ class Tuner:
     """
 
     def __init__(self, settings: Settings, store: Store, say: Callable[[str], object] = lambda _: None) -> None:
-        if not 0 < settings.target < 1:
-            raise BudgetError(
-                f"the target {settings.target:g} is not between 0 and 1 (100 %): give for example --target-drop 1%"
-            )
+        _check_target(settings.target)
         if settings.task.kind == "lmms":
             raise ConfigError(
                 f"the task '{settings.task.title}' of lmms-eval cannot be searched, it is scored as a whole: use a built-in task "
@@ -351,7 +349,14 @@ def default_budgets() -> tuple[BudgetConfig, ...]:
 
 
 def read_settings(
-    what: str, target: str, reducers: str | None, budgets: str | None, questions: int, confidence: float
+    what: str,
+    target: str,
+    reducers: str | None,
+    budgets: str | None,
+    questions: int,
+    confidence: float,
+    *,
+    trust_remote_code: bool = False,
 ) -> Settings:
     """Read what the command line says.
 
@@ -367,6 +372,8 @@ def read_settings(
         Most questions asked for one budget.
     confidence : float
         Confidence of the search.
+    trust_remote_code : bool
+        Whether Python code that comes with the model may run.
 
     Raises
     ------
@@ -374,12 +381,18 @@ def read_settings(
         For anything that makes no sense.
     """
     drop = _share(target)
+    _check_target(drop)
+    if not 0.5 <= confidence < 1:
+        raise BudgetError(f"the confidence {confidence:g} is not between 0.5 and 1: give for example --confidence 0.95")
+    if questions > MADE // 4:
+        raise ConfigError(f"--questions {questions} is more than can be made: ask for at most {MADE // 4}")
     given = tuple(_budget(text.strip()) for text in budgets.split(",")) if budgets else ()
-    rows = tuple(ReducerConfig(name=name.strip()) for name in reducers.split(",")) if reducers else ()
-    for row in rows:
-        vtc.info(row.name.partition(".")[0])
+    names = [name.strip() for name in reducers.split(",")] if reducers else []
+    for name in names:
+        vtc.info(name.partition(".")[0])
+    rows = tuple(ReducerConfig(name=name) for name in names)
     if what.endswith((".yaml", ".yml")):
-        config = load_sweep(what)
+        config = load_sweep(what, trust_remote_code=trust_remote_code)
         return Settings(
             config.all_models[0],
             config.all_tasks[0],
@@ -393,8 +406,12 @@ def read_settings(
             config.seed,
             config.threads,
         )
-    model = ModelConfig(name=what)
+    try:
+        model = ModelConfig(name=what)
+    except ValueError:
+        raise ConfigError(f"'{short(what)}' names no model: give a folder, a hub id, or 'pocket'") from None
     models.check_model(model)
+    model = model.trusting() if trust_remote_code else model
     if not rows:
         raise ConfigError("name the reducers to search, for example --reducers fastv,divprune, or give a sweep file")
     task = TaskConfig(name="scenes", n=4 * questions)  # about seven on a scene, of which two are asked
@@ -407,11 +424,16 @@ def _expanded(reducers: Sequence[ReducerConfig]) -> tuple[ReducerConfig, ...]:
     return tuple(x for r in reducers for x in (rest if r.name == ALL else [r]))
 
 
+def _check_target(target: float) -> None:
+    if not 0 < target < 1:
+        raise BudgetError(f"the target {target:g} is not between 0 and 1 (100 %): give for example --target-drop 1%")
+
+
 def _share(text: str) -> float:
     try:
         return float(text.rstrip("% ")) / (100 if text.strip().endswith("%") else 1)
     except ValueError:
-        raise BudgetError(f"the target '{text}' is not a number: give for example --target-drop 1%") from None
+        raise BudgetError(f"the target '{short(text)}' is not a number: give for example --target-drop 1%") from None
 
 
 def _budget(text: str) -> BudgetConfig:
@@ -421,7 +443,7 @@ def _budget(text: str) -> BudgetConfig:
         return BudgetConfig(keep=int(text) if text.isdecimal() else float(text))
     except ValueError:
         raise BudgetError(
-            f"the budget '{text}' is neither a number of tokens nor a share: give for example 49, 0.25 or 25%"
+            f"the budget '{short(text)}' is neither a number of tokens nor a share: give for example 49, 0.25 or 25%"
         ) from None
 
 

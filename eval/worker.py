@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.errors import ConfigError, VtcError
 from vtc.eval import env, flops, models, speed
 from vtc.eval.cells import Cell
@@ -118,6 +119,7 @@ class Worker:
         self.batches: Batches | None = None
         self.fixed: dict[str, Tensor] = {}
         self.features = SharedFeatures()
+        self.refused: list[tuple[Any, str]] = []
 
     def run(self, job: Job, progress: Callable[[int], object] | None = None) -> Outcome:
         """Run a job; whatever goes wrong is in the outcome, so that other jobs can go on."""
@@ -148,7 +150,15 @@ class Worker:
         if planned != self._model_of:
             self.model = self.processor = self._model_of = self._task_of = None
             self.features.clear()
-            self.model, self.processor = models.load(*planned)
+            for model, reason in self.refused:
+                if model == planned:  # not again in every cell: it takes minutes, and ends the same
+                    raise VtcError(reason)
+            try:
+                self.model, self.processor = models.load(*planned)
+            except Exception as error:
+                reason = str(error) if isinstance(error, VtcError) else f"{type(error).__name__}: {error}"
+                self.refused.append((planned, reason))
+                raise
             self._model_of = planned
         wanted = (job.task, job.config["task"].get("questions"), job.batch_size)
         if wanted == self._task_of:
@@ -204,7 +214,7 @@ class Worker:
             "seconds": seconds,
             "model": {
                 "dtype": str(self.model.dtype).removeprefix("torch."),
-                "attention": self.model.config.text_config._attn_implementation,
+                "attention": upstream.attention_of(self.model.config.text_config),
                 "device": self.model.device.type,
             },
         }
@@ -303,7 +313,7 @@ def ask(
         def after_batch(done: int, _total: int) -> None:
             batch = next(remaining)
             for row, position in enumerate(batch.positions):
-                tokens[position] = _tokens(model, handle, batch.inputs["input_ids"], row)
+                tokens[position] = _tokens(model, handle, batch.inputs[upstream.IDS], row)
             if progress is not None:
                 progress(done)
 
@@ -355,15 +365,15 @@ def equal_flops(model: nn.Module, inputs: Mapping[str, Tensor], cell: Cell) -> t
     assert cell.flops is not None
     family, config = family_of(model), model.config
     inputs = _to(inputs, model)
-    total = inputs["input_ids"].shape[1]
+    total = inputs[upstream.IDS].shape[1]
     full = flops.language_flops(config, [total] * family.facts.layers).model
-    slots = int(sum((inputs["input_ids"] == t).sum() for t in family.image_token_ids))
+    slots = int(sum((inputs[upstream.IDS] == t).sum() for t in family.image_token_ids))
 
     @functools.cache
     def cost(tokens: int) -> float:
         reducer = cell.keeping(_keep(tokens)).reducer
         with vtc.patch(model, reducer) as handle, torch.no_grad():
-            model(**inputs, use_cache=True, logits_to_keep=1)
+            upstream.prefill(model, inputs)
             images = handle.stats.last.images
         text = total - sum(i.slots for i in images)
         layers = [text + sum(n) for n in zip(*(i.tokens_per_layer for i in images), strict=True)]
@@ -406,9 +416,10 @@ class SharedFeatures:
 
     @contextmanager
     def sharing(self, model: nn.Module) -> Iterator[None]:
-        """Answer ``get_image_features`` of this instance from memory where it can be."""
+        """Answer the feature method of this instance from memory where it can be."""
         base = family_of(model).base
-        original = base.get_image_features
+        name = upstream.ENCODE[False]
+        original = getattr(base, name)
 
         @functools.wraps(original)
         def shared(*args: Any, **kwargs: Any) -> Any:
@@ -422,11 +433,11 @@ class SharedFeatures:
                 return made
             return _map(self.held[key], lambda t: t.to(model.device))
 
-        object.__setattr__(base, "get_image_features", shared)
+        object.__setattr__(base, name, shared)
         try:
             yield
         finally:
-            object.__delattr__(base, "get_image_features")
+            object.__delattr__(base, name)
 
 
 def _pixels(values: Sequence[Any]) -> bytes:

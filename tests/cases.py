@@ -21,6 +21,8 @@ class Case:
     waits : tuple of str
         Functions in which the host waits for a GPU between the tower and the last layer: only where the number of tokens, and with
         it the host's next step, depends on what the GPU finds.
+    presets : dict
+        Options, by hand, of presets that are not what the number in their name says (test_presets has those of the first methods).
     """
 
     mild: dict[str, Any]
@@ -28,6 +30,7 @@ class Case:
     whole: dict[str, Any] = field(default_factory=lambda: {"keep": 1.0})
     count: Literal["exact", "at_most", "all"] = "exact"
     waits: tuple[str, ...] = ()
+    presets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 CASES: dict[str, Case] = {

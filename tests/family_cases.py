@@ -15,8 +15,6 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from vtc import compat
-
 VOCABULARY = 120
 IMAGE_TOKEN, VIDEO_TOKEN, PAD, START, END, BREAK = 100, 101, 0, 102, 103, 104
 SPECIAL = [IMAGE_TOKEN, VIDEO_TOKEN, START, END, BREAK]
@@ -329,7 +327,7 @@ def _deepseek(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any])
     return hf.DeepseekVLForConditionalGeneration, hf.DeepseekVLConfig(**(shared | over))
 
 
-_OLD = compat.transformers_version() < (5, 0, 0)
+_OLD = int(hf.__version__.split(".")[0]) < 5
 
 CASES: dict[str, Case] = {
     "llava": Case("llava", _llava),

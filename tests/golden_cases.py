@@ -1,18 +1,20 @@
 """How each method's golden files are run: through the code that runs in the patched model.
 
 ``CASES`` maps a method to ``run(inputs, params, case) -> outputs``. ``inputs`` and ``outputs`` are the tensors named ``in.*`` and
-``out.*`` without that prefix; what a file asks for is told from the tensors it brings, never from its name alone.
+``out.*`` without that prefix; what a file asks for is told from the tensors it brings, never from its name alone. Where a file's
+notes exclude rows from the comparison, the output is a :class:`Rows`. A case computes in the type of its inputs, which
+:func:`replay` makes torch's default while it runs.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -22,13 +24,47 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Kind, Layout, Signals
 from vtc.engine import taps
+from vtc.engine.undo import Undo
 from vtc.kernels import attention_rows, cosine_distance
 from vtc.signals import AttentionTap, cls_attn, keys
 
 Tensors = dict[str, Tensor]
-Run = Callable[[Tensors, dict[str, Any], str], Tensors]
+Run = Callable[[Tensors, dict[str, Any], str], "dict[str, Tensor | Rows]"]
 
-torch.set_num_threads(1)
+
+class Rows(NamedTuple):
+    """An output of which only the rows that are ``real`` (bool, the leading dimensions) are compared."""
+
+    values: Tensor
+    real: Tensor
+
+
+@contextmanager
+def arithmetic(dtype: torch.dtype) -> Iterator[None]:
+    """Make ``dtype`` torch's default: what a case builds, models included, is of that type."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def replay(run: Run, inputs: Tensors, params: dict[str, Any], case: str, dtype: torch.dtype) -> dict[str, Tensor | Rows]:
+    """Run one case with its floats, and all that is made of them, in ``dtype``."""
+    with arithmetic(dtype):
+        return run({name: t.to(dtype) if t.is_floating_point() else t for name, t in inputs.items()}, params, case)
+
+
+def plain_norms(model: nn.Module) -> nn.Module:
+    """In float64: put torch's RMS norms for Hugging Face's, which go through float32 whatever the type."""
+    for parent in list(model.modules()) if torch.get_default_dtype() == torch.float64 else ():
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon"):
+                plain = nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                plain.weight = norm.weight
+                setattr(parent, name, plain)
+    return model
 
 
 def signals_of(
@@ -103,7 +139,7 @@ def llava_around(
     ).eval()
     model.model.vision_tower = _Tower(features)
     model.model.multi_modal_projector = nn.Identity()
-    inner = model.model.language_model
+    inner = plain_norms(model.model.language_model)
     state = {**layers, "embed_tokens.weight": torch.cat([embeddings, torch.zeros_like(embeddings[:1])])}
     left = inner.load_state_dict(state, strict=False)
     assert not left.unexpected_keys, f"golden weights that the model does not have: {left.unexpected_keys}"
@@ -173,7 +209,7 @@ def fastv(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
         )
         frequency = model.model.language_model.rotary_emb.inv_freq
         width = params["hidden"] // params["heads"]
-        torch.testing.assert_close(frequency, theta ** -(torch.arange(0, width, 2) / width))
+        torch.testing.assert_close(frequency, theta ** -(torch.arange(0, width, 2) / width), check_dtype=False)
         ids = torch.arange(length)[None]  # the table's rows are the text tokens themselves
         ids[:, start : start + n] = token
         with vtc.patch(model, "fastv", layer=k, keep=keep), torch.no_grad():
@@ -262,12 +298,13 @@ def _clip_attention(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     def observe(_module, query, key, value, mask, scaling, _ctx):
         seen.append(AttentionTap(query, key, value, scaling, mask))
 
-    detach = taps.attach(layer, observe)
+    undo = Undo()
+    taps.attach(undo, layer, observe)
     try:
         with torch.no_grad():
             out = layer(x, attention_mask=None)[0]
     finally:
-        detach()
+        undo.run()
     (tap,) = seen
     rows, mask = tap.rows(torch.zeros(len(x), 1, dtype=torch.long))
     per_head = attention_rows(rows, tap.key, scaling=tap.scaling, mask=mask, reduce="none")[:, :, 0]

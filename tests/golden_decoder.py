@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import transformers
+from golden_cases import plain_norms
 from torch import Tensor, nn
 
 import vtc
 from vtc.core import Facts, Layout, Reducer, Schedule, Signals, Stage
 from vtc.engine import taps
 from vtc.engine.patch import Handle, bind
+from vtc.engine.undo import Undo
 from vtc.families.base import Family, VisionCall
 from vtc.kernels import transition_score
 from vtc.reducers import aim as aim_module
@@ -133,8 +135,9 @@ def llama(weights: Tensors, *, heads: int, theta: float, eps: float, kind: str =
     missing, unexpected = model.load_state_dict(named, strict=False)
     assert not unexpected
     assert missing == ["embed_tokens.weight"], missing
-    torch.testing.assert_close(model.rotary_emb.inv_freq, theta ** -(torch.arange(0, width // heads, 2) / (width // heads)))
-    return model
+    frequency = theta ** -(torch.arange(0, width // heads, 2) / (width // heads))
+    torch.testing.assert_close(model.rotary_emb.inv_freq, frequency, check_dtype=False)
+    return plain_norms(model)
 
 
 def ranking_model(weights: Tensors, *, heads: int, eps: float, theta: float, width: int) -> nn.Module:
@@ -454,7 +457,17 @@ def aim(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
         return aim_merging(inputs, params)
     if "logits" in inputs:
         return {"importance": aim_importance(inputs["logits"], inputs["masked_keys"], params)}
-    return aim_decoder(inputs, params)
+    # a stock model hides the same columns from every row it is given, and what a row hides is its own affair: one at a time
+    each = {name for name in inputs if not name.startswith("w.")}
+    alone = [
+        aim_decoder({name: t[b : b + 1] if name in each else t for name, t in inputs.items()}, params)
+        for b in range(len(inputs["embeds"]))
+    ]
+    layered = {"importance", "mask_after"}
+    return {
+        name: first if name == "n_keep" else torch.cat([out[name] for out in alone], int(name in layered))
+        for name, first in alone[0].items()  # n_keep: of the first sample
+    }
 
 
 def aim_merging(inputs: Tensors, params: dict[str, Any]) -> Tensors:
@@ -522,7 +535,9 @@ def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         allowed = torch.ones(length_now, length_now, dtype=torch.bool).tril()[-queries:] & seen
         return args, {**kwargs, "attention_mask": allowed[None, None]}
 
-    undo = [taps.attach(layer.self_attn, functools.partial(observe, i)) for i, layer in enumerate(text.layers)]
+    undo = Undo()
+    for i, layer in enumerate(text.layers):
+        taps.attach(undo, layer.self_attn, functools.partial(observe, i))
     hooks = [
         layer.register_forward_pre_hook(functools.partial(hide, i), with_kwargs=True) for i, layer in enumerate(text.layers)
     ]
@@ -541,8 +556,7 @@ def aim_decoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     finally:
         for hook in hooks:
             hook.remove()
-        for off in undo:
-            off()
+        undo.run()
     out = {
         "importance": torch.stack(scores),
         "mask_after": torch.stack(masks)[:, None].long(),

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 import transformers
+from golden_cases import Rows, plain_norms
 from models import set_attention
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.core import EncoderState, Facts, Layout, Schedule, Selection, Stage
 from vtc.engine.patch import Handle, bind
@@ -24,20 +24,6 @@ from vtc.signals import AttentionTap
 
 Tensors = dict[str, Tensor]
 IMAGE = 7
-
-
-def _clip_of_4_37(_module, query, key, value, _mask, scaling=None, **_kwargs):
-    """Attention in the order of operations of the release that wrote the files.
-
-    Hidden states of about 200 after twelve layers of float32 differ by 5e-4 between equivalent orders.
-    """
-    b, h, n, d = query.shape
-    weights = torch.bmm((query * scaling).reshape(b * h, n, d), key.reshape(b * h, n, d).transpose(1, 2))
-    out = torch.bmm(torch.softmax(weights, -1), value.reshape(b * h, n, d))
-    return out.view(b, h, n, d).transpose(1, 2).contiguous(), None
-
-
-ALL_ATTENTION_FUNCTIONS.register("clip_of_4_37", _clip_of_4_37)
 
 
 def run(inputs: Tensors, params: dict[str, Any], case: str) -> Tensors:
@@ -181,7 +167,7 @@ def encoder(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     )
     config = transformers.LlavaConfig(text_config=words, vision_config=vision, image_token_id=IMAGE, vision_feature_layer=-2)
     model = transformers.LlavaForConditionalGeneration(config).eval()
-    set_attention(model, "clip_of_4_37")
+    set_attention(model, "sdpa")
     family = family_of(model)
     tower = family.encoder_layers
     tower.load_state_dict(weights_of(inputs))
@@ -237,7 +223,7 @@ class Base(nn.Module):
     def get_image_features(self, pixel_values: list[Tensor]) -> list[Tensor]:
         return list(pixel_values)
 
-    def forward(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: list[Tensor]) -> Any:
+    def forward(self, input_ids: Tensor, inputs_embeds: Tensor, pixel_values: list[Tensor], **_: Any) -> Any:
         features = torch.cat(self.get_image_features(pixel_values))
         embeds = inputs_embeds.masked_scatter((input_ids == IMAGE)[..., None], features)
         return self.language_model(inputs_embeds=embeds)
@@ -259,12 +245,13 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         rope_theta=params["rope_theta"],
     )
     config._attn_implementation = "sdpa"
-    llama = transformers.LlamaModel(config).eval()
+    llama = plain_norms(transformers.LlamaModel(config).eval())
     named = {(k if k.startswith("norm.") else f"layers.{k}"): v for k, v in weights_of(inputs).items()}
     missing, unexpected = llama.load_state_dict(named, strict=False)
     assert not unexpected and missing == ["embed_tokens.weight"], (missing, unexpected)
     spans = list(zip(params["visual_token_pos"], params["visual_token_num"], strict=True))
-    layouts = [Layout.flat(n) for _, n in spans]
+    images = [(row, start, n) for row, (start, n) in enumerate(spans) if n > 0]
+    layouts = [Layout.flat(n) for _, _, n in images]
     model = Base(llama)
     empty = nn.ModuleList()
     facts = Facts(
@@ -292,10 +279,10 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         projector=nn.Identity(),
         image_token_ids=(IMAGE,),
         facts=facts,
-        describe=lambda call: VisionCall([1] * len(spans), layouts, layouts, torch.zeros(len(spans), 1)),
+        describe=lambda call: VisionCall([1] * len(images), layouts, layouts, torch.zeros(len(images), 1)),
     )
     ids = torch.ones(embeds.shape[:2], dtype=torch.long)
-    for row, (start, n) in enumerate(spans):
+    for row, start, n in images:
         ids[row, start : start + n] = IMAGE
     part = RecordingDecoder(keep=target, at=cut)
     handle = Handle(model, family, bind(part, facts), strict=True)
@@ -311,7 +298,7 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         ),
     ]
     try:
-        features = [embeds[row, start : start + n] for row, (start, n) in enumerate(spans)]
+        features = [embeds[row, start : start + n] for row, start, n in images]
         model(input_ids=ids, inputs_embeds=torch.where((ids == IMAGE)[..., None], 0.0, embeds), pixel_values=features)
     finally:
         for stub in stubs:
@@ -319,10 +306,11 @@ def text(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         handle.remove()
     lens = torch.tensor([embeds.shape[1] - max(0, n - target) for _, n in spans])
     left = {k: _to_the_left(v.expand(len(spans), *v.shape[1:]), lens) for k, v in seen.items()}
+    real = torch.arange(left["last_hidden"].shape[1]) < lens[:, None]  # what the release computes on padding is not compared
     return {
         "keep": torch.cat(part.log) if part.log else torch.zeros(0, target, dtype=torch.long),
         "hidden2": left["hidden2"],
-        "last_hidden": left["last_hidden"],
+        "last_hidden": Rows(left["last_hidden"], real),
         "position_ids_after": left["positions"],
         "lens": lens,
     }

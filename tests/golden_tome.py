@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Facts, Stage
 from vtc.engine.encoder import EncoderRun, EncoderStage
+from vtc.engine.undo import Undo
 from vtc.kernels import merge_scatter
 from vtc.reducers.tome import match, merged_per_layer, most
 from vtc.signals import AttentionTap, keys
@@ -106,7 +107,7 @@ def _chain(inputs: Tensors, params: dict[str, Any]) -> Tensors:
         weights = {name.removeprefix(f"layer{i}."): t for name, t in inputs.items() if name.startswith(f"layer{i}.")}
         blocks.append(Block(weights, params["heads"], observe))
     stage = EncoderStage(part, blocks, blocks, lambda layer: (layer.norm2, layer.mlp), facts, lambda: run)
-    stage.install()
+    stage.install(Undo())
     for i, block in enumerate(blocks):
         x = block(x)
         out[f"layer{i}.x"], out[f"layer{i}.size"] = x, stage.with_head(run.size, 1.0)[..., None]

@@ -11,6 +11,7 @@ from torch import Tensor
 import vtc
 from vtc.core import Kind, Layout, Signals
 from vtc.engine import taps
+from vtc.engine.undo import Undo
 from vtc.reducers.globalcom2 import GlobalCom2, Scored
 from vtc.signals import AttentionTap, cls_logits
 
@@ -149,12 +150,13 @@ def _measured(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     def observe(_module, query, key, value, mask, scaling, _ctx):
         seen.append(AttentionTap(query, key, value, scaling, mask, cls=True))
 
-    detach = taps.attach(layer.self_attn, observe)
+    undo = Undo()
+    taps.attach(undo, layer.self_attn, observe)
     try:
         with torch.no_grad():
             layer.self_attn(layer.layer_norm1(hidden), attention_mask=None)
     finally:
-        detach()
+        undo.run()
     scores = cls_logits().measure(seen[0])
     layout, patch = anyres_layout(side, (params["num_patch_height"], params["num_patch_width"]), params["original_size_wh"])
     reducer = released(params)

@@ -11,10 +11,10 @@ import functools
 from collections import Counter
 
 import pytest
-import timm
 import torch
 from cases import CASES
 from models import build, make_inputs
+from plain_timm import timm
 from pretend_gpu import CUDA, OnGPU, PretendGPU, move
 from torch import Tensor, nn
 

@@ -31,11 +31,10 @@ from family_cases import (
 )
 from torch import Tensor, nn
 
-from vtc import compat
+from vtc.engine import upstream
+from vtc.families.llava_onevision import newline_in_features
 
 __all__ = ["DECODER_LAYERS", "PINPOINTS", "SIZES", "TOWER_LAYERS", "VOCABULARY", "view_count"]
-
-torch.set_num_threads(1)
 
 FAMILIES = ("llava", "llava_next", "llava_siglip")
 """The models that run the whole of test_oracle. ``llava_siglip``: LLaVA with a tower that has no class token."""
@@ -181,9 +180,9 @@ def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
         if key in names:
             call[key] = getattr(model.config, key)
     with torch.no_grad():
-        out = compat.features_of(make(**call))
+        out = upstream.features_of(make(**call))
     features = [f.reshape(-1, f.shape[-1]) for f in out]
-    if case.newline_ends and not compat.video_newline_in_features(base):
+    if case.newline_ends and not newline_in_features(base):
         features = [torch.cat([f, base.image_newline[None].detach()]) for f in features]
     if case.tiles:  # made per row
         features = torch.cat(features).split(GRID * GRID)

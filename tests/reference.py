@@ -8,7 +8,7 @@ with an attention function of its own that hides the dropped tokens from everybo
 from __future__ import annotations
 
 import copy
-import inspect
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,36 +30,16 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vtc.core import Reducer, Stage
+from vtc.verify import reference
+from vtc.verify.reference import attend, hidden_copy, hide_in
+
+__all__ = ["set_attention"]
+
 
 # ------------------------------------------------------------------------------------------------- attention functions
-_HIDDEN: dict[int, Tensor] = {}
-"""id of an attention module -> (B, S) bool: keys nobody may look at in this layer."""
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> tuple[Tensor, Tensor]:
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    weights = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if mask is not None:
-        weights = weights.masked_fill(~mask, -1e30) if mask.dtype == torch.bool else weights + mask
-    weights = torch.softmax(weights, -1)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-def _oracle(module, query, key, value, attention_mask, scaling=None, **_kwargs):
-    """Dense attention that hides columns."""
-    hidden = _HIDDEN.get(id(module))
-    mask = attention_mask
-    if hidden is not None:
-        gone = torch.zeros(key.shape[0], 1, 1, key.shape[2], dtype=query.dtype)
-        gone[:, 0, 0, : hidden.shape[1]].masked_fill_(hidden, -1e30)
-        mask = gone if mask is None else mask + gone
-    return _attend(query, key, value, mask, scaling)
-
-
 def _eager64(module, query, key, value, attention_mask, scaling=None, **_kwargs):
     """The eager form (additive 4-D masks) without Hugging Face's float32 softmax."""
-    return _attend(query, key, value, attention_mask, scaling)
+    return attend(query, key, value, attention_mask, scaling)
 
 
 def _fake_flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, is_causal=None, **_kwargs):
@@ -79,11 +59,45 @@ def _fake_flash(module, query, key, value, attention_mask, scaling=None, positio
         if (torch.arange(queries) + places.min() - places).abs().sum():
             document = (places == places.min()).cumsum(0)
             allowed = allowed & (document[:, None] == document[None])
-    return _attend(query, key, value, allowed, scaling)[0], None
+    return attend(query, key, value, allowed, scaling)[0], None
+
+
+_RECORDED: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor | None, float, Tensor]]] = {}
+"""id of an attention module -> what its calls were given, and their maps."""
+
+
+def _recorded(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """Eager attention that writes down query, key, value, mask, scaling and map; the model's own but in float64.
+
+    (Hugging Face's computes the softmax in float32, where a row of padding is NaN.)
+    """
+    if query.dtype == torch.float64:
+        out, weights = attend(query, key, value, attention_mask, scaling)
+    else:
+        out, weights = eager_of(module)(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if weights is None:  # the CLIP of 4.57 returns its map only where the call asked for it
+        weights = attend(query, key, value, attention_mask, scaling)[1]
+    _RECORDED.setdefault(id(module), []).append((query, key, value, attention_mask, scaling, weights))
+    return out, weights
+
+
+def eager_of(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The eager attention function of the file that an attention module comes from."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+@contextmanager
+def recorded() -> Iterator[dict[int, list[tuple]]]:
+    """What the attention modules of models set to ``"recorded"`` are given in the body of a ``with`` block, by module id."""
+    _RECORDED.clear()
+    kept: dict[int, list[tuple]] = {}
+    yield kept
+    kept.update(_RECORDED)
+    _RECORDED.clear()
 
 
 for _name, _function, _mask in (
-    ("oracle", _oracle, eager_mask),
+    ("recorded", _recorded, eager_mask),
     ("eager64", _eager64, eager_mask),
     ("fake_flash", _fake_flash, flash_attention_mask),
 ):
@@ -93,26 +107,17 @@ for _name, _function, _mask in (
 
 # ------------------------------------------------------------------------------------------------------------- plans
 @dataclass
-class Plan:
+class Plan(reference.Plan):
     """What happens to a prompt, in logical coordinates, by layer.
 
     Attributes
     ----------
-    hide : dict
-        Decoder layer -> ``(B, S)`` bool: columns that are gone.
-    compact : dict
-        Decoder layer -> ``(B, S)`` bool: columns that do not count in the positions of this layer.
-    write : dict
-        Decoder layer -> function of the hidden states entering it, ``(B, S, D)``, that returns them with merged values.
     tower : dict
         Tower layer -> ``(views, tokens)`` bool: tokens (class token included) that are gone.
     projector : function or None
         Replaces the projector: called with the projector and its input, returns ``(views, patches, D)``.
     """
 
-    hide: dict[int, Tensor] = field(default_factory=dict)
-    compact: dict[int, Tensor] = field(default_factory=dict)
-    write: dict[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
     tower: dict[int, Tensor] = field(default_factory=dict)
     projector: Callable[[nn.Module, Tensor], Tensor] | None = None
 
@@ -139,53 +144,15 @@ def oracle_model(model: nn.Module, plan: Plan, repeat: int = 1) -> Iterator[nn.M
 
     ``repeat``: rows are repeated (beams).
     """
-    twin = copy.deepcopy(model)
-    set_attention(twin, "oracle")
-    text = text_of(twin)
-    hooks = []
-
-    def before(i: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if i in plan.write:
-            hidden = plan.write[i](hidden)
-        if i in plan.compact:
-            gone = plan.compact[i].repeat_interleave(repeat, 0)
-            positions = kwargs["position_ids"].expand(hidden.shape[0], -1)
-            assert positions.shape[1] == hidden.shape[1], "the hidden reference runs without a cache"
-            less = gone.cumsum(1) - gone.long()
-            later = gone.sum(1, keepdim=True).expand(-1, hidden.shape[1] - gone.shape[1])
-            positions = (positions - torch.cat([less, later], 1)).clamp(min=0)
-            kwargs = kwargs | {k: rope(text, i, k, hidden, positions) for k in kwargs if k.startswith("position_embeddings")}
-        return (hidden, *args[1:]), kwargs
-
-    for i, layer in enumerate(text.layers):
-        if i in plan.hide:
-            _HIDDEN[id(layer.self_attn)] = plan.hide[i].repeat_interleave(repeat, 0)
-        if i in plan.compact or i in plan.write:
-            hooks.append(
-                layer.register_forward_pre_hook(
-                    lambda module, args, kwargs, i=i: before(i, module, args, kwargs), with_kwargs=True
-                )
-            )
-    for j, gone in plan.tower.items():
-        _HIDDEN[id(tower_layers(twin)[j].self_attn)] = gone
-    if plan.projector is not None:
-        projector = projector_of(twin)
-        plain = copy.deepcopy(projector)
-        hooks.append(projector.register_forward_hook(lambda module, args, out: plan.projector(plain, args[0])))
-    try:
+    path = next(name for name, module in model.named_modules() if module is text_of(model))
+    with hidden_copy(model, plan, path, repeat) as twin:
+        for j, gone in plan.tower.items():
+            hide_in(tower_layers(twin)[j], gone)
+        if plan.projector is not None:
+            projector = projector_of(twin)
+            plain = copy.deepcopy(projector)
+            projector.register_forward_hook(lambda module, args, out: plan.projector(plain, args[0]))
         yield twin
-    finally:
-        _HIDDEN.clear()
-        for hook in hooks:
-            hook.remove()
-
-
-def rope(text: nn.Module, layer: int, name: str, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotations of one decoder layer: Gemma 3 has two kinds, by the layer's type or (4.57) in two arguments."""
-    rotary = text.rotary_emb_local if name.endswith("_local") else text.rotary_emb
-    kinds = inspect.signature(rotary.forward).parameters
-    return rotary(hidden, positions, *([text.config.layer_types[layer]] if "layer_type" in kinds else []))
 
 
 def hidden_reference(

@@ -123,8 +123,8 @@ def fixed_store(root: Path, cells=CELLS, types=TYPES, mismatch: float = 0.0) -> 
 
 
 def cell(store: Store, listed: list, label: str, reducer: str, budget: str, scores, *, task="scenes", seed=0, **more) -> str:
-    """Put a cell with the given scores (one per question; two questions an image) into a store."""
-    code = more.pop("code", "c0")
+    """Put a cell with the given scores (one per question) into a store; ``groups``: their images, by default two questions each."""
+    code, groups = more.pop("code", "c0"), more.pop("groups", None) or [i // 2 for i in range(len(scores))]
     config = {
         "schema": SCHEMA,
         "model": {"name": more.get("model", "pocket")},
@@ -138,8 +138,8 @@ def cell(store: Store, listed: list, label: str, reducer: str, budget: str, scor
     kinds, golds = ("color", "count"), ("red", "2")
     samples = [
         {
-            "id": f"{task}/{i // 2}/{i}",
-            "image": f"{task}/{i // 2}",
+            "id": f"{task}/{groups[i]}/{i}",
+            "image": f"{task}/{groups[i]}",
             "type": kinds[i % 2],
             "gold": golds[i % 2],
             "answer": "red",
@@ -149,7 +149,7 @@ def cell(store: Store, listed: list, label: str, reducer: str, budget: str, scor
         for i, score in enumerate(scores)
     ]
     avg = more.pop("avg", kept)
-    count = int(5e8 + 3e6 * avg)
+    count = more.pop("flops", int(5e8 + 3e6 * avg))
     parts = {"tower": 1, "projector": 1, "decoder": 1, "head": 1, "reducer": 0, "total": count}
     metrics = {
         "n": len(samples),

@@ -19,7 +19,7 @@ from models import build
 from PIL import Image
 
 import vtc
-from vtc import cli, doctor, registry
+from vtc import _window, cli, doctor, registry
 from vtc.core import Need, Scorer, Stage
 from vtc.inspect import examine, label
 from vtc.trial import trial
@@ -266,20 +266,51 @@ def test_doctor_is_content_here(call):
     code, out, _ = call("doctor", "--json")
     data = json.loads(out)
     found = {f["what"]: f for f in data["findings"]}
-    assert code == 0 and data["ok"]
+    assert code == 0 and data["ok"], [f for f in data["findings"] if f["state"] == "problem"]
     assert found["reducers"]["text"].startswith(f"{len(vtc.list_reducers())}: ")
-    assert found["pocket model"]["state"] == "ok" and found["transformers"]["state"] == "ok"
+    assert found["pocket model"]["state"] == "ok"
+    assert found["lmms-eval plugin"]["state"] == "ok" and "on 49 of 196 tokens" in found["lmms-eval plugin"]["text"]
+    for name in _window.TESTED:  # the newest of all is tried, too (`make newest`): a note then, where the lock has none
+        assert found[name]["state"] == ("note" if _window.outside(name) else "ok"), name
+
+
+def test_doctor_says_that_everything_works(call, monkeypatch):
+    monkeypatch.setattr(doctor, "_lmms", lambda: iter(()))
     code, out, _ = call("doctor")
     assert code == 0 and "everything works" in out
 
 
-@pytest.mark.parametrize("version", [(4, 56, 2), (6, 0, 0)])
-def test_doctor_reports_an_unsupported_transformers(call, monkeypatch, version):
-    monkeypatch.setattr("vtc.compat.transformers_version", lambda: version)
-    monkeypatch.setattr(doctor, "_pocket", lambda: iter(()))
-    code, out, _ = call("doctor", "--json")
-    found = {f["what"]: f for f in json.loads(out)["findings"]}
-    assert code == 1 and found["transformers"]["state"] == "problem" and "pip install" in found["transformers"]["text"]
+@pytest.mark.parametrize(("version", "state"), [("4.56.2", "problem"), ("4.57.0", "ok"), ("5.24.3", "ok"), ("6.0.0", "note")])
+def test_doctor_says_whether_a_version_is_inside_the_window(monkeypatch, version, state):
+    monkeypatch.setattr(_window, "installed", lambda name: version if name == "transformers" else "1.0")
+    (found,) = [f for f in doctor._versions() if f.what == "transformers"]
+    assert found.state == state and version in found.text and "4.57 to 5.24" in found.text
+    assert ("pip install 'transformers>=4.57,<5.25'" in found.text) == (state != "ok")
+
+
+def test_doctor_imports_what_it_calls_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = {f.what: f for f in doctor._optional()}
+    assert found["matplotlib"].state == "problem" and "cannot be imported (ModuleNotFoundError" in found["matplotlib"].text
+
+
+def test_doctor_finds_an_lmms_eval_that_breaks_while_it_evaluates(monkeypatch):
+    """All of it can be imported then; only an evaluation meets the module that is gone."""
+    from vtc.eval.lmms import run
+
+    def gone(*args, **kwargs):
+        raise ModuleNotFoundError("No module named 'filelock._api'")
+
+    monkeypatch.setattr(run, "run_task", gone)
+    (found,) = doctor._lmms()
+    assert found.state == "problem" and "No module named 'filelock._api'" in found.text
+    installed = _window.installed
+    monkeypatch.setattr(_window, "installed", lambda name: "4.3.1" if name == "filelock" else installed(name))
+    (found,) = doctor._lmms()
+    assert found.state == "problem" and found.text.endswith("pip install 'filelock>=3.16,<4.3'")
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
+    (found,) = doctor._lmms()
+    assert found.state == "problem" and "not registered" in found.text
 
 
 def test_doctor_survives_a_crashing_check(call, monkeypatch):
@@ -287,8 +318,9 @@ def test_doctor_survives_a_crashing_check(call, monkeypatch):
         raise RuntimeError("no weights")
 
     monkeypatch.setattr("vtc.load_pocket", crash)
+    monkeypatch.setattr(doctor, "_lmms", lambda: iter(()))
     code, out, _ = call("doctor")
-    assert code == 1 and "RuntimeError: no weights" in out and "1 problem found" in out
+    assert code == 1 and "RuntimeError: no weights" in out and "2 problems found" in out
 
 
 def test_doctor_sees_our_kernels_folder_posing_as_kernels(monkeypatch, tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reducers.md", "docs/families.md", "docs/kernels.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/reducers.md", "docs/families.md", "docs/kernels.md", "docs/upstream.md"])
 def test_generated_blocks_are_fresh(name):
     text = (ROOT / name).read_text()
     assert "<!-- vtc:begin " in text
@@ -92,7 +92,7 @@ def test_every_reducer_has_a_complete_entry(name):
 def test_every_golden_file_is_counted_once():
     files = list((ROOT / "tests" / "golden").rglob("*.safetensors"))
     counted = [docs.golden(name) for name in entries()]
-    assert sum(len(c) for c in counted) == len(files) >= 97
+    assert sum(len(c) for c in counted) == len(files) >= 102
     assert docs.golden("prumerge_plus") == ("plus_adaptive_576", "plus_fixed_576_b2")
     assert "adaptive_576" in docs.golden("prumerge")
     assert docs.golden("random") == ()

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from clocks import Script
 from PIL import Image
 
 import vtc
 from vtc.errors import ConfigError, UnknownArgumentError, UnknownReducerError
 from vtc.eval.lmms import Benchmark, check_task, known_tasks, run_task
 from vtc.eval.lmms.benchmarks import JUDGES, TASKS
-from vtc.eval.lmms.run import own_locks
+from vtc.eval.lmms.locks import own_locks
 from vtc.eval.tasks import utils as offline
 from vtc.pocket import DETAIL_QUESTION_TYPES, QUESTION_TYPES, load_pocket, pocket_path, scene_questions
 from vtc.reducers.uniform import Uniform
@@ -370,6 +371,22 @@ def test_rows_that_cannot_be_told_apart_are_an_error(pocket):
     assert meter.records["task", "test", 1]["slots"] == 0
 
 
+def test_the_first_token_and_the_whole_answer_are_timed(pocket, monkeypatch):
+    """Both from the call of generate on; the first token once, however many follow."""
+    from vtc.eval.lmms import meter
+
+    model, processor = pocket
+    watch = meter.Meter(model, None)
+    documents, inputs = watch.documents({"task": {"test": ["a"]}}), processor(text=["user : yes"], return_tensors="pt")
+    for length in (3, 1):
+        documents["task"]["test"][0]
+        clock = Script(1, 3, 10).put_into(monkeypatch, meter)
+        with watch.watching():
+            model.generate(**inputs, max_new_tokens=length, min_new_tokens=length)
+        record = watch.records["task", "test", 0]
+        assert (record["ttft_s"], record["generate_s"], clock.looks, record["new_tokens"]) == (2, 9, 3, length)
+
+
 # ------------------------------------------------------------------------------------------------------------ arguments
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
@@ -593,6 +610,45 @@ def test_run_task_leaves_file_locks_as_they_were(pocket, tmp_path):
         filelock.FileLock(tmp_path / "lock", timeout=0).acquire()
 
 
+def test_lmms_eval_gets_the_locks_it_wants_in_every_evaluation(pocket, tmp_path):
+    """It puts them in place once per process; the second evaluation must have them, too, or nested loading ends in a deadlock."""
+    tried = []
+
+    def take_twice(done, total):
+        place = str(tmp_path / f"lock{len(tried)}")
+        with filelock.FileLock(place), filelock.FileLock(place, timeout=0):
+            tried.append(done)
+
+    for _ in range(2):
+        run_task(*pocket, "vtc_scenes", reducer=None, batch_size=1, limit=1, seed=0, progress=take_twice)
+    assert tried == [1, 1]
+    with filelock.FileLock(tmp_path / "lock"), pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / "lock", timeout=0).acquire()
+
+
+@pytest.mark.parametrize("version", ["4.3.1", "3.12.4"])
+def test_a_filelock_that_lmms_eval_breaks_on_is_refused_before_anything_is_loaded(monkeypatch, version):
+    """Its evaluator imports a private module of filelock while it runs; the extra `eval` bounds filelock for it."""
+    from vtc.eval.lmms.model import ChatModel
+
+    monkeypatch.setattr("vtc._window.installed", lambda name: version)
+    said = rf"cannot run with filelock {version} .*private module.*: pip install 'filelock>=3.16,<4.3'"
+    with pytest.raises(ConfigError, match=said):
+        check_task("vtc_scenes")
+    with pytest.raises(ConfigError, match=said):
+        ChatModel.create_from_arg_string("pretrained=no/such-model")
+
+
+def test_where_data_sets_lie_is_what_lmms_evals_variable_says(monkeypatch):
+    from vtc.eval.lmms.run import _data_folder
+
+    monkeypatch.delenv("LMMS_EVAL_DATASETS_CACHE", raising=False)
+    assert _data_folder() is None
+    monkeypatch.setenv("HERE", "/data")
+    monkeypatch.setenv("LMMS_EVAL_DATASETS_CACHE", " $HERE/sets ")
+    assert _data_folder() == "/data/sets"
+
+
 def test_run_task_without_a_reducer_answers_as_the_pocket_code_does(pocket):
     model, processor = pocket
     run = run_task(model, processor, "vtc_easy_vqa", reducer=None, batch_size=4, limit=10, seed=0)
@@ -732,7 +788,7 @@ class _Task:
 
     def __init__(self, name, *filters):
         self.task_name = name
-        self._filters = [type("Filter", (), {"name": f})() for f in filters]
+        self.config = types.SimpleNamespace(filter_list=[{"name": f} for f in filters] or None)
 
 
 def _row(doc_id, **scores):

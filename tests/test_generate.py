@@ -16,15 +16,16 @@ from torch import nn
 from transformers import DynamicCache
 
 import vtc
-from vtc import compat
-from vtc.engine.cache import PrunedLayer
+from vtc.engine import upstream
+from vtc.engine.cache import PrunedLayer, PrunedStaticLayer
+from vtc.errors import UnsupportedFeatureError
 
 TOLERANCE = 1e-5
-NEW = compat.transformers_version() >= (5, 0, 0)
+NEW = int(transformers.__version__.split(".")[0]) >= 5
 # StaticLayer counts its own tokens from 5.2x on; older ones write at a logical cache_position and are refused
-STATIC = compat.static_cache_tracks_length()
+STATIC = upstream.fixed_layers_count()
 # generate drops pixel_values once the cache is not empty in 4.57, patched or not
-CONTINUES = compat.generate_continues_with_images()
+CONTINUES = NEW
 
 PARTS = {
     "boundary+two-layers": [
@@ -141,17 +142,22 @@ def test_streaming():
     assert torch.equal(torch.cat([s.reshape(-1) for s in streamer.seen]), ids[0])
 
 
-@pytest.mark.parametrize("kind", ["boundary+two-layers", "compact", "merge"])
-def test_prompt_lookup_decoding(kind, monkeypatch):
-    """Candidates are verified in one forward and rejected ones are cropped off the cache."""
-    model = build("llava")
+def repeating(model):
+    """A prompt whose end repeats itself, so that its own words are proposed as candidates."""
     inputs = make_inputs("llava", model)
     model.generation_config.eos_token_id = 103  # 4.57 needs one here; it is suppressed
     model.generation_config.suppress_tokens = [100, 101, 103]
     repeat = torch.tensor([[7, 8, 9, 10, 7, 8, 9, 10, 7, 8]])
     inputs["input_ids"] = torch.cat([inputs["input_ids"], repeat], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    crops = []
+    return inputs
+
+
+@pytest.mark.parametrize("kind", ["boundary+two-layers", "compact", "merge"])
+def test_prompt_lookup_decoding(kind, monkeypatch):
+    """Candidates are verified in one forward and rejected ones are cropped off the cache."""
+    model = build("llava")
+    inputs, crops = repeating(model), []
     plain = PrunedLayer.crop
     monkeypatch.setattr(PrunedLayer, "crop", lambda self, n: (crops.append(n), plain(self, n))[1])
     with vtc.patch(model, PARTS[kind]):
@@ -160,6 +166,25 @@ def test_prompt_lookup_decoding(kind, monkeypatch):
     assert torch.equal(got, want) and any(crops)
     lengths = {out.past_key_values.get_seq_length(i) for i in range(DECODER_LAYERS)}
     assert len(lengths) == 1
+
+
+@where(hasattr(transformers.cache_utils.StaticLayer, "crop"))  # from 5.24 on
+@pytest.mark.parametrize("kind", ["boundary+two-layers", "compact"])
+def test_prompt_lookup_over_a_static_cache(kind, monkeypatch):
+    model = build("llava")
+    inputs, crops = repeating(model), []
+    plain = PrunedStaticLayer.crop
+    monkeypatch.setattr(PrunedStaticLayer, "crop", lambda self, n: (crops.append(n), plain(self, n))[1])
+    # room behind the answer: 5.24 writes candidates past the end of its buffers, unpatched, too
+    static = {"cache_implementation": "static", "disable_compile": True, "max_cache_len": inputs["input_ids"].shape[1] + 40}
+    with vtc.patch(model, PARTS[kind]):
+        want = run(model, inputs, 12)[0]
+        got, _, out = run(model, inputs, 12, prompt_lookup_num_tokens=3, **static)
+        cache = out.past_key_values
+        with pytest.raises(UnsupportedFeatureError, match="crop a static KV cache back into visual tokens"):
+            cache.crop(-int(cache.get_seq_length()) + 3)
+    assert torch.equal(got, want) and any(crops)
+    assert len({int(cache.get_seq_length(i)) for i in range(DECODER_LAYERS)}) == 1
 
 
 def test_crop_restores_the_cache_and_refuses_reduced_tokens():
@@ -524,7 +549,7 @@ def test_wrappers_are_looked_through():
     model, inputs, _ = case("llava", 1)
     with vtc.patch(model, "fastv", keep=5):
         want = run(model, inputs)[1]
-    for wrapped in (Peft(model), Compiled(Peft(model)), nn.DataParallel(model)):
+    for wrapped in (Peft(model), Compiled(Peft(model))):
         handle = vtc.patch(wrapped, "fastv", keep=5)
         assert torch.equal(run(model, inputs)[1], want) and handle.active
         assert vtc.unpatch(wrapped) is wrapped and not handle.active
@@ -582,7 +607,7 @@ def test_training_loss_and_gradients(kind):
     assert abs(plain - want) > 1e-4
     with vtc.patch(model, PARTS[kind]):
         for checkpoint in (None, False, True):
-            if checkpoint is not None and kind == "encoder" and compat.checkpoint_repeats_hooks():
+            if checkpoint is not None and kind == "encoder" and upstream.checkpoint_repeats_hooks():
                 # the recomputation comes when the call that chose is over
                 with pytest.raises(vtc.UnsupportedFeatureError, match="disable gradient checkpointing"):
                     step(model, checkpoint)
@@ -596,7 +621,7 @@ def test_training_loss_and_gradients(kind):
             assert worst < TOLERANCE, checkpoint
 
 
-@where(compat.checkpoint_repeats_hooks())
+@where(upstream.checkpoint_repeats_hooks())
 def test_checkpointing_of_merges_inside_the_decoder_is_refused():
     model = build("llava").train()
     inputs = make_inputs("llava", model)
@@ -609,7 +634,7 @@ def test_checkpointing_of_merges_inside_the_decoder_is_refused():
         assert torch.equal(model(**inputs, use_cache=False).logits, want)
 
 
-@where(not compat.checkpoint_repeats_hooks())
+@where(not upstream.checkpoint_repeats_hooks())
 def test_checkpointing_of_merges_inside_the_decoder():
     model = build("llava").train()
     inputs = make_inputs("llava", model)

@@ -10,6 +10,7 @@ from models import build, make_inputs, shared
 from torch import Tensor, nn
 
 import vtc
+from vtc.engine import upstream
 from vtc.engine.neurons import PROJECTIONS
 from vtc.errors import UnknownArgumentError, UnsupportedFeatureError
 from vtc.reducers.corematching import CoreNeurons
@@ -194,7 +195,7 @@ def test_what_cannot_be_sliced_is_refused():
     model = build("llava")
     inputs = make_inputs("llava", model, 1)
     with vtc.patch(model, "corematching", **OPTIONS, neurons=0.5):
-        if vtc.compat.static_cache_tracks_length():
+        if upstream.fixed_layers_count():
             with pytest.raises(UnsupportedFeatureError, match="core neurons does not go together with a static cache"):
                 generate(model, inputs, cache_implementation="static")
 

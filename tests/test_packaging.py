@@ -146,13 +146,6 @@ def test_entry_points_lead_somewhere(project):
         assert callable(getattr(importlib.import_module(module), name)), value
 
 
-def test_transformers_window_matches_the_code(project):
-    from vtc import compat
-
-    (requirement,) = [d for d in project["project"]["dependencies"] if d.startswith("transformers")]
-    assert requirement == f"transformers>={compat.OLDEST},<{compat.NEWEST_EXCLUSIVE}"
-
-
 # -------------------------------------------------------------------------------------------------------------- kernels
 PROBE = """
 import importlib.util, pathlib, sys

@@ -14,8 +14,8 @@ from models import build, make_inputs, shared, visual_of
 from torch import Tensor
 
 import vtc
-from vtc.compat import static_cache_tracks_length
 from vtc.core import Need, Reducer, Schedule, Scorer, Selection, Signals, Stage
+from vtc.engine.upstream import fixed_layers_count
 from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedFeatureError
 from vtc.kernels import attention_walk, transition_score
 from vtc.reducers import aim, corematching, sparsevlm, transprune
@@ -648,7 +648,7 @@ def greedy(model, inputs, **options) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("method", ["fastv", *METHODS])
 def test_static_cache_decode_equals_dynamic(method):
-    if not static_cache_tracks_length():
+    if not fixed_layers_count():
         with (
             pytest.raises(UnsupportedFeatureError, match="cache_implementation='static'"),
             vtc.patch(shared("llava"), method, keep=5, **METHODS.get(method, {})),
@@ -666,7 +666,7 @@ def test_static_cache_decode_equals_dynamic(method):
 
 @pytest.mark.parametrize("method", ["transprune", "corematching", "sparsevlm"])
 def test_compiled_decode_has_no_graph_break(method):
-    if not static_cache_tracks_length():
+    if not fixed_layers_count():
         return  # static caches are refused there, see above
     model = build("llava")
     inputs = make_inputs("llava", model, 2)

@@ -17,7 +17,7 @@ from vtc.engine.patch import usable
 from vtc.errors import BudgetError, UnknownArgumentError, UnsupportedFeatureError
 from vtc.families import family_of
 from vtc.inspect import NOMINAL
-from vtc.reducers.evs import NO_FRAME
+from vtc.reducers.evs import NO_FRAME, media_positions, released_positions
 from vtc.reducers.tome import match, merged_per_layer, next_step
 from vtc.stats import Clock
 from vtc.views import ask
@@ -244,13 +244,18 @@ def test_tome_refuses_what_it_cannot_do() -> None:
     assert vtc.create("tome.vit-b16", keep=9).r is None, "a budget of another form replaces the preset's"
 
 
+class Layer(nn.Module):
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return hidden_states
+
+
 def stage_of(part: Any, mlp_branch: Any, layers: int = 2, has_cls: bool = True) -> EncoderStage:
     facts = Facts(
         "test", 1, layers, layers - 1, None, None, (2, 4), has_cls, frozenset({"attention", "cls"}), dict.fromkeys(Stage, "")
     )
     attention = [nn.Module() for _ in range(layers)]
     run = EncoderRun([1], None, Clock())
-    return EncoderStage(part.bind(facts), [nn.Module() for _ in range(layers)], attention, mlp_branch, facts, lambda: run)
+    return EncoderStage(part.bind(facts), [Layer() for _ in range(layers)], attention, mlp_branch, facts, lambda: run)
 
 
 def test_a_tower_without_a_known_mlp_branch_is_refused() -> None:
@@ -432,6 +437,25 @@ def test_evs_official_keeps_the_whole_first_frame() -> None:
     assert vtc.create("evs", keep=0.49, official=True).wanted(clip(), facts) == 5, "rounded down"
     assert vtc.create("evs", keep=0.49).wanted(clip(), facts) == 6
     assert vtc.create("evs", keep=2).wanted(clip(), facts) == 2
+
+
+def test_evs_numbers_a_prompt_as_the_release_by_hand() -> None:
+    """A clip of 3 frames, 2 s apart, and an image: text goes on from the width of the grid, below the clip's last frame."""
+    film = media_positions((3, 2, 2), torch.tensor([0, 1, 2, 3, 6, 9]), seconds=2, rate=2.0)
+    assert film.tolist() == [[0, 0, 0, 0, 4, 8], [0, 0, 1, 1, 1, 0], [0, 1, 0, 1, 0, 1], [2] * 6]
+    still = media_positions((1, 1, 3), torch.tensor([0, 2]), seconds=0)
+    assert still.tolist() == [[0, 0], [0, 0], [0, 2], [3, 3]]
+    start = 9
+    ids = torch.tensor([1, start, *[5] * 6, 2, start, 5, 5, 3, 3])
+    positions, delta = released_positions(ids, torch.arange(len(ids)).expand(3, -1), [film, still], start)
+    # the clip starts at 2; behind it 4, 5 (its start token at 1: 1 + 1 + 2); the image at 6, the text behind it at 5 + 1 + 3
+    assert positions[0].tolist() == [0, 1, 2, 2, 2, 2, 6, 10, 4, 5, 6, 6, 9, 10]
+    assert positions[2].tolist() == [0, 1, 2, 3, 2, 3, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert int(delta) == 11 - len(ids)
+    with pytest.raises(ValueError, match="starts 2 media, 1 are given"):
+        released_positions(ids, torch.arange(len(ids)).expand(3, -1), [film], start)
+    with pytest.raises(ValueError, match="6 tokens does not fit behind place 9"):
+        released_positions(ids, torch.arange(len(ids)).expand(3, -1), [film, film], start)
 
 
 # ------------------------------------------------------------------------------------------------------ per-frame budgets

@@ -20,10 +20,9 @@ from torch import nn
 from transformers import DynamicCache, GenerationConfig
 
 import vtc
-from vtc import compat
 from vtc.core import Facts, Need, Reducer, Scorer, Selection, Stage
 from vtc.engine import patch as engine_patch
-from vtc.engine import taps
+from vtc.engine import taps, upstream
 from vtc.errors import (
     BudgetError,
     InvalidSignalError,
@@ -116,7 +115,7 @@ def test_chunked_prefill_in_a_generation_config(how):
 
 
 CACHES = ["quantized", "offloaded", "offloaded_static", "hybrid", "sliding_window", "paged"]
-if not compat.static_cache_tracks_length():  # older static layers write at a logical cache_position
+if not upstream.fixed_layers_count():  # older static layers write at a logical cache_position
     CACHES.append("static")
 
 

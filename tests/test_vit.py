@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import timm
 import torch
+from plain_timm import timm
 from torch import Tensor, nn
 
 import vtc

@@ -16,10 +16,12 @@ from vtc.core import Budget, Compose, Layout, Merger, Need, Reducer, Schedule, S
 from vtc.errors import (
     BudgetError,
     ConfigError,
+    InputFileError,
     InvalidSignalError,
     NotReduced,
     NotReducedError,
     PatchError,
+    PromptError,
     StoreError,
     UnknownArgumentError,
     UnknownReducerError,
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from vtc.families import list_families
     from vtc.pocket import load_pocket
     from vtc.retrieval import maxsim, pool_vectors
+    from vtc.verify import verify
 
 from vtc._version import __version__
 
@@ -48,6 +51,7 @@ _LAZY = {
     "load_pocket": "vtc.pocket",
     "maxsim": "vtc.retrieval",
     "pool_vectors": "vtc.retrieval",
+    "verify": "vtc.verify",
 }
 
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
     "Compose",
     "ConfigError",
     "Handle",
+    "InputFileError",
     "InvalidSignalError",
     "Layout",
     "Merger",
@@ -63,6 +68,7 @@ __all__ = [
     "NotReduced",
     "NotReducedError",
     "PatchError",
+    "PromptError",
     "Reducer",
     "Schedule",
     "Scorer",
@@ -88,6 +94,7 @@ __all__ = [
     "pool_vectors",
     "register",
     "unpatch",
+    "verify",
 ]
 
 

@@ -11,6 +11,7 @@ import fnmatch
 import importlib.metadata
 import inspect as pyinspect
 import json
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -23,10 +24,15 @@ from rich.text import Text
 
 from vtc._version import __version__
 from vtc.core import Stage
-from vtc.errors import BudgetError, UnknownArgumentError, UnknownReducerError, VtcError, did_you_mean
+from vtc.doors import short
+from vtc.errors import BudgetError, InputFileError, UnknownArgumentError, UnknownReducerError, VtcError, did_you_mean
+from vtc.registry import plugin_failed
 
 COMMANDS = "vtc.commands"
 """Entry point group of further commands."""
+
+LONGEST_SIDE = 16_384
+"""Largest side of a picture whose tokens ``vtc check`` counts."""
 
 app = typer.Typer(
     name="vtc",
@@ -38,6 +44,12 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON and nothing else.")]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Let Python code that comes with the model run: read it first, it may do anything."
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -158,34 +170,49 @@ def check(
     keep: Annotated[str, typer.Option(help="Tokens per image (int) or share (float); default 0.5.")] = "",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
     image_size: Annotated[str, typer.Option(help="WxH: count the visual tokens of an image of this size.")] = "",
+    prove: Annotated[
+        bool, typer.Option("--verify", help="Run a small copy against a slow reference; exit 1 if it fails.")
+    ] = False,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
-    """Say what vtc can do with a model, from its config alone: structure, stages, tokens per image, reducers that run."""
-    from vtc.inspect import examine, label
+    """Say what vtc can do with a model, from its config alone: structure, stages, tokens per image, reducers that run.
+
+    Nothing is downloaded or asked of the network, and no code of the model runs.
+    """
+    from vtc.inspect import examine, label, load_config
 
     size = _size(image_size) if image_size else None
     wanted = _reducer([reducer], keep, "", option, share=0.5) if reducer else None
     _quiet()
-    report = examine(model, size)
+    report = examine(model, size, trust_remote_code=trust)
     bound = None
     error: VtcError | None = None
     if wanted is not None:
         from vtc.engine.patch import bind
-        from vtc.engine.taps import check_implementation
+        from vtc.engine.upstream import check_implementation
 
         try:
             bound = bind(wanted, report.family.facts)
             check_implementation(report.family.text.config)
         except VtcError as refusal:
             error = refusal
+    verdict = None
+    if prove and error is None:
+        from vtc.verify import verify
+
+        verdict = verify(load_config(model, trust_remote_code=trust))
     if as_json:
         data = report.to_dict()
         if wanted is not None:
             data["asked"] = {"reducer": reducer, "runs": error is None, "reason": str(error or "")}
+        if verdict is not None:
+            data["verify"] = verdict.to_dict()
         _json(data)
-        raise typer.Exit(1 if error else 0)
+        raise typer.Exit(1 if error or (verdict is not None and not verdict.ok) else 0)
     if wanted is None:
         _print_report(report)
+        _print_verdict(verdict)
         return
     if error is not None:
         raise error
@@ -193,6 +220,19 @@ def check(
     counts = [p.count(slots, facts) for p in bound.parts() if not p.decides_itself] if slots else []
     tokens = f": {slots} visual tokens -> {' -> '.join(str(c) for c in counts)}" if counts else ""
     _console().print(Text.assemble(("yes", "bold green"), f", {label(wanted)} runs on {model}{tokens}"))
+    _print_verdict(verdict)
+
+
+def _print_verdict(verdict: Any) -> None:
+    """Show what ``--verify`` found; exit code 1 unless it is all well."""
+    if verdict is None:
+        return
+    console = _console()
+    console.print()
+    console.print(verdict.table())
+    console.print(Text(f"\n{verdict.headline}", "bold green" if verdict.ok else "bold red"))
+    if not verdict.ok:
+        raise typer.Exit(1)
 
 
 def _print_report(report: Any) -> None:
@@ -210,10 +250,10 @@ def _print_report(report: Any) -> None:
     cls = "with" if tower["cls"] else "without"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("model", escape(f"{data['model']} ({data['architecture']}, family {data['family']})"))
-    grid.add_row("language model", f"{decoder['type']}, {decoder['layers']} decoder layers")
+    grid.add_row("language model", f"{escape(str(decoder['type']))}, {decoder['layers']} decoder layers")
     grid.add_row(
         "vision tower",
-        f"{tower['type']}, {tower['layers']} layers, features of layer {tower['feature_layer']}, "
+        f"{escape(str(tower['type']))}, {tower['layers']} layers, features of layer {tower['feature_layer']}, "
         + (f"{rows}x{cols} tokens a view, " if data["anyres"] or data["max_visual_tokens"] else "pictures of any size, ")
         + f"{cls} class token",
     )
@@ -244,20 +284,22 @@ def run(
     model: Annotated[str, typer.Option(help="A folder, 'pocket', or a hub id in the local cache.")] = "pocket",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
     show: Annotated[str, typer.Option(help="Write a picture of the kept tokens to this file.")] = "",
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 32,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs of each kind.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=32768, help="Longest answer.")] = 32,
+    runs: Annotated[int, typer.Option(min=1, max=1000, help="Timed runs of each kind.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16, float16.")] = "auto",
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Ask one question with and without a reducer: answers, time, tokens, and a picture of what was kept."""
-    from vtc.inspect import label, load_model, open_image, save_picture, writable_picture
+    from vtc.doors import open_image
+    from vtc.inspect import label, load_model, save_picture, writable_picture
 
     wanted = _reducer(reducer, keep, avg_tokens, option)
     picture = open_image(image)
     target = writable_picture(show) if show else None
     _quiet()
-    loaded, processor = load_model(model, device, dtype)
+    loaded, processor = load_model(model, device, dtype, trust_remote_code=trust)
     from vtc.trial import trial
 
     outcome = trial(loaded, processor, picture, prompt, wanted, max_new_tokens=max_new_tokens, runs=runs)
@@ -345,7 +387,7 @@ def _reducer(
     for text in options or ():
         key, sign, value = text.partition("=")
         if not sign or not key:
-            raise UnknownArgumentError(f"--option {text!r} is not name=value: write for example --option layer=3")
+            raise UnknownArgumentError(f"--option {short(text)!r} is not name=value: write for example --option layer=3")
         given[key.strip()] = _value(value.strip())
     if keep:
         given["keep"] = _amount("keep", keep)
@@ -363,7 +405,7 @@ def _value(text: str) -> Any:
     """Read an option's value: JSON where it is JSON (numbers, true, false, null, lists), else the text itself."""
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {"True": True, "False": False, "None": None}.get(text, text)
     return tuple(value) if isinstance(value, list) else value
 
@@ -375,13 +417,16 @@ def _amount(name: str, text: str) -> int | float:
             return kind(text)
         except ValueError:
             continue
-    raise BudgetError(f"{name}={text!r} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+    raise BudgetError(f"{name}={short(text)!r} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise UnknownArgumentError(f"--image-size {text!r} is not WxH: write for example --image-size 672x448")
+    if not all(n.isdecimal() and len(n) < 10 and 0 < int(n) <= LONGEST_SIDE for n in (width, height)):
+        raise UnknownArgumentError(
+            f"--image-size {short(text)!r} is not WxH with sides of 1 to {LONGEST_SIDE} pixels: "
+            "write for example --image-size 672x448"
+        )
     return int(width), int(height)
 
 
@@ -412,15 +457,42 @@ def _say(message: str, style: str) -> None:
 def load_plugins(target: typer.Typer) -> None:
     """Let every entry point of the group :data:`COMMANDS` add its commands; one that fails costs a line of warning."""
     for point in importlib.metadata.entry_points(group=COMMANDS):
+        lists = (target.registered_commands, target.registered_groups)
+        before = [len(some) for some in lists]
         try:
             point.load()(target)
-        except Exception as error:  # a broken plugin must not take the other commands with it
-            owner = point.dist.name if point.dist is not None else point.value
-            _say(
-                f"warning: the commands '{point.name}' of {owner} are missing ({type(error).__name__}: {error}): "
-                f"reinstall or remove {owner}",
-                "yellow",
-            )
+        except (Exception, SystemExit) as error:  # a broken plugin must not take the other commands with it
+            for some, count in zip(lists, before, strict=True):
+                del some[count:]
+            _say(f"warning: {plugin_failed('the commands', point, error)}", "yellow")
+
+
+def _open_streams() -> None:
+    """Make standard input and output usable: nothing of ours takes the number of a closed one, no character ends a command."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None or stream.closed:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))  # noqa: SIM115
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_undecodable(arguments: Sequence[str]) -> None:
+    for text in arguments:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise UnknownArgumentError(f"the argument '{short(text)}' is not UTF-8 text: rename the file, or write it anew")
+
+
+def _reason(error: Exception) -> str:
+    """One sentence for an error that is not ours."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        where = "memory" if isinstance(error, MemoryError) else "the memory of the device"
+        return f"{where} ran out: take a smaller model, picture or batch"
+    if isinstance(error, OSError) and error.strerror:
+        name = f"'{short(error.filename)}'" if error.filename is not None else "a file"
+        return f"{name} cannot be used ({error.strerror}): check the name, the permissions and the space there"
+    said = f"{type(error).__name__}: {short(error, 500)}"
+    return f"{said} (unexpected: add --debug for the traceback, and report it)"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -434,20 +506,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    _open_streams()
     if not getattr(app, "_vtc_plugins", False):
         app._vtc_plugins = True  # type: ignore[attr-defined]
         load_plugins(app)
+    code: int | str | None = 0
     try:
-        typer.main.get_command(app).main(args=arguments, prog_name="vtc")
+        _refuse_undecodable(arguments)
+        try:
+            typer.main.get_command(app).main(args=arguments, prog_name="vtc")
+        except SystemExit as stop:
+            code = stop.code
+        try:
+            sys.stdout.flush()  # a full disk is an error here, not a note of the interpreter at its end
+        except OSError as error:
+            raise InputFileError(f"standard output cannot be written ({error.strerror}): send it elsewhere") from None
     except VtcError as error:
         if debug:
             raise
-        _say(f"error: {error}", "red")
-        sys.exit(1)
+        _say(f"error: {short(error, 1200)}", "red")
+        code = 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except Exception as error:
         if debug:
             raise
-        _say(f"error: {type(error).__name__}: {error} (unexpected: add --debug for the traceback, and report it)", "red")
-        sys.exit(1)
+        _say(f"error: {_reason(error)}", "red")
+        code = 1
+    sys.exit(code)

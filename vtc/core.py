@@ -22,7 +22,14 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError
+from vtc.errors import (
+    BudgetError,
+    InvalidSignalError,
+    UnknownArgumentError,
+    UnsupportedFeatureError,
+    UnsupportedSignalError,
+    shown,
+)
 
 Positions = Literal["original", "compact"]
 Newlines = Literal["compete", "all", "with_row", "none"]
@@ -460,11 +467,11 @@ class Budget:
 def check_amount(name: str, value: Any) -> None:
     """Raise :class:`BudgetError` unless ``value`` is a positive int or a float in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"{name}={value!r} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+        raise BudgetError(f"{name}={shown(value)} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
     if isinstance(value, float) and not 0.0 < value <= 1.0:  # NaN fails both comparisons
-        raise BudgetError(f"{name}={value!r} is out of range: a float is a share in (0, 1], an int is a number of tokens")
+        raise BudgetError(f"{name}={shown(value)} is out of range: a float is a share in (0, 1], an int is a number of tokens")
     if isinstance(value, int) and value < 1:
-        raise BudgetError(f"{name}={value!r} is out of range: keep at least one visual token")
+        raise BudgetError(f"{name}={shown(value)} is out of range: keep at least one visual token")
 
 
 # ------------------------------------------------------------------------------------------------------- model facts
@@ -584,7 +591,7 @@ class Reducer:
             value = getattr(self, option)
             if value is not None and value not in known:
                 raise UnknownArgumentError(
-                    f"{self.name or type(self).__name__}: {option}={value!r} is not possible; use one of {', '.join(known)}"
+                    f"{self.name or type(self).__name__}: {option}={shown(value)} is not possible; use one of {', '.join(known)}"
                 )
 
     @property

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vtc import _window
 from vtc.core import Reducer
 from vtc.files import write_whole
 from vtc.registry import Entry, create, entries
@@ -241,7 +242,28 @@ def reducers_pages() -> str:
     return "\n".join([head, "", *(entry_text(page) for page in sheets)]).rstrip()
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"methods": methods_table, "reducers": reducers_pages}
+def upstream_tables() -> str:
+    """Return what vtc relies on in transformers as two tables: arguments by role, and the rest."""
+    from vtc.engine.upstream import RELIANCE, ROLES
+
+    lines = ["| what vtc reads or writes | its names, the newest first |", "|---|---|"]
+    lines += [f"| {role.what} | {', '.join(f'`{name}`' for name in role.names)} |" for role in ROLES.values()]
+    lines += ["", "| what else vtc relies on | how |", "|---|---|"]
+    return "\n".join(lines + [f"| {what} | {how} |" for what, how in RELIANCE.items()])
+
+
+def window_table() -> str:
+    """Return the tested window as a table."""
+    lines = ["| package | from | to |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {name} | {oldest} | {newest} |" for name, (oldest, newest) in _window.TESTED.items()])
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": methods_table,
+    "reducers": reducers_pages,
+    "upstream": upstream_tables,
+    "window": window_table,
+}
 """Renderers by block name; any other name is a file below the root."""
 
 

@@ -1,4 +1,4 @@
-"""``vtc doctor``: is this installation complete, does it fit together, and what can it do."""
+"""``vtc doctor``: is this installation complete, does it fit together, and what can it do. What it calls ok, it has run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from vtc import _window
+from vtc.errors import VtcError
 
 DISTRIBUTION = "vtc-reducers"
 _REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+).*extra\s*==\s*['\"](?P<extra>[\w-]+)['\"]")
@@ -47,6 +50,8 @@ def diagnose() -> list[Finding]:
         _registries,
         _commands,
         _pocket,
+        _verified,
+        _lmms,
         _extras,
     )
     for check in checks:
@@ -59,33 +64,35 @@ def diagnose() -> list[Finding]:
 
 def version_of(distribution: str) -> str | None:
     """Return the installed version of a distribution, or None."""
+    return _window.installed(distribution)
+
+
+def _found(distribution: str, module: str) -> Finding:
+    """Import an installed package, and say whether its version is one vtc was tested with."""
+    version = version_of(distribution)
     try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        importlib.import_module(module)
+    except Exception as error:
+        return Finding(
+            "problem",
+            distribution,
+            f"{version} cannot be imported ({type(error).__name__}: {error}): pip install --force-reinstall {distribution}",
+        )
+    if distribution not in _window.TESTED:
+        return Finding("ok", distribution, f"{version}")
+    if said := _window.outside(distribution):
+        return Finding("note" if "newer" in said else "problem", distribution, said)
+    return Finding("ok", distribution, f"{version} (tested: {' to '.join(_window.TESTED[distribution])})")
 
 
 def _versions() -> Iterator[Finding]:
     """Everything vtc cannot do without."""
-    from vtc import compat
     from vtc._version import __version__
 
     yield Finding("ok", "vtc", __version__)
     yield Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
-    import torch
-
-    yield Finding("ok", "torch", torch.__version__)
-    import transformers
-
-    oldest = tuple(int(p) for p in compat.OLDEST.split("."))
-    newest = int(compat.NEWEST_EXCLUSIVE)
-    fits = oldest <= compat.transformers_version()[:2] and compat.transformers_version()[0] < newest
-    window = f"supported: >={compat.OLDEST},<{newest}"
-    if fits:
-        yield Finding("ok", "transformers", f"{transformers.__version__} ({window})")
-    else:
-        fix = f"pip install 'transformers>={compat.OLDEST},<{newest}'"
-        yield Finding("problem", "transformers", f"{transformers.__version__} is not supported ({window}): {fix}")
+    for name in ("torch", "torchvision", "transformers", "filelock"):
+        yield _found(name, name)
 
 
 def _optional() -> Iterator[Finding]:
@@ -93,12 +100,15 @@ def _optional() -> Iterator[Finding]:
     uses = {
         "triton": "fast GPU kernels",
         "accelerate": "device_map, big checkpoints",
+        "timm": "its vision transformers",
         "lmms-eval": "public benchmarks",
         "matplotlib": "plots",
     }
     for name, use in uses.items():
-        found = version_of(name)
-        yield Finding("ok", name, found) if found else Finding("note", name, f"not installed ({use})")
+        if version_of(name):
+            yield _found(name, name.replace("-", "_"))
+        else:
+            yield Finding("note", name, f"not installed ({use})")
 
 
 def _devices() -> Iterator[Finding]:
@@ -111,8 +121,9 @@ def _devices() -> Iterator[Finding]:
     else:
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         yield Finding("ok", "devices", f"CPU, {threads} threads; {', '.join(names)} (CUDA {torch.version.cuda})")
-    attention = ["eager", "sdpa"] + (["flash_attention_2"] if importlib.util.find_spec("flash_attn") else [])
-    yield Finding("ok", "attention", ", ".join(attention))
+    from vtc.engine import upstream
+
+    yield Finding("ok", "attention", ", ".join(upstream.implementations()))
 
 
 def _kernels() -> Iterator[Finding]:
@@ -211,6 +222,31 @@ def _pocket() -> Iterator[Finding]:
     yield Finding("ok", "pocket model", f"loads and can be patched ({parameters:.1f} M parameters)")
 
 
+def _verified() -> Iterator[Finding]:
+    """The embedded model's reductions equal the slow reference, with the versions installed here."""
+    import vtc
+
+    verdict = vtc.verify(vtc.load_pocket()[0])
+    state, text = ("ok", verdict.headline) if verdict.ok else ("problem", str(verdict))
+    yield Finding(state, "verified", text)  # type: ignore[arg-type]
+
+
+def _lmms() -> Iterator[Finding]:
+    """Our plugin answers a question inside lmms-eval's own evaluator: that all of it can be imported is not enough."""
+    if version_of("lmms-eval") is None:
+        return
+    points = [p for p in importlib.metadata.entry_points(group="lmms_eval.models") if p.name == "vtc"]
+    if not points:
+        yield Finding("problem", "lmms-eval plugin", f"not registered in the installed metadata: reinstall {DISTRIBUTION}")
+        return
+    check = importlib.import_module(points[0].module).check  # by entry point: vtc never imports its harness
+    try:
+        yield Finding("ok", "lmms-eval plugin", check())
+    except Exception as error:
+        said = str(error) if isinstance(error, VtcError) else f"{type(error).__name__}: {error}"
+        yield Finding("problem", "lmms-eval plugin", said)
+
+
 def _extras() -> Iterator[Finding]:
     """Optional dependencies by extra, as the installed metadata declare them."""
     extras: dict[str, list[str]] = {}
@@ -223,4 +259,4 @@ def _extras() -> Iterator[Finding]:
         if missing:
             yield Finding("note", f"extra {extra}", f"missing {', '.join(missing)}: pip install '{DISTRIBUTION}[{extra}]'")
         else:
-            yield Finding("ok", f"extra {extra}", ", ".join(packages))
+            yield Finding("ok", f"extra {extra}", f"installed: {', '.join(dict.fromkeys(packages))}")

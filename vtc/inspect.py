@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vtc import doors
 from vtc.core import Compose, EncoderReducer, Facts, Reducer, Stage
-from vtc.errors import UnsupportedModelError, VtcError
+from vtc.doors import open_image as open_image  # the command line's, and of whoever imported it from here
+from vtc.errors import InputFileError, UnsupportedModelError, VtcError
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +41,6 @@ NOMINAL = Facts(
     stages=dict.fromkeys(Stage, ""),
 )
 """LLaVA-1.5-7B: the model a reducer is described on when none is at hand."""
-
-
-class InputFileError(VtcError, OSError):
-    """An image or a model folder that is missing or cannot be read."""
 
 
 def needs_of(name: str) -> list[str]:
@@ -75,6 +74,13 @@ def label(reducer: Reducer) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- models
+CONFIG_BYTES = 16 * doors.MIB
+"""Largest config.json or preprocessor_config.json."""
+
+MODULES = 150_000
+"""Most modules of a model that is built from its config alone: several times those of the largest mixtures of experts."""
+
+
 def locate(model: str) -> str:
     """Turn what the user typed into something ``from_pretrained`` takes.
 
@@ -87,19 +93,105 @@ def locate(model: str) -> str:
         from vtc.pocket import pocket_path
 
         return str(pocket_path())
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path, shown = doors.place(model), doors.short(model)
+    if model and path.is_dir():
         if not (path / "config.json").is_file():
-            raise InputFileError(f"the folder '{model}' has no config.json: give the folder a model was saved to")
+            raise InputFileError(f"the folder '{shown}' has no config.json: give the folder a model was saved to")
         return str(path)
-    if path.exists():
-        raise InputFileError(f"'{model}' is a file: give the folder a model was saved to, a hub id, or '{POCKET}'")
-    if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise InputFileError(f"there is no folder '{model}': give a model's folder, a hub id in the local cache, or '{POCKET}'")
+    if model and path.exists():
+        raise InputFileError(f"'{shown}' is a file: give the folder a model was saved to, a hub id, or '{POCKET}'")
+    if not model or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputFileError(f"there is no folder '{shown}': give a model's folder, a hub id in the local cache, or '{POCKET}'")
     return model
 
 
-def load_config(model: str) -> Any:
+@contextmanager
+def offline() -> Iterator[None]:
+    """Keep the hub's client off the network while the body runs, also from what it looks up besides the files asked for."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+@contextmanager
+def explained(model: str, what: str) -> Iterator[None]:
+    """Turn whatever transformers raises over the files of a model folder into one sentence; ``what``: their name in it.
+
+    Raises
+    ------
+    UnsupportedModelError
+        With the reason; for code that the folder brings, with the flag that allows it. ``OSError`` and our own errors pass.
+    """
+    try:
+        yield
+    except (VtcError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{what} of '{doors.short(model)}' needs Python code that comes with the model, and it was not run: read that "
+                "code, and give --trust-remote-code if you trust who wrote it"
+            ) from None
+        reason = doors.short(next(iter(str(error).strip().splitlines()), ""), 200)
+        raise UnsupportedModelError(
+            f"{what} of '{doors.short(model)}' cannot be read by this transformers ({type(error).__name__}: {reason}): save or "
+            "download the model again, or update transformers"
+        ) from error
+
+
+def read_config(model: str, place: str, *, trust_remote_code: bool = False, **where: Any) -> Any:
+    """Return the configuration in a folder or hub repository; nothing in it may reach for code.
+
+    Parameters
+    ----------
+    model : str
+        As the user named it.
+    place : str
+        From :func:`locate`.
+    trust_remote_code : bool
+        The user's word that Python code of the model may run.
+    **where
+        Passed on: ``revision``, ``local_files_only``.
+
+    Raises
+    ------
+    OSError
+        Nothing of that name.
+    InputFileError, UnsupportedModelError
+        A file that is too large or no file, or a configuration that the installed transformers does not know or that asks for code.
+    """
+    from transformers import AutoConfig
+
+    if Path(place).is_dir():
+        doors.read_bytes(Path(place) / "config.json", CONFIG_BYTES)
+    with explained(model, "the configuration"):
+        config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **where)
+    if kernel := _hub_kernel(config):
+        raise UnsupportedModelError(
+            f"the configuration of '{doors.short(model)}' asks for '{doors.short(kernel)}', code from the hub: replace it in "
+            "config.json with sdpa or eager"
+        )
+    return config
+
+
+def _hub_kernel(config: Any) -> str:
+    """Return the first implementation that a configuration, or one inside it, wants from a hub repository; ``""`` for none."""
+    from transformers import PretrainedConfig
+
+    for key, value in vars(config).items():
+        if "_implementation" in key and "/" in str(value):
+            return str(value)
+        if isinstance(value, PretrainedConfig) and (found := _hub_kernel(value)):
+            return found
+    return ""
+
+
+def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     """Return a model's configuration, without touching the network.
 
     Raises
@@ -107,46 +199,62 @@ def load_config(model: str) -> Any:
     InputFileError
         Nothing of that name here.
     UnsupportedModelError
-        A configuration the installed transformers does not know.
+        A configuration the installed transformers does not know, or one that needs code.
     """
-    from transformers import AutoConfig
-
     place = locate(model)
+    shown = doors.short(model)
     try:
-        return AutoConfig.from_pretrained(place, local_files_only=True)
+        with offline():
+            return read_config(model, place, trust_remote_code=trust_remote_code, local_files_only=True)
+    except InputFileError:
+        raise
     except OSError:
         if Path(place).is_dir():
-            raise InputFileError(f"the config.json of '{model}' cannot be read: save or download the model again") from None
+            raise InputFileError(f"the config.json of '{shown}' cannot be read: save or download the model again") from None
         raise InputFileError(
-            f"no model '{model}' here: give a folder, '{POCKET}', or a hub id that is in the local cache (`hf download {model}`)"
+            f"no model '{shown}' here: give a folder, '{POCKET}', or a hub id that is in the local cache (`hf download {shown}`)"
         ) from None
-    except (ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UnsupportedModelError(f"the configuration of '{model}' cannot be read by this transformers: {first}") from None
 
 
-def skeleton(config: Any) -> Any:
+def skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
     """Build a model from its configuration on torch's meta device: structure without weights or memory.
 
     Raises
     ------
     UnsupportedModelError
-        Not a vision-language model.
+        Not a vision-language model, or a configuration that no model can be built from.
     """
     import torch
+    from torch.nn.modules.module import register_module_module_registration_hook
     from transformers import AutoModelForImageTextToText
 
+    count = 0
+
+    def bounded(*_: Any) -> None:
+        nonlocal count
+        count += 1
+        if count > MODULES:
+            raise UnsupportedModelError(
+                f"the configuration of this '{doors.short(config.model_type)}' describes more than {MODULES:,} modules: no model "
+                "has as many, correct its numbers of layers"
+            )
+
+    watch = register_module_module_registration_hook(bounded)
     try:
-        with torch.device("meta"):
-            return AutoModelForImageTextToText.from_config(config)
-    except ValueError:
+        with torch.device("meta"), explained(config.model_type, "the configuration"):
+            return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    except UnsupportedModelError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
         raise UnsupportedModelError(
-            f"a '{config.model_type}' is not a vision-language model: give one that AutoModelForImageTextToText can load, such as "
-            "a LLaVA (`vtc doctor` lists the supported families)"
+            f"a '{doors.short(config.model_type)}' is not a vision-language model: give one that AutoModelForImageTextToText can "
+            "load, such as a LLaVA (`vtc doctor` lists the supported families)"
         ) from None
+    finally:
+        watch.remove()
 
 
-def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
+def load_model(model: str, device: str = "auto", dtype: str = "auto", *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a model and its processor, without touching the network.
 
     Parameters
@@ -157,6 +265,8 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[A
         ``"auto"`` takes a GPU if there is one; otherwise a torch device.
     dtype : str
         ``"auto"`` takes what the checkpoint says (float32 for the pocket model); otherwise the name of a torch dtype.
+    trust_remote_code : bool
+        Whether Python code that comes with the model may run.
 
     Raises
     ------
@@ -175,14 +285,23 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[A
 
     from vtc.families import family_of
 
-    family_of(skeleton(load_config(model)))  # refuse before gigabytes are read
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    with explained(model, "the configuration"):
+        family_of(skeleton(config, trust_remote_code=trust_remote_code))  # refuse before gigabytes are read
     place = locate(model)
     try:
-        processor = AutoProcessor.from_pretrained(place, local_files_only=True)
-        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=kind or "auto", local_files_only=True)
+        with offline():
+            with explained(model, "the processor"):
+                processor = AutoProcessor.from_pretrained(place, local_files_only=True, trust_remote_code=trust_remote_code)
+            with explained(model, "the model"):
+                loaded = AutoModelForImageTextToText.from_pretrained(
+                    place, dtype=kind or "auto", local_files_only=True, trust_remote_code=trust_remote_code
+                )
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise InputFileError(f"the model '{model}' cannot be loaded ({first}): save or download it again, complete") from None
+        first = doors.short(next(iter(str(error).strip().splitlines()), ""), 200)
+        raise InputFileError(
+            f"the model '{doors.short(model)}' cannot be loaded ({first}): save or download it again, complete"
+        ) from None
     if where.type == "cpu" and kind is None and loaded.dtype == torch.float16:
         loaded = loaded.float()  # half precision is slow and incomplete on CPUs
     return loaded.to(where).eval(), processor
@@ -194,8 +313,8 @@ def _dtype(name: str) -> torch.dtype | None:
     if name == "auto":
         return None
     value = getattr(torch, name, None)
-    if not isinstance(value, torch.dtype) or not value.is_floating_point:
-        raise VtcError(f"'{name}' is not a floating point dtype: use auto, float32, bfloat16 or float16")
+    if value not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise VtcError(f"'{doors.short(name)}' is not a floating point dtype: use auto, float32, bfloat16 or float16")
     return value
 
 
@@ -205,7 +324,7 @@ def device_named(name: str) -> torch.device:
     Raises
     ------
     VtcError
-        It is not there.
+        It is not there, or does not compute.
     """
     import torch
 
@@ -213,9 +332,12 @@ def device_named(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise VtcError(f"the device '{name}' is not available here: use --device auto or cpu") from None
+        there = torch.zeros(1, device=device)
+        there.item()  # the meta device, for one, has tensors without numbers
+    except Exception:  # noqa: BLE001  every kind of device has its own way to be absent
+        there = None
+    if there is None or there.device.type != device.type or (device.type == "cpu" and device.index):
+        raise VtcError(f"the device '{doors.short(name)}' is not available here: use --device auto or cpu")
     return device
 
 
@@ -276,8 +398,8 @@ class Report:
         }
 
 
-def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
-    """Describe a model from its configuration alone.
+def examine(model: str, image_size: tuple[int, int] | None = None, *, trust_remote_code: bool = False) -> Report:
+    """Describe a model from its configuration alone, without touching the network.
 
     Parameters
     ----------
@@ -286,6 +408,8 @@ def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
     image_size : (int, int), optional
         Width and height of the image to count visual tokens for; if not given and it matters, the tower's own input size (AnyRes),
         or 448 x 448.
+    trust_remote_code : bool
+        Whether Python code that comes with the model may run.
 
     Raises
     ------
@@ -294,14 +418,15 @@ def examine(model: str, image_size: tuple[int, int] | None = None) -> Report:
     """
     from vtc.families import family_of
 
-    config = load_config(model)
-    skeletal = skeleton(config)
-    family = family_of(skeletal)
-    size = image_size
-    if size is None and family.facts.tokens is None:  # depends on the picture: count for a common one
-        side = config.vision_config.image_size if family.facts.anyres else SIDE
-        size = (side, side)
-    slots, views = visual_tokens(family, size or (SIDE, SIDE), processor_settings(model))
+    config = load_config(model, trust_remote_code=trust_remote_code)
+    skeletal = skeleton(config, trust_remote_code=trust_remote_code)
+    with explained(model, "the configuration"):
+        family = family_of(skeletal)
+        size = image_size
+        if size is None and family.facts.tokens is None:  # depends on the picture: count for a common one
+            side = config.vision_config.image_size if family.facts.anyres else SIDE
+            size = (side, side)
+        slots, views = visual_tokens(family, size or (SIDE, SIDE), processor_settings(model))
     reasons = {name: reason_against(name, family.facts) for name in _names()}
     return Report(model, config.model_type, type(skeletal).__name__, family, size, slots, views, reasons)
 
@@ -323,10 +448,12 @@ def processor_settings(model: str) -> dict[str, Any]:
     from transformers.utils import cached_file
 
     try:
-        path = cached_file(locate(model), "preprocessor_config.json", local_files_only=True)
-        return json.loads(Path(path).read_text())
-    except (OSError, TypeError, ValueError):  # not there, not in the cache, not JSON
+        with offline():
+            path = cached_file(locate(model), "preprocessor_config.json", local_files_only=True)
+        found = json.loads(doors.read_text(path, CONFIG_BYTES))
+    except (OSError, TypeError, ValueError, RecursionError):  # not there, not in the cache, not JSON
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _names() -> list[str]:
@@ -348,37 +475,6 @@ def reason_against(reducer: str | Reducer, facts: Facts) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------- images
-def open_image(path: str | Path) -> Image:
-    """Read an image file completely, as RGB.
-
-    Raises
-    ------
-    InputFileError
-        It does not exist, is not an image, is damaged, or holds more pixels than Pillow takes for an honest picture.
-    """
-    import warnings
-
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    if not Path(path).is_file():
-        raise InputFileError(f"there is no image file '{path}': check the path given to --image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (
-        Image.DecompressionBombWarning,
-        Image.DecompressionBombError,
-    ):  # the one above the limit, the other above its double
-        most = (Image.MAX_IMAGE_PIXELS or 0) / 1e6
-        raise InputFileError(f"the image '{path}' has more than {most:.0f} million pixels: shrink it first") from None
-    except UnidentifiedImageError:
-        raise InputFileError(f"'{path}' is not an image that Pillow can read: convert it to PNG or JPEG") from None
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow reports damage with all three
-        raise InputFileError(f"the image '{path}' is damaged ({error}): get the file again or save it anew") from None
-
-
 def writable_picture(path: str | Path) -> Path:
     """Return ``path`` if a picture can be written there, so that a long run does not fail at its end.
 
@@ -389,7 +485,7 @@ def writable_picture(path: str | Path) -> Path:
     """
     from PIL import Image
 
-    target = Path(path)
+    target = doors.place(path)
     Image.init()
     if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
         raise InputFileError(f"'{path}' does not end like a picture: use a name such as {target.stem or 'kept'}.png")

@@ -190,7 +190,13 @@ def _cls_attention(tap: AttentionTap) -> Tensor:
 
 def _received_attention(tap: AttentionTap) -> Tensor:
     """Mean over heads, then over all queries, of the attention each key receives."""
-    return tap.patches(attention_colsum(tap.query, tap.key, scaling=tap.scaling, mask=tap.mask) / tap.query.shape[2])
+    if tap.mask is None:
+        return tap.patches(attention_colsum(tap.query, tap.key, scaling=tap.scaling) / tap.query.shape[2])
+    real = tap.mask[:, 0, 0].to(
+        torch.float32
+    )  # padded views: the mask is the same for every row, and padding pays no attention
+    total = attention_colsum(tap.query, tap.key, scaling=tap.scaling, mask=tap.mask, weight=real)
+    return tap.patches(total / real.sum(1, keepdim=True))
 
 
 def _mean_keys(tap: AttentionTap) -> Tensor:

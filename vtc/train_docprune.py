@@ -281,7 +281,7 @@ class _Canvas:
         if rng.random() < 0.5:
             with io.BytesIO() as file:
                 image.save(file, "JPEG", quality=int(rng.integers(30, 96)))
-                image = Image.open(file).convert("RGB")
+                image = Image.open(file, formats=("JPEG",)).convert("RGB")
         n = SIDE // BLOCK
         cells = kind.reshape(n, BLOCK, n, BLOCK).transpose(0, 2, 1, 3).reshape(n, n, -1)
         return Page(

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vtc.core import Reducer
+from vtc.doors import GREEDY, check_length, check_prompt
+from vtc.engine import upstream
 from vtc.engine.patch import bind, patch, unpatch
-from vtc.engine.taps import check_implementation
 from vtc.errors import VtcError
 from vtc.families import family_of
 from vtc.stats import ImageStats, KeptTokens
@@ -95,15 +96,17 @@ def encode(model: Any, processor: Any, image: Image.Image, prompt: str) -> dict[
     Raises
     ------
     VtcError
-        The processor has no chat template.
+        The processor has no chat template, or the question cannot be asked.
     """
     if not getattr(processor, "chat_template", None):
         raise VtcError(
             "this model's processor has no chat template: save one with it (processor.chat_template = ...), then try again"
         )
+    check_prompt(processor, prompt)
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[image], return_tensors="pt")
+    check_length(model.config, inputs["input_ids"].shape[1])
     return {k: v.to(model.device, model.dtype) if v.is_floating_point() else v.to(model.device) for k, v in inputs.items()}
 
 
@@ -148,7 +151,7 @@ def trial(
     """
     family = family_of(model)
     bind(reducer, family.facts)
-    check_implementation(family.text.config)
+    upstream.check_implementation(family.text.config)
     inputs = encode(model, processor, image, prompt)
     before, after = Side(), Side()
     unpatch(model)
@@ -165,7 +168,7 @@ def trial(
         after,
         call.images[0],
         kept[0],
-        unprocess(inputs["pixel_values"], processor.image_processor),
+        unprocess(inputs[upstream.PIXELS], processor.image_processor),
         _conditions(model, runs),
     )
 
@@ -177,7 +180,7 @@ def _once(model: Any, processor: Any, inputs: dict[str, Any], side: Side, length
     if counted:
         side.ttft_ms.append(first)
         side.total_ms.append(total)
-    new = output[0, inputs["input_ids"].shape[1] :]
+    new = output[0, inputs[upstream.IDS].shape[1] :]
     side.answer = processor.batch_decode([new], skip_special_tokens=True)[0].strip()
     side.new_tokens = len(new)
 
@@ -185,7 +188,7 @@ def _once(model: Any, processor: Any, inputs: dict[str, Any], side: Side, length
 def _timed(model: Any, inputs: dict[str, Any], length: int) -> tuple[float, torch.Tensor]:
     _wait(model.device)
     start = time.perf_counter()
-    output = model.generate(**inputs, max_new_tokens=length, do_sample=False)
+    output = model.generate(**inputs, max_new_tokens=length, **GREEDY)
     _wait(model.device)
     return (time.perf_counter() - start) * 1e3, output
 
@@ -203,7 +206,7 @@ def _conditions(model: Any, runs: int) -> dict[str, Any]:
     device = model.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     dtype = str(model.dtype).removeprefix("torch.")
-    attention = getattr(model.config, "_attn_implementation", None) or "eager"
+    attention = upstream.attention_of(model.config)
     text = (
         f"times: median (smallest..largest) of {runs} runs after one warm-up, alternating with and without, batch 1, greedy, "
         f"{name}, {dtype}, {attention} attention; vision tower included, image processing not"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import io
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import torch
 import typer
 
+from vtc import doors
 from vtc.errors import StoreError, UnknownArgumentError
 from vtc.eval.env import commit, machine, versions
 from vtc.eval.stats import spread
@@ -21,7 +23,7 @@ from vtc.files import save
 T = TypeVar("T")
 PresetOption = Annotated[Literal["cpu", "gpu"] | None, typer.Option("--preset", help="By default what this machine has.")]
 CsvOption = Annotated[Path | None, typer.Option("--out", help="CSV file; device and versions are in every row.")]
-MinutesOption = Annotated[float, typer.Option("--minutes", help="Begin nothing further that would take longer.")]
+MinutesOption = Annotated[float, typer.Option("--minutes", min=0, help="Begin nothing further that would take longer.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output and nothing else.")]
 Table = list[dict[str, Any]]
 """Rows of a CSV file: plain data by column."""
@@ -159,9 +161,11 @@ def read(path: Path) -> Table:
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, keep_default_na=False, na_values=[""])
+        text = doors.read_text(path, 64 * doors.MIB)
+        table = pd.read_csv(io.StringIO(text), keep_default_na=False, na_values=[""])
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path} ({str(error).splitlines()[0]}): give a CSV file that `vtc bench` wrote") from None
+        reason = doors.short(error)
+        raise StoreError(f"cannot read {doors.short(path)} ({reason}): give a CSV file that `vtc bench` wrote") from None
     return [{str(k): None if pd.isna(v) else v for k, v in row.items()} for row in table.to_dict("records")]

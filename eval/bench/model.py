@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Reducer
+from vtc.engine import upstream
 from vtc.errors import UnknownArgumentError, did_you_mean
 from vtc.eval.bench.common import (
     CsvOption,
@@ -151,7 +152,7 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> nn.Module:
     config = AutoConfig.for_model(sizes.pop("model_type"), **sizes)
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_config(config, attn_implementation=upstream.SDPA, trust_remote_code=False)
     return model.to(device, dtype).eval()
 
 
@@ -164,7 +165,7 @@ def prompt(model: nn.Module, shape: Shape, batch: int) -> dict[str, Tensor]:
         grid = torch.tensor([[1, height // eyes.patch_size, width // eyes.patch_size]]).expand(batch, -1).contiguous()
         slots = int(grid[0].prod()) // eyes.spatial_merge_size**2
         patch = eyes.in_channels * eyes.temporal_patch_size * eyes.patch_size**2
-        pixels = {"pixel_values": torch.randn(int(grid.prod(1).sum()), patch, generator=generator), "image_grid_thw": grid}
+        pixels = {upstream.PIXELS: torch.randn(int(grid.prod(1).sum()), patch, generator=generator), "image_grid_thw": grid}
         around = ([config.vision_start_token_id], [config.vision_end_token_id])
     else:
         side, anyres = config.vision_config.image_size, config.model_type != "llava"
@@ -172,14 +173,14 @@ def prompt(model: nn.Module, shape: Shape, batch: int) -> dict[str, Tensor]:
 
         slots, _ = visual_tokens(family_of(model), (width, height), {})
         views = (1 + (height // side) * (width // side),) if anyres else ()
-        pixels = {"pixel_values": torch.randn(batch, *views, 3, side, side, generator=generator)}
+        pixels = {upstream.PIXELS: torch.randn(batch, *views, 3, side, side, generator=generator)}
         if anyres:
             pixels["image_sizes"] = torch.tensor([[height, width]]).expand(batch, -1).contiguous()
         around = ([], [])
     token = getattr(config, "image_token_id", None) or config.image_token_index
     words = torch.randint(1000, 20000, (TEXT,), generator=generator).tolist()
     ids = torch.tensor([words[:4] + around[0] + [token] * slots + around[1] + words[4:]]).expand(batch, -1).contiguous()
-    out = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **pixels}
+    out = {**upstream.prompt(ids), **pixels}
     if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
         out["mm_token_type_ids"] = (ids == token).long()
     return out
@@ -261,7 +262,7 @@ class Bench:
     def row(self, wanted: Wanted) -> Row:
         """Measure one reducer at one budget; what cannot be measured is a row with the reason."""
         reducer, keep, batch = wanted
-        attention = self.model.config.text_config._attn_implementation or "eager"
+        attention = upstream.attention_of(self.model.config.text_config)
         out = Row(self.name, reducer, keep, batch, attention, str(self.model.dtype).removeprefix("torch."))
         try:
             part = None if reducer == "none" else create(reducer, keep=keep)
@@ -281,8 +282,8 @@ class Bench:
         from vtc.eval.speed import measure
 
         token = getattr(self.model.config, "image_token_id", None) or self.model.config.image_token_index
-        out.prompt_tokens = int(self.inputs["input_ids"].shape[1])
-        out.visual_tokens = int((self.inputs["input_ids"] == token).sum())
+        out.prompt_tokens = int(self.inputs[upstream.IDS].shape[1])
+        out.visual_tokens = int((self.inputs[upstream.IDS] == token).sum())
         flops, kept = self.flops, None
         if part is not None:
             with vtc.patch(self.model, part) as handle:
@@ -329,13 +330,10 @@ def shortened(model: nn.Module, length: int) -> Iterator[None]:
     from vtc.families import family_of
 
     def cut(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        short = dict(kwargs, inputs_embeds=kwargs["inputs_embeds"][:, :length])
-        for name, axis in (("attention_mask", 1), ("position_ids", -1), ("cache_position", 0)):
-            if isinstance(kwargs.get(name), Tensor):
-                short[name] = kwargs[name].narrow(axis, 0, length)
-        return args, short
+        return upstream.first_tokens(family.text, args, kwargs, length)
 
-    hook = family_of(model).text.register_forward_pre_hook(cut, with_kwargs=True)
+    family = family_of(model)
+    hook = family.text.register_forward_pre_hook(cut, with_kwargs=True)
     try:
         yield
     finally:
@@ -370,7 +368,7 @@ def first_token_ms(model: nn.Module, inputs: Mapping[str, Tensor]) -> float:
         torch.cuda.synchronize()
     start = time.perf_counter()
     with torch.no_grad():
-        model(**inputs, use_cache=True, logits_to_keep=1).logits[:, -1].argmax(-1).tolist()
+        upstream.prefill(model, inputs).logits[:, -1].argmax(-1).tolist()
     return 1e3 * (time.perf_counter() - start)
 
 
@@ -419,7 +417,7 @@ def model(
     out: CsvOption = None,
     models: Annotated[list[str] | None, typer.Option("--model", help=f"One or more of {', '.join(MODELS)}.")] = None,
     reducers: Annotated[list[str] | None, typer.Option("--reducer", help="Reducer to measure; may be repeated.")] = None,
-    keep: Annotated[list[int] | None, typer.Option("--keep", help="Budget; may be repeated.")] = None,
+    keep: Annotated[list[int] | None, typer.Option("--keep", min=1, help="Budget; may be repeated.")] = None,
     repeats: Annotated[int | None, typer.Option("--repeats", min=1, help="Timed rounds per row.")] = None,
     minutes: MinutesOption = 9.0,
     as_json: JsonOption = False,

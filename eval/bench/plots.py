@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vtc.errors import StoreError
+from vtc.doors import place
+from vtc.errors import StoreError, short
 from vtc.eval.bench.common import Table, read
 from vtc.eval.bench.kernels import PROVIDERS
 from vtc.eval.plots import COLORS, MARKERS, new_figure, style, tidy, write_picture
@@ -154,8 +155,14 @@ def plot(
     fmt: Annotated[str, typer.Option("--format", "-f", help="png, svg or pdf.")] = "png",
 ) -> None:
     """Draw what `vtc bench` measured: kernels beside their alternatives, models beside the FLOP bound, throughput."""
-    figures = draw(folder)
+    folder, shown = place(folder), short(folder)
+    try:
+        figures = draw(folder)
+    except (KeyError, TypeError, ValueError, IndexError) as error:  # columns or numbers that `vtc bench` does not write
+        raise StoreError(
+            f"the CSV files in {shown} are not those of `vtc bench` ({short(repr(error))}): measure them anew"
+        ) from None
     if not figures:
-        raise StoreError(f"there is nothing to draw in {folder}: measure with `vtc bench bars --out {folder}`")
+        raise StoreError(f"there is nothing to draw in {shown}: measure with `vtc bench bars --out {shown}`")
     for name, figure in figures.items():
         print(write_picture(figure, out if out is not None else folder, name, fmt))

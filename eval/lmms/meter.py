@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 import vtc
+from vtc.engine import upstream
 
 Document = tuple[str, str, int]
 """Task, split and number of a document."""
@@ -126,7 +127,7 @@ class Meter:
     def _note(
         self, documents: list[Document], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, seconds: float, ttft: float
     ) -> None:
-        ids = kwargs.get("input_ids", args[0] if args else None)
+        ids = kwargs.get(upstream.IDS, args[0] if args else None)
         if ids is not None and len(documents) != len(ids):
             documents = list(dict.fromkeys(documents))  # some classes read a document for its images and again for its text
         if ids is None or len(documents) != len(ids):
@@ -136,8 +137,8 @@ class Meter:
                 "told apart: use --batch_size 1, or base=vtc_hf"
             )
         sequences = output if isinstance(output, Tensor) else output.sequences
-        mask = kwargs.get("attention_mask")
-        pad = kwargs.get("pad_token_id", getattr(self.model.generation_config, "pad_token_id", None))
+        mask = kwargs.get(upstream.MASK)
+        pad = kwargs.get("pad_token_id", upstream.generation_option(self.model, "pad_token_id"))
         beams = kwargs.get("num_beams") or 1
         for row, document in enumerate(documents):
             slots, kept, average = self._tokens(ids, row, beams)

@@ -7,12 +7,12 @@ name whose prompts the tasks should use, and its tasks carry reducer and code ve
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import json
 import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,10 +29,14 @@ from tqdm import tqdm
 
 import vtc
 from vtc.core import Reducer
+from vtc.doors import open_image
+from vtc.engine import upstream
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.lmms.benchmarks import known_tasks
+from vtc.eval.lmms.locks import require_locks
 from vtc.eval.lmms.meter import GenerateFailedError, Meter, SampleCounts
+from vtc.inspect import read_config
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 UNREDUCED = "none"
@@ -145,6 +149,7 @@ class _Chat(lmms):
     """A chat model for any ``AutoModelForImageTextToText``: images and video, left-padded batches."""
 
     is_simple = False
+    accelerator: Any = None
 
     def __init__(
         self,
@@ -179,10 +184,21 @@ class _Chat(lmms):
         else:
             self._model, self.processor = self._load(
                 pretrained,
-                {"revision": revision, "trust_remote_code": trust_remote_code},
+                trust_remote_code is True,
+                {"revision": revision},
                 {"dtype": dtype, "attn_implementation": attn_implementation},
                 {k: v for k, v in {"min_pixels": min_pixels, "max_pixels": max_pixels}.items() if v is not None},
             )
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, 0 where there is only one."""
+        return 0 if self.accelerator is None else self.accelerator.process_index
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return 1 if self.accelerator is None else self.accelerator.num_processes
 
     def _place(self, device: str | None) -> torch.device:
         """Device of this process; joins the process group that lmms-eval's launcher set up."""
@@ -190,20 +206,31 @@ class _Chat(lmms):
             from accelerate import Accelerator
 
             self.accelerator = Accelerator()
-            self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-            if self._world_size == 1:
+            if self.accelerator.num_processes == 1:
                 raise ConfigError(
                     "several processes were started, but accelerate has not connected them: on CPUs set ACCELERATE_USE_CPU=true"
                 )
             return self.accelerator.device
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def _load(self, pretrained: str, where: dict[str, Any], how: dict[str, Any], pixels: dict[str, Any]) -> tuple[Any, Any]:
+    def _load(
+        self, pretrained: str, trusted: bool, where: dict[str, Any], how: dict[str, Any], pixels: dict[str, Any]
+    ) -> tuple[Any, Any]:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
+        if "/" in (how["attn_implementation"] or "") and not trusted:
+            raise ConfigError(
+                f"attn_implementation={how['attn_implementation']} is code from the hub: give trust_remote_code=True, or sdpa"
+            )
         try:
-            processor = AutoProcessor.from_pretrained(pretrained, **where, **pixels)
-            model = AutoModelForImageTextToText.from_pretrained(pretrained, **where, **how, device_map=self.device_map)
+            with contextlib.suppress(FileNotFoundError):  # of an adapter's folder there is no config.json
+                read_config(pretrained, pretrained, trust_remote_code=trusted, **where)
+            processor = AutoProcessor.from_pretrained(pretrained, trust_remote_code=trusted, **where, **pixels)
+            model = AutoModelForImageTextToText.from_pretrained(
+                pretrained, trust_remote_code=trusted, **where, **how, device_map=self.device_map
+            )
+        except VtcError:
+            raise
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"pretrained={pretrained}: {str(error).strip().splitlines()[0]} (give {' or '.join(POCKET_MODELS)}, a local "
@@ -234,7 +261,7 @@ class _Chat(lmms):
             start = time.perf_counter()
             output = self.model.generate(**inputs, **self._generation(chunk[0][2], chunk[0][4]))
             seconds += time.perf_counter() - start
-            new = output[:, inputs["input_ids"].shape[1] :]
+            new = output[:, inputs[upstream.IDS].shape[1] :]
             tokens += new.numel() if self._pad is None else int((new != self._pad).sum())
             answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
             bar.update(len(chunk))
@@ -320,12 +347,7 @@ def _batch_size(given: Any) -> int:
 
 
 def _image(source: Any) -> Any:
-    if not isinstance(source, str):
-        return source.convert("RGB")
-    from PIL import Image
-
-    with Image.open(source) as image:
-        return image.convert("RGB")
+    return open_image(source) if isinstance(source, str) else source.convert("RGB")
 
 
 def _video(source: Any, frames: int) -> tuple[Any, Any]:
@@ -423,7 +445,7 @@ def build(arguments: Mapping[str, Any], extra: Mapping[str, Any] | None = None, 
 def prompts_for(model: Any) -> str:
     """Return the name whose prompt variants suit a model: lmms-eval's own class for its type; the embedded ones have none."""
     config = model.config
-    embedded = config._name_or_path in {str(pocket_path(name)) for name in POCKET_MODELS}
+    embedded = config.name_or_path in {str(pocket_path(name)) for name in POCKET_MODELS}
     return "default" if embedded else PROMPTS.get(config.model_type, "default")
 
 
@@ -454,7 +476,9 @@ def _base_class(base: str, force_simple: bool) -> type[lmms]:
 
 
 def _stock_arguments(base: str, given: dict[str, Any], accepted: set[str]) -> dict[str, Any]:
-    """Mend the defaults of lmms-eval's classes that do not work: an empty device map, and "auto" on a CPU."""
+    """Mend the defaults of lmms-eval's classes: an empty device map and "auto" on a CPU do not work, some run a model's code."""
+    if "trust_remote_code" in accepted:
+        given = {"trust_remote_code": False, **given}
     if "device_map" not in accepted or given.get("device_map"):
         return given
     device = given.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -469,6 +493,7 @@ def _from_command_line(arg_string: str, extra: Mapping[str, Any] | None, **fixed
     """Build for ``simple_evaluate``, and tell its task manager about prompts and code version."""
     force_simple = fixed.pop("force_simple", False)
     try:
+        require_locks()
         lm = build({**utils.simple_parse_args_string(arg_string), **fixed}, extra, force_simple)
     except Exception as error:
         _fail(error)
@@ -510,7 +535,7 @@ def leaves(tasks: Mapping[Any, Any]) -> Iterator[Any]:
 
 def _caller(function: str) -> FrameType | None:
     """Return the innermost running call of one of lmms-eval's functions."""
-    frame: FrameType | None = sys._getframe(1)
+    frame: FrameType | None = inspect.currentframe()
     while frame is not None:
         if frame.f_code.co_name == function and "lmms_eval" in frame.f_code.co_filename:
             return frame

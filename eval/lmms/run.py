@@ -24,6 +24,7 @@ from tqdm import tqdm
 from vtc.core import Reducer
 from vtc.errors import ConfigError, UnknownArgumentError, did_you_mean
 from vtc.eval.lmms.benchmarks import JUDGES, TASKS, Benchmark, known_tasks
+from vtc.eval.lmms.locks import own_locks, require_locks
 
 INSTALL = 'pip install "vtc-reducers[eval]"'
 
@@ -110,7 +111,7 @@ def run_task(
 
     lm = ChatModel(model, processor, batch_size=batch_size, max_new_tokens=max_new_tokens)
     lm.progress = progress or (lambda done, total: None)
-    lm.identity = {"model": model.config._name_or_path}
+    lm.identity = {"model": model.config.name_or_path}
     members = load_task(task, prompts_for(model))
     lm.reduce(reducer)
     try:
@@ -150,8 +151,8 @@ def check_task(name: str, *, data: bool = True) -> Benchmark:
     UnknownArgumentError
         No such task; close matches are named.
     ConfigError
-        lmms-eval is not installed, the data set is neither in the cache nor to be had, or the task's scoring lacks something; the
-        message says what to prepare.
+        lmms-eval is not installed or cannot run with what is, the data set is neither in the cache nor to be had, or the task's
+        scoring lacks something; the message says what to prepare.
     """
     benchmark = known_tasks().get(name)
     _require_lmms_eval()
@@ -194,16 +195,16 @@ def _from_index(name: str, entry: Mapping[str, Any]) -> Benchmark:
 def _require_lmms_eval() -> None:
     if importlib.util.find_spec("lmms_eval") is None:
         raise ConfigError(f"tasks need lmms-eval, which is not installed: {INSTALL}")
+    require_locks()
 
 
 @lru_cache(maxsize=64)
 def _require_data(benchmark: Benchmark) -> None:
     """Ask for the data set's description: from the hub, or from the cache where there is no network."""
     import datasets
-    from lmms_eval.api.task import _resolve_hf_datasets_cache_dir
 
     try:
-        datasets.load_dataset_builder(benchmark.dataset, benchmark.config or None, cache_dir=_resolve_hf_datasets_cache_dir())
+        datasets.load_dataset_builder(benchmark.dataset, benchmark.config or None, cache_dir=_data_folder())
     except ConnectionError as error:
         raise ConfigError(
             f"task '{benchmark.name}': the data set {benchmark.dataset} is not in the cache and the hub cannot be reached: run "
@@ -214,6 +215,16 @@ def _require_data(benchmark: Benchmark) -> None:
             f"task '{benchmark.name}': the data set {benchmark.dataset} cannot be opened, mend this first: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _data_folder() -> str | None:
+    """Folder lmms-eval keeps data sets in: the one its variable names, else that of ``datasets`` (None).
+
+    Where the latter is on a network file system, lmms-eval may take a scratch folder of the machine instead, by rules of its own: a
+    data set that is missing there only is found missing when the task is loaded.
+    """
+    named = os.environ.get("LMMS_EVAL_DATASETS_CACHE", "").strip()
+    return os.path.expanduser(os.path.expandvars(named)) or None
 
 
 @lru_cache(maxsize=2)
@@ -255,20 +266,6 @@ def _seeded(seed: int) -> Iterator[None]:
         finally:
             random.setstate(before[0])
             np.random.set_state(before[1])
-
-
-@contextmanager
-def own_locks() -> Iterator[None]:
-    """Undo what lmms-eval does to ``filelock``: for the rest of the process, a file lock could be taken twice."""
-    from filelock._api import FileLockMeta
-    from lmms_eval.evaluator import _enable_reentrant_filelocks
-
-    before = FileLockMeta.__call__
-    try:
-        yield
-    finally:
-        FileLockMeta.__call__ = before
-        _enable_reentrant_filelocks._patched = False
 
 
 class _Silent(tqdm):
@@ -359,7 +356,7 @@ _ERRORS = ("_stderr", "_stderr_clt", "_stderr_clustered")
 
 def _rows(benchmark: Benchmark, task: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows of one filter, by document; a task logs each document once per filter, in the order of its filters."""
-    filters = [f.name for f in task._filters]
+    filters = [f["name"] for f in task.config.filter_list or ({"name": "none"},)]
     wanted = filters.index(benchmark.filter) if benchmark.filter in filters else 0
     by_document: dict[int, list[dict[str, Any]]] = {}
     for row in rows:

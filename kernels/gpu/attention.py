@@ -215,8 +215,9 @@ def attention_colsum(
     lse = call.denominators()
     out = torch.empty(call.b, call.h, call.n, dtype=torch.float32, device=key.device)
     given, steps = (query, (0, 0)) if weight is None else (weight, weight.stride())
+    warps = 4 if call.tile["ONCE"] or one_product(call.tile["HOW"]) else 8  # with 4, Triton 3.8 spills registers on an A100
     _columns[(call.b * call.h, triton.cdiv(call.n, call.tile["N"]))](
         query, key, call.mask, lse, lse.shape[-1], given, out, call.h, *call.sizes, call.scale, *call.strides, *steps,
-        WEIGHTED=weight is not None, PARTED=lse.shape[-1] > 1, **call.tile,
+        WEIGHTED=weight is not None, PARTED=lse.shape[-1] > 1, num_warps=warps, **call.tile,
     )  # fmt: skip
     return add_up(out, call.h)

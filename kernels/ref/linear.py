@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+"""oneDNN's product, which torch offers under no public name: None where it is not there, and ``@`` serves. Looked up here only."""
 
 
 def widened(t: Tensor) -> Tensor:
@@ -41,11 +42,11 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
     not. Equal rows give equal products, which a matrix-vector product does not promise.
     """
     a, b = a.detach(), b.detach()
-    wide = _ONEDNN and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
+    wide = ONEDNN is not None and a.dtype == b.dtype == torch.float32 and a.device.type == "cpu"
     if (
         wide and min(len(a), len(b), a.shape[1]) > 0 and not torch.compiler.is_compiling()
     ):  # Inductor wants constant weights there
-        return torch.ops.mkldnn._linear_pointwise(a.contiguous(), b.contiguous(), None, "none", [], "")
+        return ONEDNN(a.contiguous(), b.contiguous(), None, "none", [], "")
     return a @ b.T
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from vtc import compat
+from vtc.engine import upstream
 from vtc.engine.segment import Segment
+from vtc.engine.upstream import AnyCache, FixedLayer, GrowingLayer, WindowLayer
 from vtc.errors import UnsupportedFeatureError
 
 
-class _Pruned:
+class Pruned:
     """Mixin for a cache layer whose first ``cols.shape[1]`` physical slots stand for the logical columns ``cols``.
 
     Attributes
@@ -147,18 +147,21 @@ def _reordered(t: Tensor, index: Tensor) -> Tensor:
     return made
 
 
-class PrunedLayer(_Pruned, DynamicLayer):
-    """A ``DynamicLayer`` with fewer slots than logical tokens."""
+@upstream.check_overrides
+class PrunedLayer(Pruned, GrowingLayer):
+    """A plain layer with fewer slots than logical tokens."""
 
 
-class PrunedSlidingLayer(_Pruned, DynamicLayer):
+@upstream.check_overrides
+class PrunedSlidingLayer(Pruned, GrowingLayer):
     """A sliding-window layer: never evicts, since the logical mask does the windowing."""
 
     is_sliding = True
 
 
-class PrunedStaticLayer(_Pruned, StaticLayer):
-    """A static layer: one reducing prefill, buffers allocated smaller; tensors only after that, so that decode compiles."""
+@upstream.check_overrides
+class PrunedStaticLayer(Pruned, FixedLayer):
+    """A preallocated layer: one reducing prefill, buffers allocated smaller; tensors only after that, so that decode compiles."""
 
     def begin(self, seg: Segment, q: int) -> None:
         """Shrink the buffers before they are allocated."""
@@ -175,7 +178,7 @@ class PrunedStaticLayer(_Pruned, StaticLayer):
 
     def get_seq_length(self, *_: Any) -> Any:
         """Logical length (a tensor once the layer runs)."""
-        return self.cumulative_length + self.gone if self.is_initialized else 0
+        return upstream.fixed_length(self) + self.gone if self.is_initialized else 0
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Full logical length."""
@@ -185,43 +188,68 @@ class PrunedStaticLayer(_Pruned, StaticLayer):
         """All columns, allocated from the start."""
         return self.cols, self.valid
 
+    def physical(self) -> int:
+        """Slots there are, filled or not."""
+        return self.max_cache_len
 
-_KINDS: dict[type, type] = {DynamicLayer: PrunedLayer, DynamicSlidingWindowLayer: PrunedSlidingLayer}
-if compat.static_cache_tracks_length():
-    _KINDS[StaticLayer] = PrunedStaticLayer
+    def crop(self, max_length: int) -> None:
+        """Remove the last tokens (how many, as a negative number), as assisted decoding does; the buffers stay."""
+        n = int(-max_length)
+        if n <= 0:
+            return
+        length = int(self.get_seq_length()) - n
+        into = self.end - length  # how far the cut reaches into the first forward, which may have ended in candidates
+        if into > 0:
+            held = self.cols[:, : self.end - self.gone][:, -into:]
+            if held.shape[1] < into or not (held == torch.arange(length, self.end, device=held.device)).all():
+                raise UnsupportedFeatureError(
+                    "cannot crop a static KV cache back into visual tokens that were reduced: start from a fresh cache"
+                )
+            self.end = length
+        upstream.shorten_fixed(self, n)
+
+
+_KINDS: dict[type, type] = {GrowingLayer: PrunedLayer, WindowLayer: PrunedSlidingLayer}
+if upstream.fixed_layers_count():
+    _KINDS[FixedLayer] = PrunedStaticLayer
 
 
 def check_cache(cache: Any) -> None:
     """Raise :class:`UnsupportedFeatureError`, before anything runs, if a layer of ``cache`` cannot be shortened."""
-    if cache is None:
-        return
-    if not isinstance(cache, Cache):
-        raise UnsupportedFeatureError(
-            f"past_key_values is a {type(cache).__name__}: pass a transformers DynamicCache, or nothing"
-        )
-    kinds = {type(layer) for layer in cache.layers}
-    replicate = getattr(cache, "layer_class_to_replicate", None)
-    if replicate is not None:
-        kinds.add(replicate)
-    for kind in kinds:
-        if not issubclass(kind, _Pruned) and kind not in _KINDS:
-            raise UnsupportedFeatureError(
-                f"cache layers of type {kind.__name__} cannot hold a reduced sequence: use the default DynamicCache"
-                + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, StaticLayer) else "")
-            )
-    if getattr(cache, "offloading", False):
-        raise UnsupportedFeatureError("an offloaded KV cache cannot hold a reduced sequence: use the default DynamicCache")
+    upstream.check_cache(cache, _KINDS, Pruned)
 
 
-def pruned_layer(cache: Cache, i: int) -> _Pruned:
+def pruned_layer(cache: AnyCache, i: int) -> Pruned:
     """Return layer ``i`` of ``cache`` as a pruned layer, replacing it in place by one with the same contents if needed."""
-    while len(cache.layers) <= i and getattr(cache, "layer_class_to_replicate", None) is not None:
-        cache.layers.append(cache.layer_class_to_replicate())
-    layer = cache.layers[i]
-    if not isinstance(layer, _Pruned):
+    layer = upstream.cache_layer(cache, i)
+    if not isinstance(layer, Pruned):
         if type(layer) not in _KINDS:
             check_cache(cache)
         new = object.__new__(_KINDS[type(layer)])
         new.__dict__.update(layer.__dict__)
         cache.layers[i] = layer = new
     return layer
+
+
+def held_by(cache: AnyCache | None, i: int) -> Pruned | None:
+    """Return layer ``i`` of ``cache`` if it is a reduced one."""
+    if cache is None or i >= len(cache.layers):
+        return None
+    layer = cache.layers[i]
+    return layer if isinstance(layer, Pruned) else None
+
+
+def promised(cache: AnyCache | None, i: int, physical: int, logical: int) -> str:
+    """Return what is wrong with layer ``i`` of a cache that should store ``physical`` tokens and report ``logical``, or ``""``."""
+    layer = held_by(cache, i)
+    if layer is None:
+        kind = type(cache.layers[i]).__name__ if cache is not None and i < len(cache.layers) else "missing"
+        return f"its cache layer is not vtc's ({kind})"
+    if isinstance(layer, PrunedStaticLayer):  # its length is a tensor, for which a GPU would be waited
+        fits = layer.physical() == layer.logical_max - layer.gone
+        return "" if fits else f"its buffers have {layer.physical()} slots and should have {layer.logical_max - layer.gone}"
+    if layer.stored() != physical:
+        return f"its cache stores {layer.stored()} tokens and should store {physical}"
+    if layer.get_seq_length() != logical:
+        return f"its cache reports {layer.get_seq_length()} tokens and should report {logical}"
+    return ""

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import _Pruned
+from vtc.engine.cache import Pruned
+from vtc.engine.parallel import Peers
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
+from vtc.engine.upstream import CONTEXT, Call, Names
 from vtc.kernels import take
 from vtc.stats import Clock, StageStats
 
@@ -102,6 +104,10 @@ class Context:
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     static: bool = False  # its keys come with empty slots behind them
     step: Step | None = None  # what the layer before was given
+    peers: Peers | None = None  # the ranks that share the model; None: there is one rank
+    promises: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # decoder layer -> tokens its cache is to store, and to report
 
     def alive(self) -> list[int]:
         """Tokens of each row that are text or still chosen."""
@@ -179,21 +185,53 @@ class Step:
 
     Parameters
     ----------
-    layer : _Pruned
+    names : Names
+        Of the layer's class.
+    layer : Pruned
         Its reduced cache.
     seg, before : Segment, Tensor or None
         In a prefill: the segment it holds, and the shift of its cache before this forward.
     given, changed : dict
-        Its arguments as they came, and as they went on.
+        By role: its arguments as they came, and as they went on.
     """
 
     def __init__(
-        self, layer: _Pruned, seg: Segment | None, before: Tensor | None, given: dict[str, Any], changed: dict[str, Any]
+        self,
+        names: Names,
+        layer: Pruned,
+        seg: Segment | None,
+        before: Tensor | None,
+        given: dict[str, Any],
+        changed: dict[str, Any],
     ) -> None:
         self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
+        self.names, self.cache = names, names.roles["kv"]
+        self.by_name = [(names.roles[role], value) for role, value in given.items()]
+        self.keywords = {names.roles[role]: value for role, value in changed.items()}
 
-    def fits(self, layer: _Pruned, seg: Segment | None, before: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    def again(self, names: Names, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the keywords of layer ``i`` in a decode step if they are those of the layer before, else None.
+
+        What :meth:`fits` says, without a :class:`~vtc.engine.upstream.Call`: this runs per layer and token.
+        """
+        if names is not self.names or len(args) > 1 or self.seg is not None or self.cache not in kwargs:
+            return None
+        held = kwargs[self.cache].layers
+        layer = held[i] if i < len(held) else None
+        if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
+            return None
+        if layer.shift is not self.shift or layer.end != self.end:
+            return None
+        for name, value in self.by_name:
+            other = kwargs.get(name)
+            if other is not value and not (isinstance(value, tuple) and isinstance(other, tuple) and other[0] is value[0]):
+                return None
+        again = {**kwargs, **self.keywords}
+        del again[CONTEXT]
+        return again
+
+    def fits(self, layer: Pruned, seg: Segment | None, before: Tensor | None, call: Call) -> bool:
         """Whether a layer with this cache and these arguments gets the same. Runs per layer and token: plain comparisons."""
         if not (
             layer.cols is self.cols
@@ -204,12 +242,12 @@ class Step:
             and before is self.before
         ):
             return False
-        for name, value in self.given.items():
+        for role, value in self.given.items():
+            other = call[role]
             if isinstance(value, tuple):  # cosines and sines come together; a tuple's own identity torch.compile cannot tell
-                other = kwargs.get(name)
                 if not isinstance(other, tuple) or other[0] is not value[0]:
                     return False
-            elif kwargs.get(name) is not value:
+            elif other is not value:
                 return False
         return True
 

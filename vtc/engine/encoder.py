@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import EncoderMerger, EncoderReducer, EncoderState, Facts, all_finite, tell
+from vtc.engine import upstream
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import merge_scatter, take
 from vtc.stats import Clock
@@ -102,8 +104,6 @@ class EncoderStage:
         Of the model.
     current : callable
         Returns the pass under way, or None.
-    mask_name : str or None
-        Keyword under which a layer takes its attention mask; ``None`` where it takes none.
     """
 
     def __init__(
@@ -114,26 +114,23 @@ class EncoderStage:
         mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None],
         facts: Facts,
         current: Callable[[], EncoderRun | None],
-        mask_name: str | None = "attention_mask",
     ) -> None:
         self.part, self.layers, self.attention, self.facts, self.current = part, layers, attention, facts, current
-        self.mask_name = mask_name
+        self.names = [Names.of(layer).need("hidden") for layer in layers]
         self.head = int(facts.has_cls)
         self.merges = isinstance(part, EncoderMerger)
         self.branches = [mlp_branch(layer) for layer in layers[: facts.feature_layer + 1]] if self.merges else []
 
-    def install(self) -> list[Callable[[], None]]:
-        """Put the hooks on; return what takes them off."""
-        undo: list[Callable[[], None]] = []
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i in range(1, len(self.layers)):
             before = functools.partial(self.before_layer, i)
-            undo.append(self.layers[i].register_forward_pre_hook(before, with_kwargs=True).remove)
+            undo.pre_hook(self.layers[i], before, with_kwargs=True)
         for i, (first, last) in enumerate(self.branches):
-            undo.append(first.register_forward_pre_hook(functools.partial(self.before_mlp, i)).remove)
-            undo.append(last.register_forward_hook(self.after_mlp).remove)
+            undo.pre_hook(first, functools.partial(self.before_mlp, i))
+            undo.hook(last, self.after_mlp)
             # in front of transformers' own hooks, which record what a layer returns
-            undo.append(self.layers[i].register_forward_hook(self.after_layer, prepend=True).remove)
-        return undo
+            undo.hook(self.layers[i], self.after_layer, prepend=True)
 
     def wanted(self) -> dict[int, tuple[Any, ...]]:
         """Signals to tap, by tower layer."""
@@ -146,30 +143,28 @@ class EncoderStage:
         run = self.current()
         if run is None:
             return None
-        checkpointed = module.training and getattr(module, "gradient_checkpointing", False)
-        if checkpointed and (self.merges or compat.checkpoint_repeats_hooks()):
+        if upstream.checkpointed(module) and (self.merges or upstream.checkpoint_repeats_hooks()):
             raise UnsupportedFeatureError(
                 f"gradient checkpointing of a vision tower in which '{self.part.name}' shortens the sequence "
                 + ("is not possible" if self.merges else "needs transformers >= 5.2, where hooks are not run again: upgrade")
                 + ", or disable gradient checkpointing"
             )
-        hidden = args[0] if args else kwargs["hidden_states"]
+        call = Call(self.names[i], args, kwargs)
+        hidden = call["hidden"]
         if run.taps and not self.merges:
             hidden = self.drop(run, hidden, i - 1)
         if i == self.part.returns:
             hidden = self.bring_back(run, hidden)
         mask = self.mask(run, i, hidden)
         if mask is not None:
-            if self.mask_name is None:
+            if "mask" not in call.names.roles:
                 raise UnsupportedFeatureError(
                     f"'{self.part.name}' needs an attention mask, which {type(module).__name__} does not take: upgrade timm, or "
                     "switch sizes off with proportional=False"
                 )
-            if len(args) > 1:
-                args = (args[0], mask, *args[2:])
-            else:
-                kwargs = {**kwargs, self.mask_name: mask}
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            call.set("mask", mask)
+        call.set("hidden", hidden)
+        return call.result()
 
     def state(self, run: EncoderRun, layer: int, hidden: Tensor) -> EncoderState:
         """What the reducer is shown after (or in) a layer."""
@@ -221,8 +216,8 @@ class EncoderStage:
         weigh = run.size is not None and self.part.weighs_sizes
         if run.valid is None and not weigh:
             return None
-        implementation = getattr(getattr(self.attention[i], "config", None), "_attn_implementation", None) or "eager"
-        if "flash" in implementation:
+        implementation = upstream.attention_of(getattr(self.attention[i], "config", None))
+        if upstream.is_flash(implementation):
             if weigh:
                 raise UnsupportedFeatureError(
                     f"'{self.part.name}' adds the sizes of merged tokens to attention logits, which FlashAttention cannot do: load "

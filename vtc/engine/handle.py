@@ -6,13 +6,14 @@ import abc
 import copy
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from vtc.core import Reducer
+from vtc.engine.undo import Undo
 from vtc.errors import PatchError
 from vtc.stats import StatsLog
 
@@ -38,28 +39,29 @@ class BaseHandle(abc.ABC):
         self._model = weakref.ref(model)
         self.family, self.reducer, self.strict = family, reducer, strict
         self.stats = StatsLog()
-        self._undo: list[Callable[[], None]] = []
+        self._undo = Undo()
         self._lock = threading.Lock()
         self._running = 0
 
     @abc.abstractmethod
     def attach(self, model: nn.Module) -> None:
-        """Put the hooks on; a subclass adds what undoes them to ``_undo``."""
+        """Put the hooks on; all through ``_undo``."""
 
     def install(self, model: nn.Module) -> None:
         """Put everything on the model, or nothing."""
         try:
+            object.__setattr__(model, ATTRIBUTE, self)  # first: whatever interrupts what follows, ``unpatch`` finds it
             self.attach(model)
-            object.__setattr__(model, ATTRIBUTE, self)
         except BaseException:
             self._take_off(model)
             raise
 
     def _take_off(self, model: nn.Module) -> None:
-        while self._undo:
-            self._undo.pop()()
-        if vars(model).get(ATTRIBUTE) is self:
-            object.__delattr__(model, ATTRIBUTE)
+        try:
+            self._undo.run()
+        finally:  # last: until nothing is left, ``unpatch`` finds it
+            if not len(self._undo) and vars(model).get(ATTRIBUTE) is self:
+                object.__delattr__(model, ATTRIBUTE)
 
     @property
     def active(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import Need, Reducer
-from vtc.engine import taps
-from vtc.engine.cache import _Pruned
+from vtc.engine import parallel, taps, upstream
+from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
 from vtc.engine.rope import rope_of, rotate
 from vtc.engine.segment import Segment
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import Call
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.kernels import take
@@ -51,7 +52,7 @@ class TextTaps:
     """
 
     def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
-        self.family, self.facts = family, family.facts
+        self.family, self.facts, self.parts = family, family.facts, parts
         self.needs: dict[int, list[Need]] = {}
         self.looks: dict[int, list[Need]] = {}
         self.inside: dict[int, list[Need]] = {}
@@ -69,10 +70,10 @@ class TextTaps:
         if need not in place.setdefault(layer, []):
             place[layer].append(need)
 
-    def install(self, undo: list[Callable[[], None]]) -> None:
-        """Put the hooks on; what takes them off is appended to ``undo``, one by one."""
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i in sorted({*self.needs, *(i for i, wanted in self.looks.items() if any(n.of == "preview" for n in wanted))}):
-            undo.append(taps.attach(self.family.text_attention[i], functools.partial(self.observe, i)))
+            taps.attach(undo, self.family.text_attention[i], functools.partial(self.observe, i))
         for i, wanted in self.inside.items():
             self.watch_modules(i, {n.of for n in wanted}, undo)
 
@@ -104,6 +105,7 @@ class TextTaps:
             return
         if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
             return
+        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), ctx.clock.span(query.device):
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
@@ -136,7 +138,7 @@ class TextTaps:
             out[other.name] = value
         return out
 
-    def look(self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor) -> None:
+    def look(self, ctx: Context, i: int, layer: nn.Module, call: Call, hidden: Tensor) -> None:
         """Compute the signals that layer ``i`` gives of the tokens there before its reducers act.
 
         Tokens of earlier forwards (a KV cache handed in) have no part in a preview.
@@ -153,25 +155,25 @@ class TextTaps:
                     tap: Any = state
                 else:
                     if ahead is None:
-                        ahead = self.preview(ctx, i, layer, kwargs, hidden, seg)
+                        ahead = self.preview(ctx, i, layer, call, hidden, seg)
                     tap = ahead
                 ctx.tapped[need.key] = (need.measure(replace(tap, given=self.given(ctx, need, seg))), seg, 0)
 
-    def preview(
-        self, ctx: Context, i: int, layer: nn.Module, kwargs: dict[str, Any], hidden: Tensor, seg: Segment | None
-    ) -> AttentionTap:
+    def preview(self, ctx: Context, i: int, layer: nn.Module, call: Call, hidden: Tensor, seg: Segment | None) -> AttentionTap:
         """Return q, k, v of layer ``i`` for ``hidden``: its forward runs up to the attention, and without the KV cache."""
-        cache, before = kwargs.get("past_key_values"), None
-        if cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
-            before = cache.layers[i].shift
-        own = {k: v for k, v in kwargs.items() if k.startswith("position_embeddings")}
-        own["position_ids"] = kwargs.get("position_ids")
-        rotate(self.family.text, ctx, i, own, hidden, seg, before)
-        own["position_ids"] = None
+        held = held_by(call["kv"], i)
+        own = Call(call.names, call.args, call.kwargs)
+        own.set("hidden", hidden)
+        rotate(self.family.text, ctx, i, own, hidden, seg, None if held is None else held.shift)
+        own.update({"positions": None, "mask": None, "kv": None})
+        if "caching" in own.names.roles:
+            own.set("caching", False)
+        own.kwargs = {**own.kwargs, upstream.CONTEXT: _Preview()}
         try:
-            layer.forward(hidden, attention_mask=None, past_key_values=None, use_cache=False, _vtc=_Preview(), **own)
+            layer.forward(*own.args, **own.kwargs)
         except _Seen as seen:
             query, key, value, scaling = seen.parts
+            parallel.check_running(self.family, self.parts, self.family.text_attention[i], query)
         else:
             raise UnsupportedFeatureError(
                 f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
@@ -186,7 +188,7 @@ class TextTaps:
             query, key, value, scaling, mask, True, last, visual, valid, rope=rope_of(layer, own), text=ctx.longest
         )
 
-    def watch_modules(self, i: int, places: set[str], undo: list[Callable[[], None]]) -> None:
+    def watch_modules(self, i: int, places: set[str], undo: Undo) -> None:
         """Hook the modules of layer ``i`` that the signals of ``places`` come from."""
         mlp = getattr(self.family.layers[i], "mlp", None)
         modules = {
@@ -199,8 +201,7 @@ class TextTaps:
                 raise UnsupportedFeatureError(
                     f"decoder layer {i} has no module for '{place}' signals: this text model's MLP is not of a known form"
                 )
-            hook = functools.partial(self.observe_module, i, place)
-            undo.append(modules[place].register_forward_hook(hook, with_kwargs=True).remove)
+            undo.hook(modules[place], functools.partial(self.observe_module, i, place), with_kwargs=True)
 
     def observe_module(
         self, i: int, place: str, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
@@ -209,8 +210,10 @@ class TextTaps:
         ctx = _INSIDE.get()
         if ctx is None:
             return
-        before = args[0] if args else kwargs["hidden_states"]
-        hidden = before if place == "neurons" else out[0] if isinstance(out, tuple) else out
+        before = args[0] if args else kwargs[upstream.HIDDEN]
+        hidden = before if place == "neurons" else upstream.states_of(out)
+        if place == "neurons":
+            parallel.check_running(self.family, self.parts, self.family.layers[i].mlp)
         with torch.no_grad(), ctx.clock.span(hidden.device):
             seg = ctx.keep[i][0]
             visual, valid, last = tokens_of(ctx, seg)

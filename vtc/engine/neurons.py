@@ -20,11 +20,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
 from vtc.core import Need, Reducer
+from vtc.engine import upstream
 from vtc.engine.text import TextSide
-from vtc.engine.tower import replace_attribute
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import Call, FixedLayer
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family
 
@@ -92,7 +93,7 @@ class NeuronSide:
     """Hooks that make decode steps run on the neurons the reducers name."""
 
     def __init__(self, family: Family, parts: tuple[Reducer, ...], text: TextSide) -> None:
-        self.family = family
+        self.family, self.names = family, text.names
         self.needs: dict[int, Need] = {need.layer: need for part in parts for need in part.decode_neurons(family.facts)}
         for layer, need in self.needs.items():
             mlp = getattr(family.layers[layer], "mlp", None)
@@ -102,45 +103,36 @@ class NeuronSide:
                     "form): drop the option that decodes with core neurons"
                 )
             text.taps.want(need)
-        self.undo: list[Callable[[], None]] = []
 
-    def install(self) -> None:
+    def install(self, undo: Undo) -> None:
         """Put everything on; nothing at all if no reducer asks for it."""
         if not self.needs:
             return
-        text = self.family.text
-        self.undo.append(text.register_forward_pre_hook(self.before_text, with_kwargs=True).remove)
-        self.undo.append(text.register_forward_hook(self.after_text, with_kwargs=True).remove)
+        undo.pre_hook(self.family.text, self.before_text, with_kwargs=True)
+        undo.hook(self.family.text, self.after_text, with_kwargs=True)
         for i in self.needs:
             layer = self.family.layers[i]
-            enter = layer.register_forward_pre_hook(functools.partial(self.before_layer, i), with_kwargs=True)
-            leave = layer.register_forward_hook(self.after_layer, always_call=True)
-            self.undo += [enter.remove, leave.remove]
+            undo.pre_hook(layer, functools.partial(self.before_layer, i), with_kwargs=True)
+            undo.hook(layer, self.after_layer, always_call=True)
             for name in PROJECTIONS:
                 linear = getattr(layer.mlp, name)
-                self.undo.append(replace_attribute(linear, "forward", functools.partial(_project, linear.forward, name)))
+                undo.attribute(linear, "forward", functools.partial(_project, linear.forward, name))
 
-    def remove(self) -> None:
-        """Take everything off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
-
-    def before_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+    def before_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse caches this cannot work with; forget what an emptied cache held."""
-        cache = kwargs.get("past_key_values")
+        cache = Call(self.names.text, args, kwargs)["kv"]
         if cache is None:
             return
-        if any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        if any(isinstance(layer, FixedLayer) for layer in cache.layers):
             raise UnsupportedFeatureError(
                 "decoding with core neurons does not go together with a static cache: use the default DynamicCache"
             )
         if hasattr(cache, _ATTRIBUTE) and int(cache.get_seq_length()) == 0:
             delattr(cache, _ATTRIBUTE)
 
-    def after_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> None:
+    def after_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
         """After a prompt with images: keep in its cache the neurons to go on with."""
-        ctx, cache = kwargs.get("_vtc"), kwargs.get("past_key_values")
-        cache = getattr(out, "past_key_values", None) if cache is None else cache
+        ctx, cache = kwargs.get(upstream.CONTEXT), upstream.cache_in(Call(self.names.text, args, kwargs), out)
         if ctx is None or ctx.visual is None or cache is None:
             return
         with torch.no_grad(), ctx.clock.span(ctx.visual.device):
@@ -149,9 +141,9 @@ class NeuronSide:
 
     def before_layer(self, i: int, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Say which neurons a step of one token runs on."""
-        held = getattr(kwargs.get("past_key_values"), _ATTRIBUTE, None)
-        hidden = args[0] if args else kwargs["hidden_states"]
-        _NOW.slice = held[i] if held is not None and hidden.shape[1] == 1 else None
+        call = Call(self.names.layers[i], args, kwargs)
+        held = getattr(call["kv"], _ATTRIBUTE, None)
+        _NOW.slice = held[i] if held is not None and call["hidden"].shape[1] == 1 else None
 
     @staticmethod
     def after_layer(*_: Any) -> None:

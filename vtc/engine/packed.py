@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import EncoderReducer, EncoderState, Facts, Need
+from vtc.engine import upstream
 from vtc.engine.encoder import check_finite
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.signals import AttentionTap
 from vtc.stats import Clock
@@ -112,17 +114,16 @@ class PackedStage:
         current: Callable[[], PackedRun | None],
     ) -> None:
         self.part, self.layers, self.merger, self.facts, self.current = part, layers, merger, facts, current
+        self.names = [Names.of(layer).need("hidden", "blocks", "rotary") for layer in layers]
 
-    def install(self) -> list[Callable[[], None]]:
-        """Put the hooks on; return what takes them off."""
-        undo = []
+    def install(self, undo: Undo) -> None:
+        """Put the hooks on."""
         for i, layer in enumerate(self.layers):
             if i:
                 before = functools.partial(self.before_layer, i)
-                undo.append(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-        undo.append(self.merger.register_forward_pre_hook(self.before_merger).remove)
-        undo.append(self.merger.register_forward_hook(self.after_merger).remove)
-        return undo
+                undo.pre_hook(layer, before, with_kwargs=True)
+        undo.pre_hook(self.merger, self.before_merger)
+        undo.hook(self.merger, self.after_merger)
 
     def wanted(self) -> dict[int, tuple[Need, ...]]:
         """Signals to tap, by tower layer; the last one counts, too."""
@@ -134,24 +135,24 @@ class PackedStage:
         run = self.current()
         if run is None:
             return None
-        if module.training and getattr(module, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks():
+        if upstream.checkpointed(module) and upstream.checkpoint_repeats_hooks():
             raise UnsupportedFeatureError(
                 f"gradient checkpointing of a vision tower in which '{self.part.name}' shortens the sequence needs transformers >= "
                 "5.2, where hooks are not run again: upgrade, or disable gradient checkpointing"
             )
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden = self.drop(run, hidden, i - 1)
+        call = Call(self.names[i], args, kwargs)
+        hidden = self.drop(run, call["hidden"], i - 1)
         if i == self.part.returns and run.left is not None:
             hidden = run.left.index_copy(0, run.rows, hidden)
             run.pieces, run.rows, run.left = list(run.full), None, None
         if run.rows is not None:
-            ends = torch.tensor([0, *run.pieces]).cumsum(0)
-            given = kwargs["cu_seqlens"]
-            kwargs = {**kwargs, "cu_seqlens": ends.to(given.device, given.dtype, non_blocking=True)}
-            kwargs["position_embeddings"] = tuple(t[run.rows] for t in kwargs["position_embeddings"])
-            if kwargs.get("max_seqlen") is not None:
-                kwargs["max_seqlen"] = max(run.pieces)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            ends, given = torch.tensor([0, *run.pieces]).cumsum(0), call["blocks"]
+            call.set("blocks", ends.to(given.device, given.dtype, non_blocking=True))
+            call.set("rotary", tuple(t[run.rows] for t in call["rotary"]))
+            if call.beside("longest") is not None:
+                call.set_beside("longest", max(run.pieces))
+        call.set("hidden", hidden)
+        return call.result()
 
     def drop(self, run: PackedRun, hidden: Tensor, layer: int) -> Tensor:
         """Let the reducer drop patches after ``layer``, block by block."""

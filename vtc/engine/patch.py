@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -15,24 +14,23 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vtc import compat
+from vtc import _window
 from vtc.core import Compose, Facts, Need, Reducer, Stage
+from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
 from vtc.engine.neurons import NeuronSide
 from vtc.engine.retriever import RetrieverHandle
-from vtc.engine.taps import check_implementation
 from vtc.engine.text import TextSide
-from vtc.engine.tower import MADE, TowerSide, replace_attribute
+from vtc.engine.tower import MADE, TowerSide
+from vtc.engine.undo import sweep
 from vtc.engine.vit import VitHandle, bind_vit
 from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
 from vtc.retrieval import check_vector_reducer
-
-_CACHES = {None, "dynamic", "dynamic_full"}  # and "static" where its layers count their own tokens
-_BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+from vtc.verify.memory import ensure
 
 
 class Handle(BaseHandle):
@@ -49,21 +47,17 @@ class Handle(BaseHandle):
 
     def attach(self, model: nn.Module) -> None:
         """Put all hooks on."""
-        self.tower.install()
-        self.text.install()
-        self.neurons.install()
-        for name, guard in {"generate": self.guard_generate, **dict.fromkeys(_BATCHING, self.refuse_batching)}.items():
+        undo = self._undo
+        undo.step(_forget_graphs)
+        for side in (self.tower, self.text, self.neurons):
+            side.install(undo)
+        for name, guard in {
+            upstream.GENERATE: self.guard_generate,
+            **dict.fromkeys(upstream.BATCHING, self.refuse_batching),
+        }.items():
             original = getattr(model, name, None)
             if original is not None:
-                wrapper = functools.wraps(original)(functools.partial(guard, original))
-                self._undo.append(replace_attribute(model, name, wrapper))
-        _forget_graphs()
-
-    def _take_off(self, model: nn.Module) -> None:
-        super()._take_off(model)
-        self.neurons.remove()
-        self.text.remove()
-        self.tower.remove()
+                undo.attribute(model, name, functools.wraps(original)(functools.partial(guard, original)))
         _forget_graphs()
 
     def check_idle(self) -> None:
@@ -122,25 +116,8 @@ class Handle(BaseHandle):
     # --------------------------------------------------------------------------------------------------------- guards
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
-        call = inspect.signature(original).bind_partial(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {}), **kwargs}
-        config = call.get("generation_config") or getattr(self._model(), "generation_config", None)
-
-        def asked(name: str) -> Any:
-            value = call.get(name)
-            return value if value is not None else getattr(config, name, None)
-
-        if asked("prefill_chunk_size"):
-            raise UnsupportedFeatureError(
-                "prefill_chunk_size cannot be used with a reducer, since a chunk holds only part of an image: drop the option"
-            )
-        cache = asked("cache_implementation")
-        if cache not in _CACHES and not (cache == "static" and compat.static_cache_tracks_length()):
-            raise UnsupportedFeatureError(
-                f"cache_implementation='{cache}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
-            )
-        check_cache(call.get("past_key_values"))
-        check_implementation(self.family.text.config)
+        check_cache(upstream.check_generation(self._model(), original, args, kwargs))
+        upstream.check_implementation(self.family.text.config)
         token = MADE.set([])
         try:
             with self.running():
@@ -191,32 +168,45 @@ def patch(
     Raises
     ------
     UnsupportedModelError, UnsupportedSignalError, UnsupportedFeatureError
-        The model, a signal of it, or its attention implementation cannot serve the reducer.
+        The model, a signal of it, its attention implementation, or how it is spread over ranks cannot serve the reducer; or a
+        small copy of the model failed the check that is made where neither an adapter nor a tested version vouches for it
+        (:func:`vtc.verify.memory.ensure`).
     UnknownReducerError, UnknownArgumentError, BudgetError
         The request makes no sense; the message says what would.
     PatchError
         The model is running.
     """
-    model = unwrap(model)
+    _window.warn("transformers")
+    parallel.check_copies(model)
+    given, model = model, unwrap(model)
     wanted = resolve(reducer, **options)  # type: ignore[arg-type]
     old: BaseHandle | None = vars(model).get(ATTRIBUTE)
     if old is not None:
         old.check_idle()
     family = family_of(model)
     if isinstance(family, Transformer):
-        handle: BaseHandle = VitHandle(model, family, bind_vit(wanted, family), strict)
+        bound = bind_vit(wanted, family)
+        parallel.check(family, bound.parts(), given)
+        handle: BaseHandle = VitHandle(model, family, bound, strict)
     elif isinstance(family, Retriever):
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
-        check_implementation(family.text.config)
+        upstream.check_cache_classes()
+        upstream.check_implementation(family.text.config)
+        parallel.check_stages(family)
+        parallel.check(family, bound.parts(), given)
+        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        ensure(model, family, bound)
         handle = Handle(model, family, bound, strict)
-    if old is not None:
-        old.remove()
     try:
+        if old is not None:
+            old.remove()
+        else:
+            sweep(model)
         handle.install(model)
     except BaseException:
-        if old is not None:  # nothing half-done: the previous patch is back
+        if old is not None and not old.active:  # nothing half-done: the previous patch is back
             old.install(model)
         raise
     return handle
@@ -282,8 +272,11 @@ def keep_positions(reducer: Reducer) -> Reducer:
     return dataclasses.replace(reducer, positions="original") if possible else reducer
 
 
-def usable(facts: Facts) -> list[str]:
-    """Return the names of the registered reducers whose stages and signals a model with these facts can serve."""
+def usable(facts: Facts, fits: Callable[[tuple[Reducer, ...]], bool] | None = None) -> list[str]:
+    """Return the names of the registered reducers whose stages and signals a model with these facts can serve.
+
+    ``fits`` says of the parts of one whether something else stands against it.
+    """
     names = []
     for name in entries():
         try:
@@ -295,16 +288,22 @@ def usable(facts: Facts) -> list[str]:
                     check_signal(need, facts)
         except VtcError:  # refused: not usable here
             continue
-        names.append(name)
+        if fits is None or fits(bound.parts()):
+            names.append(name)
     return names
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is."""
+    """Remove vtc from a model, bit for bit; a model that is not patched is returned as it is.
+
+    It may be called again after anything, an interrupt in the middle of ``patch`` or ``unpatch`` included.
+    """
     inner = unwrap(model)
     handle: Handle | None = vars(inner).get(ATTRIBUTE)
     if handle is not None:
         handle.remove()
+    else:
+        sweep(inner)
     return model
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vtc.engine import parallel, upstream
 from vtc.engine.handle import BaseHandle
 from vtc.families.base import Retriever
 from vtc.retrieval import pool_vectors
@@ -21,11 +21,12 @@ class RetrieverHandle(BaseHandle):
 
     def attach(self, model: nn.Module) -> None:
         """Hook the model's output."""
-        self._undo.append(model.register_forward_pre_hook(self.begin).remove)
-        self._undo.append(model.register_forward_hook(self.end, with_kwargs=True, always_call=True).remove)
+        self._undo.pre_hook(model, self.begin)
+        self._undo.hook(model, self.end, with_kwargs=True, always_call=True)
 
-    def begin(self, _module: nn.Module, _args: Any) -> None:
+    def begin(self, module: nn.Module, _args: Any) -> None:
         """Note that a call is running."""
+        parallel.check_original(module, self._model())
         with self._lock:
             self._running += 1
 
@@ -35,14 +36,13 @@ class RetrieverHandle(BaseHandle):
             self._running -= 1
         if out is None:  # the call raised
             return None
-        call = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {})}
+        call = upstream.bound(module.forward, args, kwargs)
         if call.get(self.family.pixels) is None:
             self.stats.append(CallStats(text_only=True))
             return None
         name = self.family.vectors
         vectors: Tensor = getattr(out, name)
-        mask = call.get("attention_mask")
+        mask = call.get(upstream.MASK)
         mask = torch.ones(vectors.shape[:2], dtype=torch.bool) if mask is None else mask.bool().cpu()
         clock = Clock()
         with clock.span(vectors.device):

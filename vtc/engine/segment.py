@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.engine import upstream
 from vtc.errors import UnsupportedFeatureError
 from vtc.kernels import select_compact
 
@@ -132,13 +133,13 @@ def remap_mask(
     if mask is None:
         if valid is None:
             return None
-        if "flash" in implementation:
+        if upstream.is_flash(implementation):
             return valid
         out = valid[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
     elif not isinstance(mask, Tensor):
         raise UnsupportedFeatureError(
             f"attention masks of type {type(mask).__name__} (flex_attention) cannot be shortened: load the model with "
-            "attn_implementation='sdpa'"
+            f"attn_implementation='{upstream.SDPA}'"
         )
     else:
         index = cols.to(mask.device) - (total - mask.shape[-1])
@@ -158,6 +159,6 @@ def remap_mask(
         pad[:, torch.arange(nq, device=out.device), own.to(out.device)] = ~seg.valid.to(out.device)
         pad = pad[:, None]
         out = out | pad if out.dtype == torch.bool else out.masked_fill(pad, 0.0)
-    if implementation == "eager" and out.dtype == torch.bool:
+    if upstream.is_eager(implementation) and out.dtype == torch.bool:
         out = torch.zeros((), dtype=dtype, device=out.device).masked_fill(~out, torch.finfo(dtype).min)
     return out

@@ -9,14 +9,14 @@ map is made.
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtc.errors import PatchError, UnsupportedFeatureError
+from vtc.engine import upstream
+from vtc.engine.undo import Undo
+from vtc.errors import PatchError
 
 # "flash" must survive in the name: transformers looks for that substring
 PREFIX = "vtc_tap_"
@@ -33,10 +33,10 @@ class _TappedConfig:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_real" not in self.__dict__:  # copying and pickling protocols probe a bare object
             raise AttributeError(name)
-        if name == "_attn_implementation":
-            name = PREFIX + (self._real._attn_implementation or "eager")
-            if name not in ALL_ATTENTION_FUNCTIONS:
-                ALL_ATTENTION_FUNCTIONS.register(name, _observe_and_attend)
+        if name == upstream.IMPLEMENTATION:
+            name = PREFIX + upstream.attention_of(self._real)
+            if name not in upstream.ATTENTION:
+                upstream.ATTENTION.register(name, _observe_and_attend)
             return name
         return getattr(self._real, name)
 
@@ -54,40 +54,25 @@ class _RealModule:
         return getattr(self._module, name)
 
 
-def _observe_and_attend(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
-) -> Any:
-    ctx = kwargs.pop("_vtc", None)
+def _observe_and_attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    ctx = kwargs.pop(upstream.CONTEXT, None)
     config = module.config
-    implementation = config._real._attn_implementation or "eager"
-    if implementation == "eager":
-        attend = sys.modules[type(module).__module__].eager_attention_forward
-    else:
-        attend = ALL_ATTENTION_FUNCTIONS[implementation]
-    scaling = kwargs.get("scaling")
-    config._observe(module, query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, ctx)
-    return attend(_RealModule(module), query, key, value, attention_mask, **kwargs)
+    attend = upstream.attend(module, upstream.attention_of(config._real))
+    mask, scaling = upstream.attention_arguments(query, args, kwargs)
+    config._observe(module, query, key, value, mask, scaling, ctx)
+    return attend(_RealModule(module), query, key, value, *args, **kwargs)
 
 
-def check_implementation(config: Any) -> None:
-    """Refuse attention implementations that cannot be tapped and whose masks cannot be shortened."""
-    implementation = getattr(config, "_attn_implementation", None) or "eager"
-    if "flex" in implementation or "paged" in implementation:
-        raise UnsupportedFeatureError(
-            f"attn_implementation='{implementation}' cannot be tapped or shortened: load the model with "
-            "attn_implementation='sdpa'"
-        )
-
-
-def attach(attention: nn.Module, observe: Observer) -> Callable[[], None]:
-    """Tap one attention module; return the function that takes the tap off again."""
+def attach(undo: Undo, attention: nn.Module, observe: Observer) -> None:
+    """Tap one attention module."""
     if isinstance(attention.config, _TappedConfig):
         raise PatchError("this attention layer is tapped already: call vtc.unpatch(model) first")
-    check_implementation(attention.config)
-    attention.config = _TappedConfig(attention.config, observe)
-    return functools.partial(_detach, attention)  # not a closure: a deep copy of the model must take off its own tap
+    upstream.check_implementation(attention.config)
+    tapped = _TappedConfig(attention.config, observe)
+    undo.step(functools.partial(_detach, attention, tapped))  # not a closure: a deep copy must take off its own tap
+    attention.config = tapped
 
 
-def _detach(attention: nn.Module) -> None:
-    if isinstance(attention.config, _TappedConfig):
-        attention.config = attention.config._real
+def _detach(attention: nn.Module, tapped: _TappedConfig) -> None:
+    if attention.config is tapped:
+        attention.config = tapped._real

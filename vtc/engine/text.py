@@ -8,34 +8,29 @@ threads, gradient checkpointing and compiled forwards see one consistent decisio
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
 
-from vtc import compat
 from vtc.core import Reducer, Stage, settle
-from vtc.engine import taps
-from vtc.engine.cache import _Pruned, check_cache, pruned_layer
+from vtc.engine import parallel, upstream
+from vtc.engine.cache import Pruned, check_cache, held_by, promised, pruned_layer
 from vtc.engine.choose import Chooser, find_instances, keep_table, write
 from vtc.engine.context import CURRENT, Context, Step
 from vtc.engine.listen import TextTaps
 from vtc.engine.rope import rope_of, rotate
 from vtc.engine.segment import Segment, cut, remap_mask
 from vtc.engine.tower import MADE, TowerSide, VisionRecord
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import CONTEXT, AnyCache, Call, FixedLayer, ModelNames
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.kernels import take
 from vtc.signals import question_of
 from vtc.stats import CallStats, Clock, ImageStats, KeptTokens, StatsLog
-
-# by "is a video"
-_FEATURE_ARGUMENTS = {False: ("pixel_values", "image_patches", "image_hidden_states"), True: ("pixel_values_videos",)}
 
 
 class TextSide:
@@ -44,6 +39,7 @@ class TextSide:
     def __init__(self, family: Family, parts: tuple[Reducer, ...], tower: TowerSide, stats: StatsLog, strict: bool) -> None:
         self.family, self.tower, self.stats, self.strict = family, tower, stats, strict
         self.parts = parts
+        self.names = ModelNames.of(family.base, family.text, family.layers)
         self.running: dict[int, bool] = {}  # threads inside a forward
         self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
         self.decoder: dict[int, list[Reducer]] = {}
@@ -53,30 +49,19 @@ class TextSide:
         self.taps = TextTaps(family, parts)
         self.chooser = Chooser(self.taps, parts)
         self.token_ids = {False: family.image_token_ids, True: family.video_token_ids}
-        self.undo: list[Callable[[], None]] = []
 
     # ----------------------------------------------------------------------------------------------------- installing
-    def install(self) -> None:
-        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
+    def install(self, undo: Undo) -> None:
+        """Put all hooks on."""
         family = self.family
         self.tower.on_record = self.on_record
-        hooks = [
-            family.base.register_forward_pre_hook(self.before_base, with_kwargs=True),
-            family.base.register_forward_hook(self.after_base, with_kwargs=True, always_call=True),
-            family.text.register_forward_pre_hook(self.before_text, with_kwargs=True),
-            family.text.register_forward_hook(self.after_text, with_kwargs=True),
-        ]
-        hooks += [
-            layer.register_forward_pre_hook(functools.partial(self.before_layer, i), with_kwargs=True)
-            for i, layer in enumerate(family.layers)
-        ]
-        self.undo += [h.remove for h in hooks]
-        self.taps.install(self.undo)
-
-    def remove(self) -> None:
-        """Take all hooks off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
+        undo.pre_hook(family.base, self.before_base, with_kwargs=True)
+        undo.hook(family.base, self.after_base, with_kwargs=True, always_call=True)
+        undo.pre_hook(family.text, self.before_text, with_kwargs=True)
+        undo.hook(family.text, self.after_text, with_kwargs=True)
+        for i, layer in enumerate(family.layers):
+            undo.pre_hook(layer, functools.partial(self.before_layer, i), with_kwargs=True)
+        self.taps.install(undo)
 
     @staticmethod
     def on_record(record: VisionRecord) -> bool:
@@ -91,22 +76,26 @@ class TextSide:
         """Find the visual tokens and the padding of this call; refuse what cannot work before anything runs."""
         if not torch.compiler.is_compiling():  # (a graph break, and a compiled decode step cannot be interrupted)
             self.running[threading.get_ident()] = True
-        call = kwargs
-        if args:
-            call = dict(zip(list(inspect.signature(module.forward).parameters), args, strict=False)) | kwargs
-        encoded = call.get("mm_encoder_outputs")
-        encoded = encoded if isinstance(encoded, dict) else {}
-        made = {False: encoded.get("image"), True: encoded.get("video")}
-        given = [v for v, n in _FEATURE_ARGUMENTS.items() if made[v] is not None or any(call.get(k) is not None for k in n)]
+        parallel.check_original(module, self.family.base)
+        if len(args) < 2 and upstream.brings_nothing(kwargs):
+            return  # most decode steps
+        call = Call(self.names.base, args, kwargs)
+        given = [video for video in (False, True) if upstream.given(call, video)]
         if not given:
             return  # a decode step or a text-only prompt (an image token *generated* in decode is not visual)
-        ids, embeds = call.get("input_ids"), call.get("inputs_embeds")
+        ids, embeds = call.beside("ids"), call.beside("embeds")
         if ids is None and embeds is None:
             return
-        check_cache(call.get("past_key_values"))
-        taps.check_implementation(self.family.text.config)
-        if any(k.startswith("cu_seq_lens") and v is not None for k, v in call.items()):
+        check_cache(call.beside("kv"))
+        upstream.check_implementation(self.family.text.config)
+        if upstream.is_packed(call):
             raise UnsupportedFeatureError("packed sequences (cu_seq_lens_*) cannot be shortened: pass padded batches")
+        several = parallel.several()
+        if several:
+            parallel.check_stages(self.family)
+            parallel.check_sequence(
+                upstream.plain_mask(call.beside("mask")), call.beside("kv"), (embeds if ids is None else ids).shape[1]
+            )
         # the host's one look at ids and padding, while a GPU has little to do yet
         found = {video: self.placeholders(ids, embeds, self.token_ids[video]) for video in given}
         image = torch.stack(list(found.values())).any(0)
@@ -123,11 +112,13 @@ class TextSide:
             text=text,
             held=held,
             clock=Clock(),
+            peers=parallel.Peers() if several else None,
         )
         if self.taps.needs or self.taps.looks or self.taps.inside:
             ctx.longest = max(text), int(question_of(ctx.visual, real).sum(1).max())
-        for video, features in made.items():
-            if features is not None:  # encoded by generate before this forward
+        for video in given:
+            features = upstream.encoded(call, video)
+            if features is not None:  # made by generate before this forward
                 lost = next((r for r in MADE.get() or () if r.video == video), None)
                 record = getattr(features, "vtc", lost)
                 ctx.records |= {} if record is None else {video: record}
@@ -142,11 +133,9 @@ class TextSide:
         return torch.stack([(embeds == m).all(-1) for m in marks]).any(0).cpu()
 
     @staticmethod
-    def real_tokens(call: dict[str, Any], shape: torch.Size) -> Tensor:
+    def real_tokens(call: Call, shape: torch.Size) -> Tensor:
         """Boolean ``(B, q)``, on the CPU: not padding."""
-        mask, cache, q = call.get("attention_mask"), call.get("past_key_values"), shape[1]
-        if isinstance(mask, dict):
-            mask = mask.get("full_attention")
+        mask, cache, q = upstream.plain_mask(call.beside("mask")), call.beside("kv"), shape[1]
         if not isinstance(mask, Tensor):
             return torch.ones(shape, dtype=torch.bool)
         if mask.dim() == 2:
@@ -165,56 +154,55 @@ class TextSide:
             CURRENT.set(None)
 
     # ---------------------------------------------------------------------------------------------------- text model
-    def before_text(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the BOUNDARY reducers and hand the context down to the layers."""
-        ctx = CURRENT.get()
-        embeds = kwargs.get("inputs_embeds")
+        ctx, call = CURRENT.get(), Call(self.names.text, args, kwargs)
+        embeds = call["embeds"]
         if ctx is None:
-            tokens = embeds if embeds is not None else (args[0] if args else kwargs["input_ids"])
-            cache = kwargs.get("past_key_values")
+            tokens = embeds if embeds is not None else call.beside("ids")
+            cache = call["kv"]
             if tokens.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
                 self.stats.append(CallStats(text_only=True))
-            shortcut = self.shortcut(kwargs, tokens)
-            if shortcut is not None:
-                return args, shortcut
+            if self.shortcut(call, tokens):
+                return call.result()
             ctx = Context(q=tokens.shape[1])
         else:
             CURRENT.set(None)
-            kwargs = dict(kwargs)
+            parallel.check_states(embeds, ctx.q, "the text model")
             ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
-            kwargs["inputs_embeds"] = self.reduce_inputs(ctx, embeds)
+            call.set("embeds", self.reduce_inputs(ctx, embeds))
             if ctx.current is not None and self.family.between_layers is not None:
-                kwargs |= shorten_between(ctx, kwargs, *self.family.between_layers)
-        return args, {**kwargs, "_vtc": ctx}
+                call.kwargs = {**call.kwargs, **shorten_between(ctx, call.kwargs, *self.family.between_layers)}
+        return call.args, {**call.kwargs, CONTEXT: ctx}
 
-    def shortcut(self, kwargs: dict[str, Any], tokens: Tensor) -> dict[str, Any] | None:
-        """Return keyword arguments with which a forward without new images needs no work in the layers, or None.
+    def shortcut(self, call: Call, tokens: Tensor) -> bool:
+        """Whether a forward without new images needs no work in the layers; its positions are shifted here where that is all.
 
         That is the case without a reduced cache, and in the usual decode step: one token, no padding, and either original positions
-        or one shift for all layers, which is then applied here once.
+        or one shift for all layers.
         """
-        cache = kwargs.get("past_key_values")
-        layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, _Pruned)]
+        cache = call["kv"]
+        layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, Pruned)]
         if not layers:
-            return kwargs
+            return True
         first = layers[0]
-        implementation = self.family.text.config._attn_implementation or "eager"
         if (
             tokens.shape[1] != 1
-            or kwargs.get("attention_mask") is not None
-            or not ("sdpa" in implementation or "flash" in implementation)
-            or isinstance(first, StaticLayer)
+            or call["mask"] is not None
+            or not upstream.needs_no_mask(upstream.attention_of(self.family.text.config))
+            or isinstance(first, FixedLayer)
             or any(layer.valid is not None or getattr(layer, "is_sliding", False) for layer in layers)
         ):
-            return None
+            return False
         if all(layer.shift is None for layer in layers):
-            return kwargs
+            return True
         if len(layers) != len(cache.layers) or any(layer.shift is not first.shift for layer in layers):
-            return None
-        positions = kwargs.get("position_ids")
+            return False
+        positions = call["positions"]
         if positions is None:
             positions = torch.full((tokens.shape[0], 1), first.get_seq_length(), device=tokens.device)
-        return {**kwargs, "position_ids": positions - first.shift[:, None].to(positions.device)}
+        call.set("positions", positions - first.shift[:, None].to(positions.device))
+        return True
 
     def reduce_inputs(self, ctx: Context, embeds: Tensor) -> Tensor:
         """Apply what the tower decided and the BOUNDARY reducers; return the (possibly merged) input embeddings."""
@@ -235,23 +223,58 @@ class TextSide:
         ctx.current, relative = cut(keep_table(ctx), ctx.held, ctx.real if ctx.padded else None, ctx.current, compact)
         return ctx.current, relative
 
-    def after_text(self, _module: nn.Module, _args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+    def after_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Expand the last hidden states to logical length, and account for what happened.
 
         A dropped slot shows the last kept token before it: the one that predicts the next text token.
         """
-        ctx = kwargs.get("_vtc")
+        ctx = kwargs.get(CONTEXT)
         if ctx is None or ctx.visual is None:
             return out
+        if ctx.peers is not None:
+            ctx.peers.ask()
         if ctx.current is not None:
-            index = ctx.current.rank.clamp(min=0)
-            if isinstance(out, tuple):
-                out = take(out[0], index, 1), *out[1:]
-            else:
-                out.last_hidden_state = take(out.last_hidden_state, index, 1)
+            self.keep_promises(ctx, Call(self.names.text, args, kwargs), out)
+            states = upstream.states_of(out)
+            out = upstream.with_states(out, take(states, ctx.current.rank.clamp(min=0), 1))
         self.account(ctx)
         settle(ctx.answers)  # last: a GPU has its work by now
+        if ctx.peers is not None:
+            ctx.peers.agree()
         return out
+
+    def keep_promises(self, ctx: Context, call: Call, out: Any) -> None:
+        """Assert on the model what its layers were to hold: every layer was entered, and each cache layer is as promised.
+
+        Comparisons of integers, once in a prefill that was shortened. Raises :class:`NotReducedError` also where ``strict`` is off:
+        what follows would be wrong without a word.
+        """
+        name, layers, held = type(self.family.text).__name__, len(self.family.layers), upstream.states_of(out).shape[1]
+        wrong = ""
+        if len(ctx.per_layer) != layers:
+            wrong = f"{len(ctx.per_layer)} of its {layers} decoder layers were told what was dropped"
+        elif held != ctx.current.rows.shape[1]:
+            wrong = f"its last layer returned {held} tokens where {ctx.current.rows.shape[1]} are left"
+        cache, named = upstream.cache_in(call, out), call["kv"]
+        if not wrong and named is not None and cache is not named:
+            wrong = f"the KV cache it was given is not the {type(cache).__name__} among its arguments and outputs"
+        if not wrong and cache is not None:
+            cut_at = [i for i in range(layers) if ctx.keep[i][0] is not None]
+            missing = [i for i in cut_at if i not in ctx.promises]
+            if missing:
+                wrong = (
+                    f"it fills a {type(cache).__name__} that decoder layer {missing[0]} was not given under a name vtc knows"
+                )
+            for i in cut_at if not wrong else ():
+                why = promised(cache, i, *ctx.promises[i])
+                if why:
+                    wrong = f"decoder layer {i}: {why}"
+                    break
+        if wrong:
+            raise NotReducedError(
+                f"{name} did not keep what vtc promises (transformers {upstream.version()}): {wrong}; run `vtc check MODEL "
+                "--verify` and use a release inside the tested window"
+            )
 
     def account(self, ctx: Context) -> None:
         """Write the statistics; complain about a part that did not act."""
@@ -275,90 +298,137 @@ class TextSide:
     # -------------------------------------------------------------------------------------------------- decoder layers
     def before_layer(self, i: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the DECODER reducers of layer ``i``; give the layer its shorter inputs, mask, RoPE rows and cache entry."""
-        ctx = kwargs.get("_vtc")
+        ctx: Context | None = kwargs.get(CONTEXT)
         if ctx is None:
             return None
         if ctx.step is not None and ctx.visual is None and i not in self.taps.needs:
-            held = kwargs["past_key_values"].layers
-            if i < len(held) and isinstance(held[i], _Pruned) and ctx.step.fits(held[i], None, None, kwargs):
-                kwargs = {**kwargs, **ctx.step.changed}
-                del kwargs["_vtc"]
-                return args, kwargs
-        asked = kwargs
-        kwargs = dict(kwargs)
-        fresh = ctx.visual is not None and not (i in ctx.keep and i < len(ctx.per_layer))  # not a recomputation
-        if i in self.taps.needs and fresh:
-            held = getattr(kwargs.get("past_key_values"), "layers", ())
-            ctx.static = i < len(held) and isinstance(held[i], StaticLayer)
-        if fresh:
-            self.taps.entered(i, ctx)
-        if i not in self.taps.needs:  # only tapped attentions want it
-            del kwargs["_vtc"]
-        hidden = args[0] if args else kwargs["hidden_states"]
-        cache = kwargs.get("past_key_values")
-        seg: Segment | None = None
+            again = ctx.step.again(self.names.layers[i], i, args, kwargs)
+            if again is not None:
+                return args, again
+        call, tapped = Call(self.names.layers[i], args, kwargs), i in self.taps.needs
+        cache, seg = call["kv"], None
+        if not tapped:  # only tapped attentions want it
+            call.without_context()
         if ctx.visual is not None:
-            if i in self.taps.looks and fresh:
-                self.taps.look(ctx, i, module, kwargs, hidden)
-            hidden, seg = self.enter(ctx, i, hidden)
-        layer = None
-        if seg is not None and cache is not None:
-            layer = pruned_layer(cache, i)
-            before = layer.shift
-            layer.begin(seg, ctx.q)
-            if ctx.step is not None and ctx.step.fits(layer, seg, before, kwargs):
-                kwargs |= ctx.step.changed
-                if i in self.taps.needs:
-                    ctx.rope = rope_of(module, kwargs)
-                return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-            cols, valid, total = layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
-        elif seg is not None:
-            before, cols, valid, total = None, seg.rows, seg.valid, ctx.q
-        elif cache is not None and i < len(cache.layers) and isinstance(cache.layers[i], _Pruned):
-            layer = cache.layers[i]
-            before = layer.shift
-            total = layer.get_mask_sizes(ctx.q)[0]
-            if kwargs.get("attention_mask") is None and layer.valid is None:
-                cols, valid = layer.cols, None  # nothing to remap: the columns are not looked at
+            seg = self.shorten_states(ctx, i, module, call, cache)
+        layer, before = self.hold(ctx, i, cache, seg)
+        if layer is not None or seg is not None:
+            if layer is not None and ctx.step is not None and ctx.step.fits(layer, seg, before, call):
+                call.update(ctx.step.changed)
             else:
-                cols, valid = ctx.once(("columns", layer.stored()), (layer.cols,), functools.partial(layer.columns, ctx.q))
-        else:
-            if i in self.taps.needs:
-                ctx.rope = rope_of(module, kwargs)
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
-        mask = kwargs.get("attention_mask")
-        if mask is not None or valid is not None:
-            implementation = self.family.text.config._attn_implementation or "eager"
-            static = isinstance(layer, StaticLayer)
-            if static and "flash" in implementation:
-                raise UnsupportedFeatureError(
-                    "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
-                )
-            kwargs["attention_mask"] = ctx.once(
-                ("mask", hidden.device),
-                (mask, cols, seg),
-                lambda: remap_mask(
-                    mask,
-                    seg,
-                    cols.to(hidden.device),
-                    None if valid is None else valid.to(hidden.device),
-                    total=total,
-                    q=ctx.q,
-                    implementation=implementation,
-                    dtype=hidden.dtype,
-                    device=hidden.device,
-                    static=static,
-                ),
+                self.shorten_arguments(ctx, i, call, layer, seg, before)
+        if tapped:
+            ctx.rope = rope_of(module, call)
+        return call.result()
+
+    def shorten_states(self, ctx: Context, i: int, module: nn.Module, call: Call, cache: AnyCache | None) -> Segment | None:
+        """Take the signals that layer ``i`` gives on entering, let its reducers act, and give it the states of what is left."""
+        hidden = call["hidden"]
+        if not (i in ctx.keep and i < len(ctx.per_layer)):  # not a recomputation
+            parallel.check_states(
+                hidden, ctx.q if i == 0 or ctx.current is None else ctx.current.rows.shape[1], f"decoder layer {i}"
             )
-        rotate(self.family.text, ctx, i, kwargs, hidden, seg, before)
-        if i in self.taps.needs:
-            ctx.rope = rope_of(module, kwargs)
-        kwargs["position_ids"] = None  # inside a layer these only serve packed-sequence detection: never right here
-        if isinstance(layer, _Pruned) and not isinstance(layer, StaticLayer):  # (those run compiled: nothing to save there)
-            names = ["attention_mask", "position_ids", *(k for k in asked if k.startswith("position_embeddings"))]
-            given, changed = {k: asked.get(k) for k in names}, {k: kwargs[k] for k in names if k in kwargs}
-            ctx.step = Step(layer, seg, before if seg is not None else None, given, changed)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            if ctx.peers is not None and not ctx.peers.groups:
+                self.meet(ctx, module)
+            if i in self.taps.needs:
+                held = getattr(cache, "layers", ())
+                ctx.static = i < len(held) and isinstance(held[i], FixedLayer)
+            self.taps.entered(i, ctx)
+            if i in self.taps.looks:
+                self.taps.look(ctx, i, module, call, hidden)
+        states, seg = self.enter(ctx, i, hidden)
+        if states is not hidden:
+            call.set("hidden", states)
+        return seg
+
+    def meet(self, ctx: Context, layer: nn.Module) -> None:
+        """Find the ranks that share a layer; compare with them what was kept so far."""
+        ctx.peers.groups = parallel.groups_of(layer)
+        self.compare(ctx, [p for p in self.parts if p.stage is not Stage.DECODER])
+
+    @staticmethod
+    def compare(ctx: Context, parts: list[Reducer]) -> None:
+        """Note what ``parts`` left, for the ranks to compare at the end; at once where they may have left different numbers."""
+        if not ctx.peers.groups:
+            return
+        ctx.peers.note(ctx.instances)
+        if any(parallel.count_may_differ(p) for p in parts):
+            ctx.peers.ask()
+            ctx.peers.agree()
+
+    @staticmethod
+    def hold(ctx: Context, i: int, cache: AnyCache | None, seg: Segment | None) -> tuple[Pruned | None, Tensor | None]:
+        """Return the reduced cache layer that layer ``i`` writes to, told what comes if tokens go, and its shift so far."""
+        if seg is None or cache is None:
+            layer = held_by(cache, i)
+            return layer, None if layer is None else layer.shift
+        layer = pruned_layer(cache, i)
+        stored, before = layer.stored(), layer.shift
+        layer.begin(seg, ctx.q)
+        ctx.promises[i] = stored + seg.rows.shape[1], layer.end
+        return layer, before
+
+    def shorten_arguments(
+        self, ctx: Context, i: int, call: Call, layer: Pruned | None, seg: Segment | None, before: Tensor | None
+    ) -> None:
+        """Remap mask and rotations to what the layer holds; remember the result for layers that are given the same."""
+        roles = ("mask", "positions", *call.names.rotary)
+        given = {role: call[role] for role in roles}
+        hidden, mask = call["hidden"], given["mask"]
+        cols, valid, total = self.columns(ctx, layer, seg, mask)
+        if mask is not None or valid is not None:
+            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer)))
+        rotate(self.family.text, ctx, i, call, hidden, seg, before)
+        call.set("positions", None)  # inside a layer these only serve packed-sequence detection: never right here
+        if layer is not None and not isinstance(layer, FixedLayer):  # (those run compiled: nothing to save there)
+            ctx.step = Step(call.names, layer, seg, before, given, {role: call[role] for role in roles})
+
+    @staticmethod
+    def columns(ctx: Context, layer: Pruned | None, seg: Segment | None, mask: Any) -> tuple[Tensor, Tensor | None, int]:
+        """Return logical columns ``(B, K)`` and validity of the keys a layer attends to, and their logical length."""
+        if layer is None:
+            return seg.rows, seg.valid, ctx.q
+        if seg is not None:
+            return layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
+        total = layer.get_mask_sizes(ctx.q)[0]
+        if mask is None and layer.valid is None:
+            return layer.cols, None, total  # nothing to remap: the columns are not looked at
+        made = functools.partial(layer.columns, ctx.q)
+        return *ctx.once(("columns", layer.stored()), (layer.cols,), made), total
+
+    def mask(
+        self,
+        ctx: Context,
+        hidden: Tensor,
+        mask: Any,
+        cols: Tensor,
+        valid: Tensor | None,
+        total: int,
+        seg: Segment | None,
+        static: bool,
+    ) -> Tensor | None:
+        """Return the attention mask of a layer with these keys, made once for all layers that share them."""
+        implementation = upstream.attention_of(self.family.text.config)
+        if static and upstream.is_flash(implementation):
+            raise UnsupportedFeatureError(
+                "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
+            )
+        return ctx.once(
+            ("mask", hidden.device),
+            (mask, cols, seg),
+            lambda: remap_mask(
+                mask,
+                seg,
+                cols.to(hidden.device),
+                None if valid is None else valid.to(hidden.device),
+                total=total,
+                q=ctx.q,
+                implementation=implementation,
+                dtype=hidden.dtype,
+                device=hidden.device,
+                static=static,
+            ),
+        )
 
     def enter(self, ctx: Context, i: int, hidden: Tensor) -> tuple[Tensor, Segment | None]:
         """Decide (or replay) what layer ``i`` holds; return its hidden states and segment."""
@@ -367,7 +437,7 @@ class TextSide:
             if i in self.decoder:
                 compact, layer = False, self.family.layers[i]
                 # a recomputation that runs hooks again replays the decision: choosing must leave nothing for the backward
-                again = layer.training and getattr(layer, "gradient_checkpointing", False) and compat.checkpoint_repeats_hooks()
+                again = upstream.checkpointed(layer) and upstream.checkpoint_repeats_hooks()
                 for part in self.decoder[i]:
                     with ctx.clock.span(hidden.device), torch.set_grad_enabled(torch.is_grad_enabled() and not again):
                         writes = self.chooser.reduce(ctx, part, hidden, i)
@@ -378,6 +448,8 @@ class TextSide:
                         )
                     hidden = write(hidden, writes)
                     compact = compact or part.position_policy == "compact"
+                if ctx.peers is not None:
+                    self.compare(ctx, self.decoder[i])
                 ctx.keep[i] = self.shorten(ctx, compact) if ctx.alive() != ctx.held else (ctx.current, None)
             elif i not in ctx.keep:
                 ctx.keep[i] = (ctx.current, None)

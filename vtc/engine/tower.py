@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import EncoderReducer, ImageReducer, Kind, Layout, Need, Reducer, Selection, Signals, Stage, explained, settle
-from vtc.engine import taps
+from vtc.engine import parallel, taps, upstream
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.packed import PackedRun, PackedStage
 from vtc.engine.project import Projection
+from vtc.engine.undo import Undo
+from vtc.engine.upstream import Call, Names
 from vtc.errors import UnsupportedFeatureError
 from vtc.families.base import Family, VisionCall, by_length
 from vtc.kernels import take
@@ -106,7 +106,7 @@ class TowerSide:
     """Hooks on one model's vision side."""
 
     def __init__(self, family: Family, parts: tuple[Reducer, ...]) -> None:
-        self.family = family
+        self.family, self.parts = family, parts
         self.fingerprint = any(p.wants_fingerprint for p in parts)
         self.part = next((p for p in parts if p.stage.in_tower), None)
         provides = family.facts.provides
@@ -115,52 +115,43 @@ class TowerSide:
         self.projected = [n for n in dict.fromkeys(wanted) if n.of == "projection"]
         self.seen = [n for n in dict.fromkeys(wanted) if n.of == "pixels"]
         self.projection = Projection(family.projector) if self.projected else None
-        self.undo: list[Callable[[], None]] = []
         self.on_record: Callable[[VisionRecord], bool] | None = None  # whether it will settle the record's answers
 
     # ----------------------------------------------------------------------------------------------------- installing
-    def install(self) -> None:
-        """Put all hooks on; :meth:`remove` takes them off, also after a failure half-way."""
-        base, part = self.family.base, self.part
-        for video, describe in enumerate((self.family.describe, self.family.describe_video)):
+    def install(self, undo: Undo) -> None:
+        """Put all hooks on."""
+        base, part, family = self.family.base, self.part, self.family
+        for video, describe in enumerate((family.describe, family.describe_video)):
             if describe is not None:
-                name = "get_video_features" if video else "get_image_features"
+                name = upstream.ENCODE[bool(video)]
                 original = getattr(base, name)
                 wrapper = functools.wraps(original)(functools.partial(self.get_features, original, describe, bool(video)))
-                self.undo.append(replace_attribute(base, name, wrapper))
+                undo.attribute(base, name, wrapper)
         by_layer: dict[int, list[Need]] = {}
         for need in self.needs:
             by_layer.setdefault(self.index(need.layer), []).append(need)
         stepping: dict[int, tuple[Need, ...]] = {}
         if isinstance(part, EncoderReducer):
-            family = self.family
-            layers, attention = family.encoder_layers, family.encoder_attention
             if family.merger is not None:
-                stage = PackedStage(part, layers, family.merger, family.facts, current_encoder)
+                stage = PackedStage(part, family.encoder_layers, family.merger, family.facts, current_encoder)
             else:
+                layers, attention = family.encoder_layers, family.encoder_attention
                 stage = EncoderStage(part, layers, attention, family.mlp_branch, family.facts, current_encoder)
             stepping = stage.wanted()
-            self.undo += stage.install()
+            stage.install(undo)
         for i in sorted({*by_layer, *(i for i, n in stepping.items() if n)}):
             observe = functools.partial(self.observe, by_layer.get(i, []), stepping.get(i, ()))
-            self.undo.append(taps.attach(self.family.encoder_attention[i], observe))
+            taps.attach(undo, family.encoder_attention[i], observe)
         if self.projected:  # before the hook that may shorten what the projector is given
-            self.undo.append(self.family.projector.register_forward_pre_hook(self.observe_projector).remove)
-        if part is not None and self.family.projector is not None:
+            undo.pre_hook(family.projector, self.observe_projector)
+        if part is not None and family.projector is not None:
             if isinstance(part, ImageReducer):
-                hook = self.family.tower.register_forward_pre_hook(self.shrink_pixels, with_kwargs=True)
-                self.undo.append(hook.remove)
-            if part.stage is Stage.VISION and part.wants_cls and self.family.facts.has_cls:
-                layer = self.family.encoder_layers[self.family.facts.feature_layer]
-                self.undo.append(layer.register_forward_hook(self.remember_cls).remove)
-            projector = self.family.projector
-            self.undo.append(projector.register_forward_pre_hook(self.before_projector).remove)
-            self.undo.append(projector.register_forward_hook(self.after_projector).remove)
-
-    def remove(self) -> None:
-        """Take all hooks off, in reverse order."""
-        while self.undo:
-            self.undo.pop()()
+                self.names = Names.of(family.tower).need("pixels", "interpolate")
+                undo.pre_hook(family.tower, self.shrink_pixels, with_kwargs=True)
+            if part.stage is Stage.VISION and part.wants_cls and family.facts.has_cls:
+                undo.hook(family.encoder_layers[family.facts.feature_layer], self.remember_cls)
+            undo.pre_hook(family.projector, self.before_projector)
+            undo.hook(family.projector, self.after_projector)
 
     def index(self, layer: int) -> int:
         """Non-negative tower layer."""
@@ -177,9 +168,7 @@ class TowerSide:
         """
         if _RUN.get() is not None:  # the model makes the features of videos as those of images
             return original(*args, **kwargs)
-        call = inspect.signature(original).bind(*args, **kwargs).arguments
-        call = {**call, **call.get("kwargs", {})}
-        described = describe(call)
+        described = describe(upstream.bound(original, args, kwargs))
         if described.refuses and self.part is not None:
             raise UnsupportedFeatureError(f"'{self.part.name}' acts before the projector, which {described.refuses}")
         if described.pieces is not None:
@@ -199,7 +188,7 @@ class TowerSide:
                 out = original(*args, **kwargs)
         finally:
             _RUN.reset(token)
-        features = compat.features_of(out)
+        features = upstream.features_of(out)
         if run.call.from_features:
             run.call = by_length([f.reshape(-1, f.shape[-1]) for f in features])
             run.prints = fingerprints(run.call) if self.fingerprint else []
@@ -211,7 +200,7 @@ class TowerSide:
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
             )
-        if hasattr(out, "pooler_output"):
+        if upstream.carries_record(out):
             out.vtc = record  # generate encodes images before the first forward: the record rides along
         made = MADE.get()
         if made is not None:
@@ -237,6 +226,7 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
+        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), run.clock.span(query.device):
             if run.call.pieces is not None:
                 self.observe_packed(run, record, stepping, query, key, value, scaling)
@@ -280,11 +270,12 @@ class TowerSide:
                 held.clear()
         run.encoder.observe(stepping, taken)
 
-    def observe_projector(self, _module: nn.Module, args: tuple[Any, ...]) -> None:
+    def observe_projector(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Compute the signals wanted of the projector."""
         run = _RUN.get()
         if run is None:
             return
+        parallel.check_running(self.family, self.parts, module)
         with torch.no_grad(), run.clock.span(args[0].device):
             tap = ProjectionTap(args[0], self.projection.function, run.encoder.valid)
             for need in self.projected:
@@ -308,7 +299,8 @@ class TowerSide:
         run, part = _RUN.get(), self.part
         if run is None or not isinstance(part, ImageReducer):
             return None
-        pixels = args[0] if args else kwargs["pixel_values"]
+        call = Call(self.names, args, kwargs)
+        pixels = call["pixels"]
         grid = self.family.facts.grid
         patch = pixels.shape[-2] // grid[0], pixels.shape[-1] // grid[1]
         with run.clock.span(pixels.device):
@@ -319,8 +311,9 @@ class TowerSide:
             run.small = small
             size = run.small[0] * patch[0], run.small[1] * patch[1]
             pixels = part.resize(pixels, size)
-        kwargs = {**kwargs, "interpolate_pos_encoding": True}
-        return ((pixels, *args[1:]), kwargs) if args else (args, {**kwargs, "pixel_values": pixels})
+        call.set("pixels", pixels)
+        call.set("interpolate", True)
+        return call.result()
 
     # ---------------------------------------------------------------------------------------- VISION and the projector
     def remember_cls(self, _module: nn.Module, _args: Any, out: Any) -> None:
@@ -603,23 +596,3 @@ def fingerprints(call: VisionCall) -> list[int]:
         weight = (torch.arange(bits.numel(), device=bits.device) * 2654435761 + 40503) % 2147483647
         sums.append((bits * weight).sum())
     return [int(s) & 0x7FFFFFFFFFFFFFFF for s in torch.stack(sums).tolist()] if sums else []
-
-
-class _Absent:
-    """Marks an attribute the instance did not have (a class: deep copies keep its identity)."""
-
-
-def replace_attribute(owner: nn.Module, name: str, wrapper: Any) -> Callable[[], None]:
-    """Set an attribute of the instance; return the function that puts back what the instance had (often nothing)."""
-    before = vars(owner).get(name, _Absent)
-    object.__setattr__(owner, name, wrapper)
-    return functools.partial(_restore, owner, name, wrapper, before)
-
-
-def _restore(owner: nn.Module, name: str, wrapper: Any, before: Any) -> None:
-    if vars(owner).get(name) is not wrapper:  # somebody wrapped it again
-        return
-    if before is _Absent:
-        object.__delattr__(owner, name)
-    else:
-        object.__setattr__(owner, name, before)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vtc.core import EncoderReducer, Layout, Reducer, Selection, Signals, Stage, explained, settle
+from vtc.engine import parallel
 from vtc.engine.encoder import EncoderRun, EncoderStage
 from vtc.engine.handle import BaseHandle
-from vtc.engine.tower import replace_attribute
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Transformer
 from vtc.kernels import take
@@ -31,32 +31,33 @@ class VitHandle(BaseHandle):
 
     def attach(self, model: nn.Module) -> None:
         """Wrap ``forward_features`` of the instance, and hook the blocks."""
-        family, part = self.family, self.reducer
-        self._undo.append(self.wrap(model, "forward_features", self.forward_features))
+        family, part, undo = self.family, self.reducer, self._undo
+        undo.pre_hook(model, self.check_original)
+        self.wrap(model, "forward_features", self.forward_features)
         for name in ("forward_intermediates", "get_intermediate_layers"):
             if hasattr(model, name):
-                self._undo.append(self.wrap(model, name, self.refuse))
+                self.wrap(model, name, self.refuse)
         if isinstance(part, EncoderReducer):
-            stage = EncoderStage(
-                part, family.layers, family.attention, family.mlp_branch, family.facts, self.current, family.mask
-            )
+            stage = EncoderStage(part, family.layers, family.attention, family.mlp_branch, family.facts, self.current)
             wanted = stage.wanted()
-            self._undo += stage.install()
+            stage.install(undo)
         else:
             wanted = {part.tower_layer - 1: part.needs}
-            before = family.layers[part.tower_layer].register_forward_pre_hook(self.pool)
-            self._undo.append(before.remove)
+            undo.pre_hook(family.layers[part.tower_layer], self.pool)
         for i, needs in wanted.items():
             if needs:
-                self._undo += family.tap(family.attention[i], functools.partial(self.observe, needs))
+                family.tap(family.attention[i], functools.partial(self.observe, family.attention[i], needs), undo.hook)
         for layer in family.layers:  # behind the hooks that shorten: what a block is given
-            self._undo.append(layer.register_forward_pre_hook(self.count).remove)
+            undo.pre_hook(layer, self.count)
 
-    @staticmethod
-    def wrap(model: nn.Module, name: str, wrapper: Callable[..., Any]) -> Callable[[], None]:
+    def wrap(self, model: nn.Module, name: str, wrapper: Callable[..., Any]) -> None:
         """Put a wrapper around a method of the instance."""
         original = getattr(model, name)
-        return replace_attribute(model, name, functools.wraps(original)(functools.partial(wrapper, original)))
+        self._undo.attribute(model, name, functools.wraps(original)(functools.partial(wrapper, original)))
+
+    def check_original(self, module: nn.Module, _args: Any) -> None:
+        """Refuse replicas, whose wrapped methods are the original's."""
+        parallel.check_original(module, self._model())
 
     def current(self) -> EncoderRun | None:
         """State of this model's pass under way."""
@@ -93,11 +94,12 @@ class VitHandle(BaseHandle):
         self.account(run)
         return out
 
-    def observe(self, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
+    def observe(self, attention: nn.Module, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Compute the signals wanted of one block."""
         run = self.current()
         if run is None:
             return
+        parallel.check_running(self.family, self.reducer.parts(), attention)
         with torch.no_grad(), run.clock.span(query.device):
             head = int(self.family.facts.has_cls)
             mask = None

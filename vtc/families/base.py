@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import Facts, Kind, Layout, Stage
-from vtc.errors import UnsupportedModelError
+from vtc.errors import UnsupportedFeatureError, UnsupportedModelError
 
 SHUFFLE = "its pixel shuffle joins squares of patches, so the tower must run on all of them"
 NO_BRANCH = "which vtc does not know how to reach between attention and MLP here"
@@ -147,13 +146,11 @@ class Transformer:
         Blocks and their attention modules.
     facts : Facts
         Numbers reducers may see. ``layers`` is 0: there is no language model.
-    mask : str or None
-        The blocks' argument for an additive attention mask; ``None`` where they take none.
     mlp_branch : callable
         A block to the first and the last module of its second residual branch.
     tap : callable
-        ``tap(attention, observe)`` calls ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, whenever the attention module runs,
-        and returns what ends it.
+        ``tap(attention, observe, hook)`` makes ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, be called whenever the attention
+        module runs; ``hook(module, function)`` registers a forward hook.
     """
 
     name: str
@@ -161,9 +158,8 @@ class Transformer:
     layers: list[nn.Module]
     attention: list[nn.Module]
     facts: Facts
-    mask: str | None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
-    tap: Callable[[nn.Module, Observe], list[Callable[[], None]]]
+    tap: Callable[[nn.Module, Observe, Callable[[nn.Module, Callable[..., Any]], None]], None]
 
 
 @dataclass(eq=False)
@@ -212,6 +208,11 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     if not hasattr(text, "layers") and hasattr(text, "model"):
         text = text.model
     require(getattr(text, "layers", None), "decoder layers", model)
+    if any(layer is None or isinstance(layer, nn.Identity) for layer in text.layers):
+        raise UnsupportedFeatureError(
+            f"{type(text).__name__} has only some of its decoder layers on this rank (pipeline parallelism), and a reducer needs "
+            "them all: load the model whole on every rank, or spread it with tensor parallelism"
+        )
     types = set(getattr(text.config, "layer_types", None) or ())
     odd = types - {"full_attention", "sliding_attention", "chunked_attention"}
     if odd:
@@ -286,6 +287,25 @@ def placeholder(config: Any, what: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(i) for i in ids if i is not None))
 
 
+def records_before_hooks(tower: nn.Module) -> bool:
+    """Whether the outputs of a tower's layers are recorded inside their ``forward``, where no hook can change them (4.57).
+
+    The decorator that records then puts its own ``forward`` on every layer; later ones use hooks.
+    """
+    recording = (m for m in tower.modules() if getattr(m, "_can_record_outputs", None))
+    return any("monkey_patched_layers" in _code(type(m).forward) for m in recording)
+
+
+def _code(function: Any) -> tuple[str, ...]:
+    """Variables of a function and of all it wraps."""
+    names: tuple[str, ...] = ()
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        names += (*code.co_varnames, *code.co_cellvars) if code is not None else ()
+        function = getattr(function, "__wrapped__", None)
+    return names
+
+
 def assemble(
     model: nn.Module,
     *,
@@ -304,7 +324,7 @@ def assemble(
     """Build a :class:`Family` whose language side is found by the usual names; ``facts`` are what only the adapter knows."""
     config = model.config
     base, text = multimodal_parts(model)
-    no_merging = RECORDED if compat.records_before_hooks(tower) else ""
+    no_merging = RECORDED if records_before_hooks(tower) else ""
     if not all(map(mlp_branch, layers)):
         no_merging = NO_BRANCH
     return Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc import compat
 from vtc.core import Layout
 from vtc.families import llava_next
 from vtc.families.base import Family, VisionCall, clip_pixels, frames
@@ -30,7 +30,7 @@ def build(model: nn.Module) -> Family:
 
     family = llava_next.anyres(model, packing, whole)
     describe, (rows, cols) = family.describe, family.facts.grid
-    appended = 0 if compat.video_newline_in_features(family.base) else 1
+    appended = 0 if newline_in_features(family.base) else 1
     grid, cells = (math.ceil(rows / 2), math.ceil(cols / 2)), _neighbours(family.base, rows, cols)
 
     def describe_image(call: Mapping[str, Any]) -> VisionCall:
@@ -53,6 +53,11 @@ def build(model: nn.Module) -> Family:
 
     family.describe, family.describe_video = describe_image, describe_video
     return family
+
+
+def newline_in_features(base: nn.Module) -> bool:
+    """Whether ``get_video_features`` appends the newline token; older releases do so in ``forward``."""
+    return "image_newline" in inspect.unwrap(type(base).get_video_features).__code__.co_names
 
 
 def _shrunk(slots: Layout, patches: Layout) -> bool:

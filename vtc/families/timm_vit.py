@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +12,6 @@ from vtc.errors import UnsupportedModelError
 from vtc.families.base import Observe, Transformer
 
 TYPES = ("timm",)
-MASK = "attn_mask"
-"""What a block calls its attention mask."""
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
 _NO_TEXT = "a vision transformer has no language model"
 
@@ -42,11 +39,12 @@ def mlp_branch(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
     return layer.norm2, layer.drop_path2
 
 
-def tap(attention: nn.Module, observe: Observe) -> list[Callable[[], None]]:
-    """Call ``observe`` whenever the attention module runs; return what ends it."""
+def tap(attention: nn.Module, observe: Observe, hook: Callable[[nn.Module, Callable[..., Any]], None]) -> None:
+    """Call ``observe`` whenever the attention module runs; ``hook(module, function)`` registers a forward hook."""
     collector = _Tap(attention, observe)
     places = ((attention.qkv, collector.values), (attention.q_norm, collector.queries), (attention.k_norm, collector.keys))
-    return [module.register_forward_hook(hook).remove for module, hook in places]
+    for module, look in places:
+        hook(module, look)
 
 
 def build(model: nn.Module) -> Transformer:
@@ -89,5 +87,4 @@ def build(model: nn.Module) -> Transformer:
         provides=frozenset({"attention", "cls"} if has_cls else {"attention"}),
         stages=stages,
     )
-    mask = MASK if MASK in inspect.signature(type(blocks[0]).forward).parameters else None
-    return Transformer("timm", model, blocks, [b.attn for b in blocks], facts, mask, mlp_branch, tap)
+    return Transformer("timm", model, blocks, [b.attn for b in blocks], facts, mlp_branch, tap)

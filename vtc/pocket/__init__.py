@@ -175,13 +175,13 @@ def load_pocket(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()  # a bar for 130 tensors that load in 50 ms is noise
     try:
-        processor = transformers.AutoProcessor.from_pretrained(folder, **processor_arguments)
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False, **processor_arguments)
         kind = (
             transformers.LlavaNextForConditionalGeneration
             if name == "pocket-next"
             else transformers.LlavaForConditionalGeneration
         )
-        model = kind.from_pretrained(folder, **model_arguments)
+        model = kind.from_pretrained(folder, trust_remote_code=False, **model_arguments)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtc.doors import GREEDY, check_length, check_prompt, short
 from vtc.pocket.errors import PocketError
 from vtc.pocket.questions import Question
 
@@ -155,11 +156,14 @@ def encode_questions(
     ------
     PocketError
         If `batch_size` is not positive.
+    PromptError
+        If a question holds the mark that stands for its picture.
     """
     return list(Batches(processor, questions, batch_size))
 
 
 def _chat_prompt(processor: Any, question: Question) -> str:
+    check_prompt(processor, question.prompt, f"the question '{short(question.id)}'")
     content = [{"type": "image"}, {"type": "text", "text": question.prompt}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -201,7 +205,11 @@ def answer_questions(
     ------
     PocketError
         If prepared batches are incomplete or mixed with questions.
+    PromptError
+        If a question is longer than the model's context, before it is asked.
     """
+    from vtc.engine import upstream
+
     batches = _as_batches(processor, questions, batch_size)
     total = sum(map(len, batches.rows)) if isinstance(batches, Batches) else sum(len(b.questions) for b in batches)
     answers: dict[int, Answer] = {}
@@ -209,12 +217,15 @@ def answer_questions(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for batch in batches:
+            real = batch.inputs.get(upstream.MASK, torch.ones_like(batch.inputs[upstream.IDS])).sum(1)
+            for question, tokens in zip(batch.questions, real.tolist(), strict=True):
+                check_length(model.config, tokens, f"the question '{short(question.id)}'")
             inputs = {
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in batch.inputs.items()
             }
-            output = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-            new_tokens = output[:, inputs["input_ids"].shape[1] :]
+            output = model.generate(**inputs, max_new_tokens=max_new_tokens, **GREEDY)
+            new_tokens = output[:, inputs[upstream.IDS].shape[1] :]
             texts = processor.batch_decode(new_tokens, skip_special_tokens=True)
             for position, question, text in zip(batch.positions, batch.questions, texts, strict=True):
                 answers[position] = _score(question, text)

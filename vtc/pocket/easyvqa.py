@@ -41,7 +41,7 @@ def image_numbers(split: str) -> range:
 @lru_cache(maxsize=5000)
 def load_image(split: str, number: int) -> Image.Image:
     """Load one image as RGB at 112x112 (bilinear, so that no processor has to resize it)."""
-    with Image.open(_data_folder(split) / "images" / f"{number}.png") as image:
+    with Image.open(_data_folder(split) / "images" / f"{number}.png", formats=("PNG",)) as image:
         return image.convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE), Image.BILINEAR)
 
 

@@ -259,8 +259,8 @@ def _load(name: str) -> tuple[Any, Any]:
         return load_pocket(name)
     import transformers
 
-    model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32)
-    return model.eval(), transformers.AutoProcessor.from_pretrained(name)
+    model = transformers.AutoModelForImageTextToText.from_pretrained(name, dtype=torch.float32, trust_remote_code=False)
+    return model.eval(), transformers.AutoProcessor.from_pretrained(name, trust_remote_code=False)
 
 
 def _marked(answers: Iterable[Any]) -> dict[str, dict[str, Any]]:

@@ -382,8 +382,10 @@ def encode_images(model: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
         Penultimate hidden states of the patches [b, 196, width], which the projector reads, and the normalised last
         CLS state [b, width].
     """
+    from vtc.engine import upstream
+
     output = model.model.vision_tower(pixels, output_hidden_states=True)
-    return output.hidden_states[-2][:, 1:], output.pooler_output
+    return upstream.all_states(output)[-2][:, 1:], upstream.features_of(output)
 
 
 def arrange_crops(model: nn.Module, visual: Tensor, rows: int, columns: int) -> Tensor:
@@ -463,6 +465,8 @@ def decode_packed(
         Hidden states of the packed tokens [b, t, width]: after the last layer and its norm, and a tuple of those in front
         of and after every layer, as the library gives them.
     """
+    from vtc.engine import upstream
+
     decoder = model.model.language_model
     batch, context = tokens.shape[0], len(prefix) + visual.shape[1]
     embed = decoder.embed_tokens
@@ -476,13 +480,10 @@ def decode_packed(
     mask = torch.zeros(batch, 1, length, length, dtype=inputs.dtype)
     mask = mask.masked_fill_(~visible[:, None], torch.finfo(inputs.dtype).min)
     output = decoder(
-        inputs_embeds=inputs,
-        attention_mask=mask,
-        position_ids=position_ids,
-        use_cache=False,
+        **{upstream.EMBEDS: inputs, upstream.MASK: mask, upstream.POSITIONS: position_ids, upstream.USE_CACHE: False},
         output_hidden_states=True,
     )
-    return output.last_hidden_state[:, context:], tuple(state[:, context:] for state in output.hidden_states)
+    return upstream.states_of(output)[:, context:], tuple(state[:, context:] for state in upstream.all_states(output))
 
 
 # ---------------------------------------------------------------------------------------------- portable folder

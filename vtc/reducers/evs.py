@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -21,6 +22,8 @@ NO_FRAME = "no earlier frame to compare with: tokens spread evenly"
 @register(
     "evs",
     paper="arXiv:2510.14624",
+    code="https://github.com/vllm-project/vllm @ d750efb",
+    licence="Apache-2.0 with an NVIDIA proprietary notice",
     presets={"rate70": {"keep": 0.3}, "rate75": {"keep": 0.25}},
 )
 @dataclass(frozen=True, kw_only=True)
@@ -31,20 +34,22 @@ class Evs(Reducer):
     The first frame stays whole; the most dissimilar tokens of the others fill the budget. Positions stay as they were, so that
     time stays visible.
 
-    Written from descriptions of the implementation in vLLM (pull request 22980: the first frame always wins, a stable sort, at
-    least one frame); paper and golden files were not at hand. Unconfirmed: that a token whose earlier token is gone counts as
-    entirely new.
+    The release is vLLM's (an NVIDIA notice stands in its files); what it does was read, nothing taken over.
 
     Deviates: where the budget is smaller than the first frame, and for images, the release cannot go below one frame; here the
     first frame is thinned evenly and the budget is met (said in the statistics). ``official=True`` keeps the whole first frame,
-    and rounds a share down. With ``per="frame"`` every frame keeps the same number, the first one evenly spread.
+    and rounds a share down: pruning at the rate ``q`` is ``keep=1 - q`` (as a Python float: ``1 - 0.9`` of 1,000 tokens is 99).
+    A token whose earlier token is not there counts as entirely new; the release always sees whole frames. With ``per="frame"``
+    every frame keeps the same number, the first one evenly spread. The release lets the text behind a clip go on from the width
+    of its grid, below the last frames of a long clip; here it goes on behind them (:func:`released_positions` has the release's
+    numbers).
 
     Parameters
     ----------
     keep : int or float
         Visual tokens per clip (or image) entering the language model; with ``per="frame"`` those of each frame.
     official : bool, default False
-        Never keep less than the first frame.
+        Never keep less than the first frame, and round a share down.
     """
 
     stage: ClassVar[Stage] = Stage.BOUNDARY
@@ -99,3 +104,69 @@ class Evs(Reducer):
 def spread(tokens: Tensor, k: int) -> Tensor:
     """Return ``k`` of the ``tokens (n,)`` at even distances, in order."""
     return tokens[(2 * torch.arange(k, device=tokens.device) + 1) * len(tokens) // (2 * k)]
+
+
+def media_positions(grid: tuple[int, int, int], kept: Tensor, *, seconds: int = 1, rate: float = 2.0) -> Tensor:
+    """Return the positions in time, height and width of a medium's ``kept`` tokens, and its width, as the release numbers them.
+
+    Parameters
+    ----------
+    grid : (int, int, int)
+        Frames, rows and columns of tokens, merged ones.
+    kept : Tensor
+        ``(K,)`` tokens of the whole grid, ascending.
+    seconds : int
+        Seconds between two frames of the grid; the release cuts off a fraction. 0 for an image.
+    rate : float
+        Positions per second.
+
+    Returns
+    -------
+    Tensor
+        ``(4, K)`` int64, from 0.
+    """
+    _, rows, cols = grid
+    place = torch.stack([kept // (rows * cols), kept // cols % rows, kept % cols, torch.full_like(kept, cols)])
+    place[0] = (place[0] * (rate * int(seconds))).long()
+    return place
+
+
+def released_positions(
+    input_ids: Tensor, positions: Tensor, media: Sequence[Tensor], vision_start: int
+) -> tuple[Tensor, Tensor]:
+    """Number a shortened prompt as the release does (M-RoPE).
+
+    Survivors stay where they were behind the token that starts their medium; the text behind them goes on from the *width* of
+    the grid, whatever the medium's last position. The next medium starts from what its own start token got.
+
+    Parameters
+    ----------
+    input_ids : Tensor
+        ``(L,)`` prompt with one placeholder per survivor.
+    positions : Tensor
+        ``(3, L)`` positions of which those up to the first medium count.
+    media : sequence of Tensor
+        :func:`media_positions` of each, in the order of the prompt.
+    vision_start : int
+        Token in front of every medium.
+
+    Returns
+    -------
+    positions : Tensor
+        ``(3, L)``.
+    delta : Tensor
+        ``()`` what to add to the length to get the next position.
+    """
+    starts = (input_ids == vision_start).nonzero()[:, 0].tolist()
+    if len(starts) != len(media):
+        raise ValueError(f"the prompt starts {len(starts)} media, {len(media)} are given")
+    out = positions.clone()
+    for start, stop, own in zip(starts, [*starts[1:], len(input_ids) - 1], media, strict=True):
+        base, text = out[-1, start] + 1, start + 1 + own.shape[1]
+        if text > stop + 1:
+            raise ValueError(f"a medium of {own.shape[1]} tokens does not fit behind place {start} of the prompt")
+        out[:, start + 1 : text] = own[:3] + base
+        if own.shape[1]:
+            base = base + own[3, 0]
+        out[:, text : stop + 1] = base + torch.arange(stop + 1 - text, device=out.device)
+    return out, out.max() + 1 - len(input_ids)

@@ -1,0 +1,60 @@
+"""Coverage-guided fuzzing of the doors, by hand: ``pip install atheris``, then ``python tests/fuzz_doors.py sweep|table|picture``.
+
+The inputs that reached something new are kept in ``tests/fuzz_corpus/DOOR``; the suite runs them again. Arguments behind the door's
+name go to the fuzzer, such as ``-max_total_time=600``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).parent))
+
+CORPUS = Path(__file__).parent / "fuzz_corpus"
+
+
+def doors(folder: Path, own: Path) -> dict[str, Callable[[bytes], None]]:
+    """Return every door as a function of bytes.
+
+    Parameters
+    ----------
+    folder : Path
+        Where inputs are put.
+    own : Path
+        Folder made by :func:`door_cases.question_folder`.
+    """
+    import door_cases as cases
+
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "sweep": lambda data: cases.sweep_door(data.decode("utf-8", "replace"), [], folder),
+        "table": lambda data: cases.table_door(data.decode("utf-8", "replace"), None, own),
+        "picture": lambda data: cases.picture_door(data, folder / "a.png"),
+    }
+
+
+def main() -> None:
+    """Run the fuzzer on one door until it is stopped, or finds something."""
+    import atheris
+
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in ("sweep", "table", "picture"):
+        sys.exit("which door? sweep, table or picture")
+    with atheris.instrument_imports(include=["yaml", "PIL", "csv", "vtc.doors", "vtc.eval.yamlfile", "vtc.eval.questions"]):
+        import door_cases as cases
+    root = Path(tempfile.mkdtemp())
+    cases.question_folder(root / "own")
+    run = doors(root / "in", root / "own")[name]
+    (CORPUS / name).mkdir(parents=True, exist_ok=True)
+    atheris.Setup([sys.argv[0], str(CORPUS / name), *sys.argv[2:]], run)
+    with cases.no_programs():
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
