@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from vtc import doors
 from vtc.core import Facts
+from vtc.engine import upstream
 from vtc.errors import ConfigError, InputFileError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval.config import ModelConfig
 from vtc.eval.digests import folder_digest
@@ -108,7 +109,7 @@ def check_model(model: ModelConfig) -> None:
     if model.attention is not None:
         from transformers import AttentionInterface
 
-        there = sorted({"eager", *AttentionInterface().keys()})
+        there = sorted({upstream.EAGER, *AttentionInterface().keys()})
         if model.attention not in there:
             raise ConfigError(
                 f"transformers has no attention implementation '{model.attention}'{did_you_mean(model.attention, there)} (use one "
@@ -325,7 +326,7 @@ def check_prompts(model: ModelConfig, questions: Sequence[Question]) -> None:
     tokenizer = getattr(processor, "tokenizer", None)
     for q in sorted(questions, key=lambda q: -len(q.prompt))[:_LONGEST]:
         if known.config is not None and tokenizer is not None:
-            tokens = len(tokenizer(q.prompt)["input_ids"]) + (known.slots or 0)
+            tokens = len(tokenizer(q.prompt)[upstream.IDS]) + (known.slots or 0)
             doors.check_length(known.config, tokens, f"the question '{doors.short(q.id)}'")
 
 

@@ -144,7 +144,7 @@ def _rows(task: TaskConfig) -> list[tuple[int, dict[str, str]]]:
     if bad := doors.unprintable(text):
         line = text[: text.index(ast.literal_eval(bad))].count("\n") + 1
         raise ConfigError(f"{shown} line {line}: it holds the character {bad}, which no text needs: remove it")
-    rows = []
+    rows, last = [], 0
     try:
         reader = csv.reader(io.StringIO(text), strict=True)
         header = next(reader, [])

@@ -461,6 +461,7 @@ def swept(path: Path, root: Path) -> tuple[Sweep, Store]:
         data = type(executor.worker).answers(executor.worker, job)
         base = data["samples"][0]
         data["samples"] = [{**base, "id": q.id, "image": q.id.rpartition("/")[0], "type": q.type} for q in real.values()]
+        data["metrics"] |= {"n": len(real), "correct": base["correct"] * len(real), "accuracy": base["score"]}
         return data
 
     executor.worker.answers = answers
@@ -474,7 +475,7 @@ def test_a_report_reads_no_file_that_the_store_names(own, tmp_path, monkeypatch)
     fresh = browse(store, overlays=False, asked=sweep.questions)
     assert all(s.image and s.question for s in fresh.samples), "the sweep itself has them at hand"
     with monkeypatch.context() as patched:
-        patched.setattr("vtc.eval.questions.open_image", lambda *_: pytest.fail("a picture was opened"))
+        patched.setattr("vtc.eval.pictures.open_image", lambda *_: pytest.fail("a picture was opened"))
         patched.setattr("vtc.eval.questions._rows", lambda *_: pytest.fail("a table was read"))
         foreign = browse(store, overlays=False)
     assert not any(s.image or s.question for s in foreign.samples) and len(foreign.samples) == 2

@@ -217,6 +217,40 @@ def test_raising_the_window_rewrites_bounds_window_and_lock(scripts, monkeypatch
     assert written == ["transformers==5.31.2\n"] and "raised: transformers 5.24 -> 5.31" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("green", [True, False])
+def test_the_newest_of_everything_is_tried_and_taken_when_the_suite_is_green(scripts, monkeypatch, tmp_path, capsys, green):
+    """All but the installations and the suite itself, which take minutes."""
+    lock, newest = scripts
+    tomorrow = re.sub(r"^timm==.*$", "timm==1.9.9", LOCKS["test"], flags=re.MULTILINE)
+    commands, resolved, raised = [], [], []
+
+    def resolve(project, extras):
+        resolved.append((project.read_text(), extras))
+        return lock.cleaned(tomorrow)
+
+    def suite(python, tests, workers, environment, junit):
+        trace = "/x/lib/python3.11/site-packages/timm/layers.py:3: TypeError"
+        red = f'<failure message="TypeError: gone">{trace}</failure>'
+        junit.write_text(f'<s><testcase classname="tests.test_vit" name="test_a">{"" if green else red}</testcase></s>')
+
+    monkeypatch.setattr(newest, "compile_lock", resolve)
+    monkeypatch.setattr(newest.subprocess, "run", lambda command, **_: commands.append([str(c) for c in command]))
+    monkeypatch.setattr(newest, "inventory", lambda *_: ({"timm": "1.9.9"}, {"timm": ["timm"]}))
+    monkeypatch.setattr(newest, "suite", suite)
+    monkeypatch.setattr(newest, "raise_window", lambda installed, text: raised.append((installed, text)))
+    assert newest.newest(1, ()) == (0 if green else 1)
+    out = capsys.readouterr().out
+    (given,) = resolved
+    assert '"timm>=1.0.16"' in given[0] and '"filelock>=3.16,<4.3"' in given[0] and given[1] == ("dev",)
+    assert "held: filelock stays below 4.3" in out and "newer than the lock: timm 1.9.9\n" in out
+    assert [c[3] for c in commands[1:3]] == ["install"] * 2 and "--no-deps" in commands[2]
+    assert raised == ([({"timm": "1.9.9"}, lock.cleaned(tomorrow))] if green else [])
+    was = next(iter({version(r) for r in pinned("test") if r.name == "timm"}))
+    assert (f"timm {was} -> 1.9.9: 1 failing tests\n  TypeError: gone (1)\n    tests/test_vit.py::test_a" in out) != green
+    monkeypatch.setattr(newest, "compile_lock", lambda *_: lock.cleaned(LOCKS["test"]))
+    assert newest.newest(1, ()) == 0 and "nothing is newer than the lock" in capsys.readouterr().out
+
+
 def test_bounds_are_lifted_but_for_the_held(scripts):
     _, newest = scripts
     text = PROJECT

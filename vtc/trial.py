@@ -106,7 +106,7 @@ def encode(model: Any, processor: Any, image: Image.Image, prompt: str) -> dict[
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(text=[text], images=[image], return_tensors="pt")
-    check_length(model.config, inputs["input_ids"].shape[1])
+    check_length(model.config, inputs[upstream.IDS].shape[1])
     return {k: v.to(model.device, model.dtype) if v.is_floating_point() else v.to(model.device) for k, v in inputs.items()}
 
 

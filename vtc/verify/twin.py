@@ -84,7 +84,7 @@ def build(
     makes = kind is not None and getattr(kind, "can_generate", bool)() and hasattr(kind, "generate")
     make: Callable[[], nn.Module] = lambda: kind(small)  # type: ignore[misc]  # noqa: E731
     if not makes:
-        make = lambda: AutoModelForImageTextToText.from_config(small, dtype=torch.float32)  # noqa: E731
+        make = lambda: AutoModelForImageTextToText.from_config(small, dtype=torch.float32, trust_remote_code=False)  # noqa: E731
     size = _size_of(make, config)
     if size > LARGEST:
         raise UnverifiableError(
