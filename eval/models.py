@@ -268,8 +268,8 @@ def _check_same(model: ModelConfig, planned: Mapping[str, Any]) -> None:
         raise _absent(model)
     if "folder" in planned and identity(model) != planned:
         raise ConfigError(
-            f"the files of the model '{doors.short(model.title)}' are not those the sweep was planned with (changed since, or others "
-            "on this machine): run the sweep again, it measures the new ones under addresses of their own"
+            f"the files of the model '{doors.short(model.title)}' are not those the sweep was planned with (changed since, or "
+            "others on this machine): run the sweep again, it measures the new ones under addresses of their own"
         )
 
 

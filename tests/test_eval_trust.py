@@ -206,7 +206,7 @@ def test_a_hub_model_of_unknown_version_is_asked_for_before_anything_runs(monkey
     assert sent == [("llava-hf/llava-1.5-7b-hf", "config.json")]
     assert {p.config["model"]["revision"] for p in sweep.planned} == {"a" * 40} and [p.id for p in sweep.planned] != before
     loaded = []
-    monkeypatch.setattr(models, "_load", lambda model, revision: loaded.append(revision) or (None, None))
+    monkeypatch.setattr(models, "_load", lambda model: loaded.append(model.revision) or (None, None))
     models.load(sweep.planned[0].model, sweep.planned[0].config["model"])
     assert loaded == ["a" * 40]  # whatever the hub serves by then
 
@@ -375,6 +375,8 @@ def test_who_holds_a_cell_is_said_after_ten_seconds(tmp_path, monkeypatch):
     console = Console(record=True, width=500, file=open(os.devnull, "w"))
 
     def nap(seconds):
+        if not seconds:  # the worker's
+            return
         now[0] += seconds
         heard.append("waiting for" in console.export_text(clear=False))
         if len(heard) == 60:
@@ -639,6 +641,8 @@ def test_a_picture_of_too_many_pixels_is_named_with_file_and_line(tmp_path, monk
     text = own(tmp_path, 2)
     Image.new("RGB", (side, side)).save(tmp_path / "pics" / "1.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1100)
-    with pytest.raises(ConfigError, match=r"qa.csv line 3: the image .*1.png' has more than 0 million pixels") as caught:
+    with pytest.raises(
+        ConfigError, match=r"qa.csv line 3: the image .*1.png' has more pixels than a picture may have"
+    ) as caught:
         Sweep(parse_sweep(text, folder=tmp_path))
     assert "\n" not in str(caught.value)
