@@ -80,3 +80,7 @@ NUMBERS := $(patsubst %,tests/test_%.py,golden reducers_* flowcut todre kernels 
 cpus: $(VENV)/.dev  ## the tests that compare numbers, as other CPUs compute them
 	failed=0; for cpu in $(CPUS); do echo "$$cpu"; \
 	env HF_HUB_OFFLINE=1 $$cpu $(BIN)/pytest -n $(WORKERS) -k "not compiles_within" $(NUMBERS) || failed=1; done; exit $$failed
+
+.PHONY: mutants-table
+mutants-table: $(VENV)/.dev  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)
+	$(BIN)/python tests/mutants

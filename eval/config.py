@@ -447,7 +447,7 @@ class ReducerConfig(_Strict):
         names = given.get("name")
         if isinstance(names, list):
             parts = [m.get("name") if isinstance(m, Mapping) else m for m in names]
-            return {**given, "name": "+".join(str(p) for p in parts), "members": names}
+            return {**given, "name": "+".join(str(p) for p in parts) or "nothing", "members": names}
         return given if isinstance(value, (Mapping, str, list)) else value
 
     @property

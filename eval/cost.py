@@ -66,7 +66,7 @@ def settle(cell: Cell, known: Outline) -> Cell:
     if cell.flops is None or known.facts is None or known.slots is None:
         return cell
     facts, slots = known.facts, known.slots
-    full = flops.language_flops(known.config, [slots + TEXT] * facts.layers).model
+    full = flops.language_flops(known.config, [slots * known.pieces + TEXT] * facts.layers).model
 
     def keep(tokens: int) -> int | float:
         return tokens if facts.tokens is not None else tokens / slots
@@ -74,7 +74,7 @@ def settle(cell: Cell, known: Outline) -> Cell:
     @functools.cache
     def cost(tokens: int) -> float:
         layers = predict(cell.keeping(keep(tokens)).reducer, facts, slots)
-        return flops.language_flops(known.config, [n + TEXT for n in layers]).model / full
+        return flops.language_flops(known.config, [n * known.pieces + TEXT for n in layers]).model / full
 
     return cell.keeping(keep(closest_count(cell.flops, slots, cost)))
 
@@ -85,11 +85,11 @@ def prompt_flops(reducer: Reducer | None, known: Outline) -> int | None:
         return None
     facts = known.facts
     layers = predict(reducer, facts, known.slots)
-    decoder = [n + TEXT for n in layers]
+    decoder = [n * known.pieces + TEXT for n in layers]
     if not flops.describes(known.config):
         return flops.language_flops(known.config, decoder).total
     grid = facts.grid[0] * facts.grid[1]
-    views = max(1, round(known.slots / grid))
+    views = max(1, round(known.slots * known.pieces / grid))
     parts = bind(reducer, facts).parts() if reducer is not None else ()
     share = layers[0] / known.slots if any(p.stage is Stage.IMAGE for p in parts) else 1.0
     patches = round(views * grid * share)

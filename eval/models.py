@@ -15,21 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from vtc import doors
 from vtc.core import Facts
+from vtc.counts import count
 from vtc.engine import upstream
 from vtc.errors import ConfigError, InputFileError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval.config import ModelConfig
 from vtc.eval.digests import folder_digest
-from vtc.inspect import (
-    SIDE,
-    device_named,
-    explained,
-    load_config,
-    locate,
-    processor_settings,
-    read_config,
-    skeleton,
-    visual_tokens,
-)
+from vtc.inspect import SIDE, device_named, explained, load_config, locate, read_config, skeleton
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
@@ -97,6 +88,14 @@ UNKNOWN = "not in the cache"
 _NOTES = ("MANIFEST.json", "curves.json", "measured.json", "training.jsonl")
 """Files of the embedded models that say how they were made and how good they are."""
 
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        "Qwen2VLImageProcessor",
+        {"min_pixels": 3136, "max_pixels": 12845056, "patch_size": 14, "temporal_patch_size": 2, "merge_size": 2},
+    )
+}
+"""Image processors of those whose pictures become more or fewer tokens: class and settings."""
+
 
 def check_model(model: ModelConfig) -> None:
     """Refuse names that cannot be a model's, before anything else is done.
@@ -150,11 +149,13 @@ class Outline:
     facts : Facts or None
         The adapter's; None where there is no adapter, or no config.
     slots : int or None
-        Visual tokens of one image, None where that depends on the picture.
+        Visual tokens of one image, or of one of its tiles or crops, where budgets count those; None where that is not known.
     parameters : int or None
         How many.
     note : str
         What is missing and why, or what the numbers assume.
+    pieces : int
+        Tiles or crops of one image.
     """
 
     config: Any
@@ -162,18 +163,22 @@ class Outline:
     slots: int | None
     parameters: int | None = None
     note: str = ""
+    pieces: int = 1
 
 
 @functools.lru_cache(maxsize=32)
 def _outline(name: str, trusted: bool) -> Outline:
+    import transformers
     from transformers import AutoConfig
 
     from vtc.families import family_of
 
-    notes = []
+    notes: list[str] = []
     place = str(pocket_path(name)) if name in POCKET_MODELS else name
+    processor: Any = place
     try:
         config = load_config(place, trust_remote_code=trusted)
+        processor = locate(place)
     except InputFileError as error:
         if name not in KNOWN:
             return Outline(None, None, None, None, f"{error}; without its configuration nothing can be checked or estimated")
@@ -183,6 +188,10 @@ def _outline(name: str, trusted: bool) -> Outline:
         except ValueError:
             return Outline(None, None, None, None, f"this transformers has no model of the type '{KNOWN[name]['model_type']}'")
         notes.append("sizes from vtc's own table, since the model is not in the local cache")
+        processor = None
+        if name in PROCESSORS:
+            kind, settings = PROCESSORS[name]
+            processor = getattr(transformers, kind)(**settings)
     parameters = None
     try:
         skeletal = skeleton(config, trust_remote_code=trusted)
@@ -190,15 +199,17 @@ def _outline(name: str, trusted: bool) -> Outline:
         with explained(name, "the configuration"):
             family = family_of(skeletal)
             facts = family.facts
-            size = (2 * config.vision_config.image_size,) * 2 if facts.anyres else (SIDE, SIDE)
-            slots = facts.tokens or visual_tokens(family, size, processor_settings(place))[0]
     except UnsupportedModelError as error:
         return Outline(config, None, None, parameters, "; ".join([*notes, f"budgets cannot be checked: {error}"]))
+    size = (2 * config.vision_config.image_size,) * 2 if facts.anyres else (SIDE, SIDE)
+    with explained(name, "the configuration"):
+        counted = count(family, size, processor)
+    slots = facts.tokens if counted.tokens is not None and family.unit != "image" else counted.tokens
     if slots is None:
-        notes.append("the number of visual tokens depends on the picture, so that FLOPs are not estimated")
-    elif facts.tokens is None:
-        notes.append(f"FLOPs of pictures of {size[0]}x{size[1]} pixels ({slots} visual tokens)")
-    return Outline(config, facts, slots, parameters, "; ".join(notes))
+        notes.append(f"the number of visual tokens is not known ({counted.why}), so that FLOPs are not estimated")
+    elif facts.tokens is None or family.unit != "image":
+        notes.append(f"FLOPs of pictures of {size[0]}x{size[1]} pixels ({counted.tokens} visual tokens)")
+    return Outline(config, facts, slots, parameters, "; ".join(notes), counted.pieces or 1)
 
 
 def outline(model: ModelConfig) -> Outline:

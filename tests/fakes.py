@@ -15,27 +15,28 @@ from vtc.eval.worker import Job, Outcome, Worker
 
 
 class FakeWorker(Worker):
-    """Takes a few milliseconds per cell and notes every job it is given.
+    """Takes no time and notes every job it is given.
 
     Parameters
     ----------
     log : Path or None
         Gets one line per accuracy job begun.
-    seconds : float
-        How long a job takes.
     questions : int
         Samples per cell.
+    meet : int or None
+        Processes that must have noted a job before any of them goes on.
     """
 
-    def __init__(self, log: Path | None = None, seconds: float = 0.0, questions: int = 6) -> None:
+    def __init__(self, log: Path | None = None, questions: int = 6, meet: int | None = None) -> None:
         super().__init__()
-        self.log, self.seconds, self.count = log, seconds, questions
+        self.log, self.count, self.meet = log, questions, meet
 
     def run(self, job: Job, progress: Any = None) -> Outcome:
         if self.log is not None and job.kind == "accuracy":
             with open(self.log, "a") as file:
                 file.write(f"{job.id} {os.getpid()}\n")
-        time.sleep(self.seconds)
+        while self.meet is not None and len({line.split()[1] for line in self.log.read_text().splitlines()}) < self.meet:
+            time.sleep(0.01)
         data = self.answers(job) if job.kind == "accuracy" else self.timings(job)
         return Outcome(data, env.describe(job.seed))
 
@@ -60,7 +61,7 @@ class FakeWorker(Worker):
             "tokens": {"slots": 196.0, "kept": float(kept), "avg": float(kept)},
             "flops": {"counted": flops, "formula": flops, "mismatch": 0.0, "tokens": {"decoder": [kept + 12] * 6}},
             "kv_bytes": 6 * kept,
-            "seconds": self.seconds,
+            "seconds": 0.0,
         }
         return {"metrics": metrics, "samples": samples}
 
@@ -104,8 +105,8 @@ class SleepingWorker(Worker):
         raise AssertionError("nobody ended this process")
 
 
-def fake_executor(log: Path | None = None, seconds: float = 0.0, questions: int = 6) -> InProcess:
+def fake_executor(log: Path | None = None, questions: int = 6, meet: int | None = None) -> InProcess:
     """Return a local executor around a :class:`FakeWorker`."""
     executor = InProcess()
-    executor.worker = FakeWorker(log, seconds, questions)
+    executor.worker = FakeWorker(log, questions, meet)
     return executor

@@ -381,6 +381,93 @@ CASES: dict[str, Case] = {
 }
 
 
+# ---------------------------------------------------------------------------------- other language models, other releases
+def _windowed(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    return _mistral3(dict(sliding_window=14) | words, eyes, over)
+
+
+def _cohere(name: str, words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    words = dict(sliding_window=12, layer_types=kinds[: words["num_hidden_layers"]], logit_scale=1.0) | words
+    shared = IDS | dict(text_config=hf.Cohere2Config(**words), downsample_factor=2)
+    if name == "AyaVision":
+        shared |= dict(vision_config=_siglip(eyes | dict(image_size=32, patch_size=4)), vision_feature_layer=-1)
+        shared |= dict(vision_feature_select_strategy="full", alignment_intermediate_size=32)
+    else:
+        shared |= dict(vision_config=_siglip(eyes | dict(image_size=32, patch_size=4)), alignment_intermediate_size=32)
+    return getattr(hf, f"{name}ForConditionalGeneration"), getattr(hf, f"{name}Config")(**(shared | over))
+
+
+def _pixtral(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    tower = hf.PixtralVisionConfig(**eyes | dict(image_size=32, patch_size=8))
+    shared = IDS | dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
+    shared |= dict(text_config=hf.MistralConfig(**({"sliding_window": None} | words)), vision_config=tower)
+    return hf.LlavaForConditionalGeneration, hf.LlavaConfig(**(shared | over))
+
+
+SCALED = dict(rope_type="yarn", type="yarn", rope_theta=10000.0, factor=16.0, beta_fast=32.0, beta_slow=1.0, mscale=1.0)
+SCALED |= dict(mscale_all_dim=1.0, original_max_position_embeddings=8, llama_4_scaling_beta=0.5)
+"""Queries grow with their position, as Ministral 3's do; from the eighth token on instead of the 16384th."""
+
+
+def _ministral3(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    kind, config = _mistral3(words, eyes, {})
+    language = hf.Ministral3Config(**dict(head_dim=8, rope_parameters=dict(SCALED)) | words)
+    shared = IDS | dict(text_config=language, vision_config=config.vision_config, spatial_merge_size=2, vision_feature_layer=-1)
+    return kind, hf.Mistral3Config(**(shared | over))
+
+
+def _mistral4(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    kind, config = _mistral3(words, eyes, {})
+    heads = dict(kv_lora_rank=12, q_lora_rank=12, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8)
+    # its layers of experts do not run in float64
+    experts = dict(n_routed_experts=4, moe_intermediate_size=24, num_experts_per_tok=2, first_k_dense_replace=99)
+    language = hf.Mistral4Config(**heads | experts | dict(rope_parameters=dict(SCALED)) | words | dict(num_key_value_heads=4))
+    shared = IDS | dict(text_config=language, vision_config=config.vision_config, spatial_merge_size=2, vision_feature_layer=-1)
+    return kind, hf.Mistral3Config(**(shared | over))
+
+
+def _gemma4(words: dict[str, Any], eyes: dict[str, Any], over: dict[str, Any]) -> Config:
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    words = dict(head_dim=8, global_head_dim=16, sliding_window=12, layer_types=kinds, hidden_size_per_layer_input=6) | words
+    words |= dict(vocab_size_per_layer_input=VOCABULARY, pad_token_id=PAD)
+    tower = hf.Gemma4VisionConfig(
+        **eyes | dict(num_key_value_heads=3, head_dim=8, patch_size=4, pooling_kernel_size=2, position_embedding_size=32)
+    )
+    shared = dict(text_config=hf.Gemma4TextConfig(**words), vision_config=tower, audio_config=None, image_token_id=IMAGE_TOKEN)
+    shared |= dict(video_token_id=VIDEO_TOKEN, audio_token_id=START, boi_token_id=END, eoi_token_id=BREAK)
+    return hf.Gemma4ForConditionalGeneration, hf.Gemma4Config(**(shared | over))
+
+
+def _placed_patches(model: nn.Module, images: Sequence[int], draw: Callable[..., Tensor], sizes: Any) -> dict[str, Tensor]:
+    at = torch.stack([torch.arange(64) % 8, torch.arange(64) // 8], -1)
+    return {"pixel_values": draw(sum(images), 64, 48), "image_position_ids": at.expand(sum(images), -1, -1).contiguous()}
+
+
+def _one_placed(inputs: dict[str, Tensor], model: nn.Module, i: int) -> dict[str, Tensor]:
+    return {k: inputs[k][i : i + 1] for k in ("pixel_values", "image_position_ids")}
+
+
+def _seen_both_ways(ids: Tensor, prompt: int) -> dict[str, Tensor]:
+    return {"mm_token_type_ids": (ids == IMAGE_TOKEN).long()}
+
+
+OTHERS: dict[str, Case] = {
+    "mistral3:windowed": Case("mistral3", _windowed, _mixed_sizes, _one_sized, _broken_rows),
+    "pixtral": Case("llava", _pixtral, _mixed_sizes, _one_sized, _broken_rows),
+    "aya_vision": Case("aya_vision", functools.partial(_cohere, "AyaVision"), _plain(32)),
+}
+if hasattr(hf, "Cohere2VisionConfig"):
+    OTHERS["cohere2_vision"] = Case("cohere2_vision", functools.partial(_cohere, "Cohere2Vision"), _plain(32))
+if hasattr(hf, "Ministral3Config"):
+    OTHERS["ministral3"] = Case("mistral3", _ministral3, _mixed_sizes, _one_sized, _broken_rows)
+if hasattr(hf, "Mistral4Config"):
+    OTHERS["mistral4"] = Case("mistral3", _mistral4, _mixed_sizes, _one_sized, _broken_rows)
+if hasattr(hf, "Gemma4Config"):
+    OTHERS["gemma4"] = Case("gemma4", _gemma4, _placed_patches, _one_placed, extra=_seen_both_ways)
+"""Models that share a family with one above or have no adapter, as far as the installed transformers knows them."""
+
+
 def case_of(model: nn.Module) -> Case:
     """The case a tiny model was built from."""
-    return CASES[model.tiny_case]
+    return (CASES | OTHERS)[model.tiny_case]

@@ -17,6 +17,7 @@ from family_cases import (
     CASES,
     DECODER_LAYERS,
     IMAGE_TOKEN,
+    OTHERS,
     PAD,
     PINPOINTS,
     SIZES,
@@ -58,7 +59,7 @@ def build(
     Parameters
     ----------
     name : str
-        One of :data:`family_cases.CASES`.
+        One of :data:`family_cases.CASES` or :data:`family_cases.OTHERS`.
     impl : str
         Attention implementation of language model and tower.
     dtype : torch.dtype
@@ -70,7 +71,7 @@ def build(
     **over
         Changes to the outer config.
     """
-    kind, config = CASES[name].make(TEXT | (text or {}), VISION | (vision or {}), over)
+    kind, config = (CASES | OTHERS)[name].make(TEXT | (text or {}), VISION | (vision or {}), over)
     model = kind(config)
     model.tiny_case = name
     model.generation_config.eos_token_id = None
@@ -138,7 +139,7 @@ def make_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
     images = list(images) if images is not None else ([1] if batch == 1 else [1, 2])
-    dtype, case = next(model.parameters()).dtype, CASES[name]
+    dtype, case = next(model.parameters()).dtype, (CASES | OTHERS)[name]
     extra: dict[str, Tensor] = {}
     if sum(images):
         extra = case.pixels(model, images, lambda *shape: torch.randn(*shape, generator=generator), sizes)

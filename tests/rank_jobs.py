@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from models import build, make_inputs
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import vtc
@@ -22,7 +23,7 @@ from vtc.engine import parallel
 from vtc.errors import VtcError
 from vtc.pocket import load_pocket, pocket_path
 
-KEEP = 48
+KEEP, WORDS = 48, 8
 DATA = ("fastv", "pyramiddrop", "corematching", "transprune", "visionzip", "tome", "zooprune")
 """Reducers that read every kind of thing."""
 
@@ -49,18 +50,26 @@ class Ran:
 
     kept: list[list[int]]
     logits: Tensor
+    written: list[list[int]] | None = None
 
-    def same(self, other: Ran) -> bool:
-        return self.kept == other.kept and torch.allclose(self.logits, other.logits, atol=1e-4, rtol=0)
+    def same(self, other: Ran, atol: float = 1e-4) -> bool:
+        alike = self.kept == other.kept and self.written == other.written
+        return alike and torch.allclose(self.logits, other.logits, atol=atol, rtol=0)
 
 
 @torch.no_grad()
-def call(model: nn.Module, reducer: Any, inputs: dict[str, Tensor] | None = None, **options: Any) -> Ran:
-    """Patch, run once, unpatch."""
+def call(model: nn.Module, reducer: Any, inputs: dict[str, Tensor] | None = None, words: int = 0, **options: Any) -> Ran:
+    """Patch, run once, generate some ``words`` if asked, unpatch."""
     options = options or ({"keep": KEEP} if isinstance(reducer, str) else {})
+    inputs = inputs or rows(0, 2)
     with vtc.patch(model, reducer, **options) as handle:
-        logits = model(**(inputs or rows(0, 2))).logits[:, -1].clone()
-        return Ran([k.entries.tolist() for k in handle.stats.kept], logits)
+        ran = Ran([], model(**inputs).logits[:, -1].clone())
+        ran.kept = [k.entries.tolist() for k in handle.stats.kept]
+        if words:
+            ran.written = model.generate(**inputs, max_new_tokens=words, do_sample=False, eos_token_id=None)[
+                :, -words:
+            ].tolist()
+        return ran
 
 
 def told(action: Callable[[], Any]) -> Any:
@@ -103,15 +112,16 @@ LINEAR = {
 
 def split(model: nn.Module, mesh: Any, text: bool = True, tower: bool = False) -> nn.Module:
     """Spread a model with torch's own tensor parallelism."""
-    base, plan = model.model, {name: kind() for name, kind in LINEAR.items()}
+    plan = {name: kind() for name, kind in LINEAR.items()}
 
     def layer(module: nn.Module) -> None:
         names = dict(module.named_modules())
         parallelize_module(module, mesh, {name: kind for name, kind in plan.items() if name in names})
 
-    for module in base.language_model.layers if text else ():
+    for module in model.model.language_model.layers if text else ():
         layer(module)
     if tower:
+        base = model.model
         for module in getattr(base.vision_tower, "vision_model", base.vision_tower).encoder.layers:
             layer(module)
         halves = {"linear_1": ColwiseParallel(), "linear_2": RowwiseParallel()}
@@ -126,7 +136,7 @@ def line(n: int = 2, **options: Any) -> Any:
 def everything(model_of: Callable[[], nn.Module]) -> dict[str, Any]:
     """Every reducer of the registry, on a model that is spread."""
     model = model_of()
-    return {name: told(lambda name=name: call(model, name)) for name in vtc.list_reducers()}
+    return {name: told(lambda name=name: call(model, name, words=WORDS)) for name in vtc.list_reducers()}
 
 
 def spread_by_transformers() -> dict[str, Any]:
@@ -135,6 +145,32 @@ def spread_by_transformers() -> dict[str, Any]:
 
 def spread_with_tower() -> dict[str, Any]:
     return everything(lambda: split(whole(), line(), tower=True))
+
+
+SHAPES = ("llava_next", "qwen2_5_vl", "internvl", "gemma3")
+"""Tiny models with grouped keys (four query heads, two key heads), AnyRes crops, packed towers, tiles, windows."""
+READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune")
+"""Reducers that read attention, keys or neurons of decoder layers."""
+
+
+@functools.cache
+def tiny(name: str, heads: int) -> nn.Module:
+    """A tiny random model of a family, in one process."""
+    return build(
+        name, text={} if heads == 4 else {"num_attention_heads": heads, "num_key_value_heads": heads // 2, "hidden_size": 64}
+    )
+
+
+def tried(model: nn.Module, name: str) -> dict[str, Any]:
+    """The reducers that read the decoder, on a model of a family: two rows, one padded."""
+    inputs = make_inputs(name, model, 2)
+    return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in READERS}
+
+
+def families_spread(heads: int) -> dict[str, Any]:
+    """Tiny models of several families, whose decoders torch splits over all ranks."""
+    size = distributed.get_world_size()
+    return {name: tried(split(copy.deepcopy(tiny(name, heads)), line(size)), name) for name in SHAPES}
 
 
 def spread_embeddings() -> list[Any]:
@@ -150,21 +186,24 @@ def spread_embeddings() -> list[Any]:
 
 
 @functools.cache
-def unspread(reducer: str) -> Ran:
+def unspread(reducer: str, words: int = 0) -> Ran:
     """A single process."""
-    return call(alone(), reducer)
+    return call(alone(), reducer, words=words)
+
+
+LATER = ("fastv", "pyramiddrop", "corematching", "visionzip", "tome", "zooprune", "divprune")
 
 
 def sharded_later() -> list[Any]:
     """Patched whole, spread afterwards; then taken off, which works, and run."""
     found: list[Any] = []
-    for reducer in ("fastv", "pyramiddrop", "corematching", "visionzip", "tome", "zooprune", "divprune"):
+    for reducer in LATER:
         model = whole()
         handle = vtc.patch(model, reducer, keep=KEEP)
         split(model, line(), tower=True)
         with torch.no_grad():
             found.append(told(lambda model=model: Ran([], model(**rows(0)).logits[:, -1].clone())))
-            if reducer == "divprune":
+            if isinstance(found[-1], Ran):
                 found[-1].kept = [k.entries.tolist() for k in handle.stats.kept]
             vtc.unpatch(model)
             found.append(Ran([], model(**rows(0)).logits[:, -1].clone()))
@@ -229,12 +268,13 @@ def both() -> list[Any]:
     model = made()
     found = [mesh.get_local_rank("data"), *(told(lambda n=n: call(model, n, mine)) for n in ("fastv", "divprune", "visionzip"))]
     late = whole()
-    vtc.patch(late, "fastv", keep=KEEP)
+    handle = vtc.patch(late, "fastv", keep=KEEP)
     split(late, mesh["tensor"])
     for layer in late.model.language_model.layers:
         fully_shard(layer, mesh=mesh["data"])
     with torch.no_grad():
-        found.append(told(lambda: late(**mine)))
+        logits = late(**mine).logits[:, -1].clone()
+        found.append(Ran([k.entries.tolist() for k in handle.stats.kept], logits))
     return [*found, told(lambda: call(model, Apart(keep=KEEP, by=2), mine))]  # both ranks of a half agree
 
 
@@ -285,12 +325,55 @@ class ApartInOwners(Apart):
         return Selection(at, signals.features[:, : signals.budget], owner.expand(signals.shape[0], -1).clone())
 
 
+def neurons_split() -> list[Any]:
+    """Decode steps on some of the neurons, of MLPs that are split; and of MLPs that are whole."""
+    model, other = split(whole(), line()), whole()
+    for layer in other.model.language_model.layers:
+        plan = {name: kind() for name, kind in LINEAR.items() if name.startswith("self_attn") and "out_proj" not in name}
+        parallelize_module(layer, line(), plan)
+    return [told(lambda m=m: call(m, "corematching", keep=KEEP, neurons=0.4, words=WORDS)) for m in (model, other)]
+
+
+def few_key_heads() -> Any:
+    """One key head, and two ranks."""
+    model = build("llava", text={"num_attention_heads": 4, "num_key_value_heads": 1})
+    plan = {name: kind() for name, kind in LINEAR.items() if "k_proj" not in name and "v_proj" not in name}
+    for layer in model.model.language_model.layers:
+        names = dict(layer.named_modules())
+        parallelize_module(layer, line(), {name: kind for name, kind in plan.items() if name in names})
+    return told(lambda: call(model, "fastv", make_inputs("llava", model, 2), keep=0.4))
+
+
+def gathered() -> dict[str, int]:
+    """Bytes that every rank is sent for one prefill, by reducer."""
+    found, real = {}, distributed.all_gather
+
+    def counting(parts: list[Tensor], tensor: Tensor, **options: Any) -> Any:
+        found[name] += sum(t.numel() * t.element_size() for t in parts)
+        return real(parts, tensor, **options)
+
+    parallel.distributed.all_gather = counting
+    model = split(whole(), line())
+    for name in vtc.list_reducers():
+        found[name] = 0
+        call(model, name, rows(0), keep=KEEP)
+    return found
+
+
+def other_prompts() -> list[Any]:
+    """Ranks that share a model are given prompts of their own: seen before one waits for what another sends."""
+    model = spread()
+    mine = rows(2) if distributed.get_rank() else rows(0)
+    mine["input_ids"] = mine["input_ids"].roll(distributed.get_rank() * 3, 1)
+    return [told(lambda: call(model, "fastv", mine, keep=KEEP))]
+
+
 def ranks_apart() -> list[Any]:
     """Reducers that keep other tokens on every rank; strict and not; then a call that is right, on the same model."""
     model = spread()
-    kinds = (Apart, ApartInside, ApartInNumber, ApartInNumberInside, ApartInOwners)
-    found = [told(lambda kind=kind: call(model, kind(keep=KEEP))) for kind in kinds]
+    found = [told(lambda kind=kind: call(model, kind(keep=KEEP))) for kind in (Apart, ApartInNumber, ApartInOwners)]
     found.append(told(lambda: call(model, Apart(keep=KEEP), strict=False)))
+    found += [told(lambda kind=kind: call(model, kind(keep=KEEP))) for kind in (ApartInside, ApartInNumberInside)]
     return [*found, call(model, "divprune")]
 
 
@@ -384,3 +467,94 @@ def failing() -> None:
 
 def rank_of() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+TRAINED = ("fastv", "divprune", "visionzip", "aim")
+
+
+def lessons() -> dict[str, Tensor]:
+    """Four prompts of one length, the last twelve tokens of each to be learned."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(10, 90, (4, 212), generator=generator)
+    ids[:, 3:199] = 4
+    labels = ids.masked_fill(torch.arange(212) < 200, -100)
+    pixels = torch.randn(4, 3, 112, 112, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels, "labels": labels}
+
+
+def train(model: nn.Module, mine: slice, reducer: str, steps: int = 5) -> tuple[list[float], list[float]]:
+    """Five steps at a budget; return the losses (the mean over ranks) and the norms of gradients, summed over the model."""
+    inputs = {name: value[mine] for name, value in lessons().items()}
+    ranks = distributed.get_world_size() if distributed.is_initialized() else 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses, norms = [], []
+    handle = vtc.patch(model, reducer, keep=KEEP)
+    for _ in range(steps):
+        loss = model(**inputs).loss
+        loss.backward()
+        told_ = loss.detach().clone()
+        if ranks > 1:
+            distributed.all_reduce(told_)
+        losses.append(float(told_) / ranks)
+        squares = [p.grad.pow(2).sum() for p in model.parameters() if p.grad is not None]
+        norms.append(float(sum(s.full_tensor() if hasattr(s, "full_tensor") else s for s in squares)) ** 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    handle.remove()
+    return losses, norms
+
+
+def sharded(model: nn.Module, **options: Any) -> nn.Module:
+    """FSDP2: every decoder layer, the projector and the rest."""
+    size = distributed.get_world_size()
+    for layer in model.model.language_model.layers:
+        fully_shard(layer, mesh=line(size), **options)
+    fully_shard(model.model.multi_modal_projector, mesh=line(size), **options)
+    return fully_shard(model, mesh=line(size), **options)
+
+
+def trained() -> dict[str, Any]:
+    """Half of the lessons on every rank: FSDP2, with activation checkpointing, and DDP."""
+    rank = distributed.get_rank()
+    mine, found = slice(2 * rank, 2 * rank + 2), {}
+    for reducer in TRAINED:
+        found[reducer] = told(lambda reducer=reducer: train(sharded(whole()), mine, reducer))
+        again = whole().train()
+        again.gradient_checkpointing_enable({"use_reentrant": False})
+        found[f"{reducer}, checkpoints"] = told(lambda reducer=reducer, again=again: train(sharded(again), mine, reducer))
+        copies = nn.parallel.DistributedDataParallel(whole(), find_unused_parameters=True)  # the tower's last layer is unused
+        found[f"{reducer}, DDP"] = told(lambda reducer=reducer, copies=copies: train(copies, mine, reducer))
+    return found
+
+
+def half_precision() -> list[Any]:
+    """FSDP2 that computes in bfloat16 (patched before and after), and in float32 around attention modules alone, eager."""
+    found = []
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for reducer in DATA:
+        found.append(told(lambda reducer=reducer: call(sharded(whole(), mp_policy=policy), reducer, rows(0, 2), keep=KEEP)))
+        model = whole()
+        handle = vtc.patch(model, reducer, keep=KEEP)
+        with torch.no_grad():
+            logits = sharded(model, mp_policy=policy)(**rows(0, 2)).logits[:, -1].clone()
+        stats = handle.stats
+        found.append(
+            (Ran([k.entries.tolist() for k in stats.kept], logits), [image.tokens_per_layer for image in stats.last.images])
+        )
+    return found
+
+
+def attention_alone() -> list[Any]:
+    """FSDP2 around attention modules alone, with eager attention."""
+    found = []
+    for reducer in ("fastv", "visionzip"):
+        model = whole()
+        model.set_attn_implementation("eager")
+        for module in (
+            *(layer.self_attn for layer in model.model.language_model.layers),
+            *(m for n, m in model.model.vision_tower.named_modules() if n.endswith("self_attn")),
+        ):
+            fully_shard(module, mesh=line())
+        found.append(told(lambda m=model, r=reducer: call(m, r, rows(0, 2), keep=KEEP)))
+    return found

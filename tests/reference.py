@@ -42,10 +42,13 @@ def _eager64(module, query, key, value, attention_mask, scaling=None, **_kwargs)
     return attend(query, key, value, attention_mask, scaling)
 
 
-def _fake_flash(module, query, key, value, attention_mask, scaling=None, position_ids=None, is_causal=None, **_kwargs):
+def _fake_flash(
+    module, query, key, value, attention_mask, scaling=None, position_ids=None, is_causal=None, sliding_window=None, **_kwargs
+):
     """What FlashAttention-2 computes from what it is handed: a 2-D padding mask or None, causal aligned to the last key.
 
-    Asserts the contract, and takes the packed-sequence branch as transformers does (batch 1, position ids that restart).
+    A window counts the keys that are not masked. Asserts the contract, and takes the packed-sequence branch as transformers does
+    (batch 1, position ids that restart).
     """
     assert attention_mask is None or attention_mask.shape == (key.shape[0], key.shape[2]), "FlashAttention wants (batch, keys)"
     queries, keys = query.shape[2], key.shape[2]
@@ -59,6 +62,10 @@ def _fake_flash(module, query, key, value, attention_mask, scaling=None, positio
         if (torch.arange(queries) + places.min() - places).abs().sum():
             document = (places == places.min()).cumsum(0)
             allowed = allowed & (document[:, None] == document[None])
+    if sliding_window is not None and keys > sliding_window:
+        there = torch.ones(len(query), keys) if attention_mask is None else attention_mask.double()
+        place = there.cumsum(1)
+        allowed = allowed & (place[:, None, -queries:, None] - place[:, None, None] < sliding_window)
     return attend(query, key, value, allowed, scaling)[0], None
 
 

@@ -116,7 +116,7 @@ def overlapping(folder: Path) -> dict:
             code = 1
             try:
                 store = Store(folder / "both", create=True)
-                code = sweep.run(store, quiet, executor=fake_executor(folder / "log", 0.01)).failed
+                code = sweep.run(store, quiet, executor=fake_executor(folder / "log", meet=2)).failed
             finally:
                 os._exit(code)
         children.append(pid)

@@ -172,7 +172,7 @@ def test_the_plan_measures_what_the_bars_ask_for_and_that_first(device):
 def test_one_command_measures_writes_and_judges(small, tmp_path):
     out = tmp_path / "new" / "folder"
     common.write(out / "model.csv", [{"model": "of before", "device_type": d} for d in (None, "cpu", "cuda")])
-    run = CliRunner().invoke(app, ["bench", "bars", "--preset", "cpu", "--minutes", "2", "--out", str(out)])
+    run = CliRunner().invoke(app, ["bench", "bars", "--preset", "cpu", "--minutes", "600", "--out", str(out)])
     assert run.exit_code == 0, run.output
     assert {p.name for p in out.iterdir()} == {"kernels.csv", "model.csv", "bars.md", "bars.json"}, "no GPU: no equality.csv"
     last = run.stdout.splitlines()
@@ -256,13 +256,13 @@ def test_what_does_not_fit_or_fails_is_a_row_and_the_run_goes_on(small, monkeypa
     monkeypatch.setattr(speed, "measure", measure)
     wanted = [("divprune", 4, 2), ("random", 4, 1), ("fastv", 4, 1), ("flowcut", 40, 1)]
     plan = [("wide-and-flat", wanted)]
-    rows = list(model.run(plan, model.PRESETS["cpu"], CPU, time.monotonic() + 100))
+    rows = list(model.run(plan, model.PRESETS["cpu"], CPU, math.inf))
     assert rows[0].note == "out of memory: OutOfMemoryError: CUDA out of memory. Tried to allocate 50.00 GiB."
     assert rows[1].note == "failed: RuntimeError: " and rows[2].ttft_ms > 0
     assert rows[3].note.startswith(("does not apply: ", "1 rounds"))
     assert "out of memory" in model.summary(rows)[1]
     monkeypatch.setattr(model, "build", lambda *_: torch.empty(2**62))  # a model that does not fit
-    rows = list(model.run(plan, model.PRESETS["cpu"], CPU, time.monotonic() + 100))
+    rows = list(model.run(plan, model.PRESETS["cpu"], CPU, math.inf))
     assert len(rows) == 4 and all(r.note.startswith("failed: RuntimeError") for r in rows)
 
 

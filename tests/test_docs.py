@@ -16,7 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/reducers.md", "docs/families.md", "docs/kernels.md", "docs/upstream.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/reducers.md", "docs/families.md", "docs/kernels.md", "docs/parallel.md", "docs/upstream.md"]
+)
 def test_generated_blocks_are_fresh(name):
     text = (ROOT / name).read_text()
     assert "<!-- vtc:begin " in text

@@ -20,6 +20,7 @@ from stores import fixed_store
 
 import vtc
 from vtc import cli, doors, inspect
+from vtc.counts import UncountableError, image_processor
 from vtc.errors import ConfigError, InputFileError, PromptError, StoreError, UnsupportedModelError
 from vtc.eval import cells, config, contents, models, questions, stats, yamlfile
 from vtc.eval.browser import browse
@@ -660,11 +661,12 @@ def test_a_config_of_endless_layers_or_of_nonsense_ends_in_a_sentence(refused, t
     assert "has no config.json" in refused("check", tmp_path)
 
 
-def test_settings_of_a_processor_that_are_none_are_left_out(tmp_path):
+def test_settings_of_a_processor_that_are_none_give_no_count(tmp_path):
     shutil.copy(pocket_path() / "config.json", tmp_path)
     for text in ("[]", "3", "{", "[" * 100_000):
         (tmp_path / "preprocessor_config.json").write_text(text)
-        assert inspect.processor_settings(str(tmp_path)) == {}
+        with pytest.raises(UncountableError, match="image processor"):
+            image_processor(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["meta", "cuda:99", "cpu:3", "", "warp", "vulkan", "hpu", "xla", "mkldnn", "lazy", "x" * 500])

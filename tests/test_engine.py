@@ -14,7 +14,7 @@ import vtc
 from vtc.engine.cache import PrunedLayer, pruned_layer
 from vtc.engine.segment import cut, remap_mask
 from vtc.errors import UnsupportedFeatureError, VtcError
-from vtc.eval.hooks import measure
+from vtc.eval.hooks import LAYERS, measure, step_lines, toy_inputs, toy_model
 from vtc.kernels import take
 from vtc.stats import HISTORY, CallStats, StatsLog
 
@@ -233,7 +233,7 @@ def test_statistics_of_one_image(reducer, per_layer, stages):
     assert image.avg_tokens == sum(per_layer) / 5 and image.fired and call.fired and not call.text_only
     assert [(s.stage, s.layer, s.before, s.after, s.requested) for s in image.stages] == stages
     assert [bool(s.note) for s in image.stages] == [s[4] > s[2] for s in stages]
-    assert 0 < call.reducer_ms < 1000
+    assert call.reducer_ms > 0
     assert len(handle.stats) == 2 and len(handle.stats.images) == 2
     summary = handle.stats.summary()
     assert summary["slots"] == 16 and summary["avg_tokens"] == image.avg_tokens and summary["images"] == summary["calls"] == 2
@@ -301,8 +301,28 @@ def test_fingerprints_do_not_depend_on_the_batch(family, dtype):
 
 
 # ------------------------------------------------------------------------------------------------------------------- speed
+LINES = {
+    "boundary, original positions": 278,
+    "boundary, compact positions": 291,
+    "decoder layer 2 (fastv)": 294,
+    "boundary, original positions, padded": 1038,
+    "boundary, compact positions, padded": 1069,
+}
+"""Lines of vtc in a decode step of 32 layers (transformers 4.57 or 5.24, whichever takes more)."""
+
+
 def test_cost_of_the_hooks_per_decode_step():
-    """Microseconds per layer and decode step on a 32-layer toy model (results/hooks.csv has a quiet machine's)."""
-    for row in measure(pairs=3):
+    """Lines are counted, since a machine that does other things shows any time (results/hooks.csv has a quiet one's)."""
+    rows = {row.case: row for row in measure(pairs=1, steps=6)}
+    for row in rows.values():
         print(row)
-        assert row.us_per_layer < 100, "seen: below 10; a busy machine may show more, a regression of the design far more"
+    assert {case: row.lines for case, row in rows.items() if not LAYERS <= row.lines <= 1.1 * LINES[case]} == {}
+    assert rows.keys() == LINES.keys()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_decode_step_costs_the_same_whatever_was_decoded_before(batch):
+    model, inputs = toy_model(), toy_inputs(batch)
+    assert step_lines(model, inputs, 1) == 0, "not patched"
+    with vtc.patch(model, "uniform", keep=35):
+        assert step_lines(model, inputs, 1) == step_lines(model, inputs, 12) > 0

@@ -32,7 +32,7 @@ def lmms_eval(output: Path, model_args: str, *launcher: str, limit: int = LIMIT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

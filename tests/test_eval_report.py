@@ -240,7 +240,7 @@ def chromium(*arguments: str, folder: Path) -> str:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert run.returncode == 0, run.stderr
     return run.stdout

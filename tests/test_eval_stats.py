@@ -130,3 +130,22 @@ def test_many_images_take_little_memory():
     assert boot.weights.nbytes == 400 * 30_000
     interval = boot.accuracy([i % 2 == 0 for i in range(30_000)])
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * 0.5 / 30_000**0.5, rel=0.2)
+
+
+def test_a_draw_is_of_the_questions_that_its_images_have():
+    """Images with one, two and six questions: every draw is the share of right answers among the questions drawn."""
+    groups, rng = list("abbcccccc"), np.random.default_rng(4)
+    boot = Bootstrap(groups, resamples=200, seed=9)
+    marks, images = rng.random(len(groups)), sorted(set(groups))
+    value, draws = boot.draws(marks)
+    assert value == pytest.approx(sum(marks) / 9)
+    for weights, draw in zip(boot.weights.tolist(), draws, strict=True):
+        drawn = [
+            m
+            for image, times in zip(images, weights, strict=True)
+            for m, g in zip(marks, groups, strict=True)
+            if g == image
+            for _ in range(times)
+        ]
+        assert sum(weights) == 3 and draw == pytest.approx(sum(drawn) / len(drawn))
+    assert len({len(groups) * d for d in draws}) > 5

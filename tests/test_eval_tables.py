@@ -14,6 +14,7 @@ import shutil
 import sys
 import time
 import tracemalloc
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from vtc.eval.formats import FORMATS
 from vtc.eval.paper import load_paper, render_paper
 from vtc.eval.report import render_report
 from vtc.eval.results import collect
+from vtc.eval.stats import Bootstrap
 from vtc.eval.store import Store
 from vtc.eval.tables import render
 from vtc.eval.vtcbench import render_vtc
@@ -337,12 +339,30 @@ def test_several_models_have_tables_of_their_own(tmp_path):
     assert results.of("b").rows[1].paired.ratio.value == pytest.approx(10 / 22)
 
 
-def test_a_store_of_thousands_of_cells_takes_seconds_and_megabytes(tmp_path, monkeypatch):
-    """2,000 cells of 40 questions; 10,000 are measured by `python tests/test_eval_tables.py 10000` (numbers in the module)."""
+def test_work_and_memory_grow_with_the_cells_of_a_store(tmp_path, monkeypatch):
+    """Every cell is read once, its draws are made at most twice, all share one bootstrap, and a row takes a few kilobytes.
+
+    Seconds of 10,000 cells: `python tests/test_eval_tables.py 10000` (numbers in the module).
+    """
     monkeypatch.setattr("os.fsync", lambda _: None)
-    store = big_store(tmp_path / "s", 2000)
-    seconds, peak, rows = tabulate(store)
-    assert rows == 2000 and seconds < 60 and peak < 100e6
+    calls = Counter()
+
+    def counted(owner, name):
+        real = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args, **kwargs: (calls.update([name]), real(*args, **kwargs))[1])
+
+    for owner, name in ((Store, "get"), (Bootstrap, "__init__"), (Bootstrap, "draws"), (Bootstrap, "_weigh")):
+        counted(owner, name)
+    found = []
+    for cells in (100, 300):
+        store = big_store(tmp_path / f"{cells}", cells)
+        calls.clear()
+        _, peak, rows = tabulate(store)
+        assert rows == cells and calls["__init__"] == 2  # in each of the two renderings
+        found.append((peak, *(calls[name] / 2 for name in ("get", "draws", "_weigh"))))
+    (little, *few), (much, *many) = found
+    assert few[0] == 100 and many[0] == 300 and all(c <= 3 * f for f, c in zip(few, many, strict=True))
+    assert few[1] <= 100 and (much - little) / 200 < 20e3
 
 
 def big_store(root: Path, cells: int) -> Store:

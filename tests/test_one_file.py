@@ -79,7 +79,7 @@ def run(root: Path, *command: str) -> subprocess.CompletedProcess[str]:
     for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER", "PYTEST_CURRENT_TEST"):
         env.pop(variable, None)
     return subprocess.run(
-        [sys.executable, *command], cwd=root, capture_output=True, text=True, env=env, timeout=300, check=False
+        [sys.executable, *command], cwd=root, capture_output=True, text=True, env=env, timeout=900, check=False
     )
 
 

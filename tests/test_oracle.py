@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Kind, Reducer
+from vtc.engine.upstream import window_of
 
 TOLERANCE = 1e-5
 STEPS = 8
@@ -114,8 +115,11 @@ def equal_to_reference(family, batch, kind, positions, impl, newlines=None, reco
     assert effect > 1e-2  # the dropped tokens did matter
     real, prompt = inputs["attention_mask"].bool(), inputs["input_ids"].shape[1]
     for i, layer in enumerate(out.past_key_values.layers):
-        held = int((real & ~plan.hide[i]).sum(1).max()) if i in plan.hide else prompt
-        assert layer.keys.shape[-2] == layer.values.shape[-2] == held + STEPS - 1
+        held = (real & ~plan.hide[i]) if i in plan.hide else torch.ones_like(real)
+        held = torch.cat([held, torch.ones(len(held), STEPS - 1, dtype=torch.bool)], 1)
+        window = window_of(text_of(model).config, i)
+        seen = held if window is None else held[:, max(held.shape[1] - window + 1, 0) :]  # by the next token
+        assert layer.keys.shape[-2] == layer.values.shape[-2] == int(seen.sum(1).max())
         assert out.past_key_values.get_seq_length(i) == prompt + STEPS - 1
     counts = [
         [len(c) if i not in plan.hide else int((~plan.hide[i][r, c]).sum()) for i in range(DECODER_LAYERS)]

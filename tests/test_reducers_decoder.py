@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import transformers
 from golden_decoder import FACTS, Several, facts_of, signals_of
 from models import build, make_inputs, shared, visual_of
-from torch import Tensor
+from reference import hidden_reference
+from selected import generate_and_note, plan_of_choices
+from torch import Tensor, nn
 
 import vtc
 from vtc.core import Need, Reducer, Schedule, Scorer, Selection, Signals, Stage
 from vtc.engine.upstream import fixed_layers_count
 from vtc.errors import BudgetError, InvalidSignalError, UnknownArgumentError, UnsupportedFeatureError
+from vtc.families import family_of
 from vtc.kernels import attention_walk, transition_score
 from vtc.reducers import aim, corematching, sparsevlm, transprune
 from vtc.signals import AttentionTap, StateTap, next_last_attn, next_question_attn, places, question_of
@@ -95,7 +99,7 @@ def test_dart_of_one_token():
 
 @pytest.mark.parametrize("options", [{"image_pivots": 0}, {"text_pivots": -1}, {"image_pivots": 1.5}])
 def test_dart_refuses_other_numbers_of_pivots(options):
-    with pytest.raises(UnknownArgumentError, match="out of range"):
+    with pytest.raises(UnknownArgumentError, match=r"out of range|image_pivots=1\.5 is not possible; use a whole number"):
         vtc.create("dart", keep=8, **options)
 
 
@@ -588,18 +592,33 @@ def test_averages_are_met(method, family):
         assert abs(image.avg_tokens - 0.7 * image.slots) <= max(0.01 * image.slots, steps)
 
 
+def equals_the_reference(model: nn.Module, members: list[Reducer] | Reducer, steps: int = 3) -> tuple[Any, Any]:
+    """What is generated equals what the slow reference generates that hides what was not chosen; return image and choices."""
+    inputs = make_inputs(model.tiny_case, model)
+    out, handle, chosen = generate_and_note(model, inputs, members, steps)
+    tokens, logits, _ = hidden_reference(model, inputs, plan_of_choices(model, inputs, chosen), steps)
+    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert (torch.stack(out.logits, 1) - logits).abs().max() < 1e-5
+    (image,) = handle.stats[0].images
+    with torch.no_grad():
+        assert image.kept == image.slots or (model(**inputs).logits[:, -1] - logits[:, 0]).abs().max() > 1e-3
+    left = {part.layer: len(slots) for part, slots, _ in chosen}
+    assert all(image.tokens_per_layer[layer] == count for layer, count in left.items())
+    assert torch.equal(handle.stats.kept[0].entries, chosen[-1][1] if chosen else torch.arange(image.slots))
+    return image, chosen
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("first", ["divprune", "fastervlm"])
 def test_composed_with_a_reducer_in_front(method, first):
-    model = shared("llava")
-    inputs = make_inputs("llava", model, 2)
     members: list[Reducer] = [vtc.create(first, keep=9), vtc.create(method, keep=4, **METHODS[method])]
     if method == "aim":
         members = [vtc.create(method, keep=9, prune=False), vtc.create(first, keep=4)]
-    with vtc.patch(model, members) as handle, torch.no_grad():
-        out = model.generate(**inputs, max_new_tokens=2, do_sample=False)
-    assert out.shape[1] == inputs["input_ids"].shape[1] + 2
-    assert all(image.tokens_per_layer[0] <= 9 and image.kept <= 4 for image in handle.stats[0].images)
+    image, chosen = equals_the_reference(shared("llava"), members)
+    assert len({id(part) for part, _, _ in chosen}) == len(chosen) > 1
+    assert image.tokens_per_layer[0] <= 9 and image.kept <= 4
+    for (_, before, _), (_, after, _) in itertools.pairwise(chosen):
+        assert set(after.tolist()) <= set(before.tolist()), "nothing comes back"
 
 
 def test_two_methods_inside_the_decoder_are_refused():
@@ -607,20 +626,31 @@ def test_two_methods_inside_the_decoder_are_refused():
         vtc.patch(shared("llava"), ["pyramiddrop", "dart"], keep=4)
 
 
-def test_versions_of_sparsevlm_run_everywhere():
-    for family in FAMILIES:
-        model = shared(family)
-        inputs = make_inputs(family, model, 2)
-        for options in (
-            {"version": "1"},
-            {"version": "2", "heads": 2},
-            {"positions": "original"},
-            {"keep": 64, "official": True},
-        ):
-            with vtc.patch(model, "sparsevlm", **{"keep": 5, **options}) as handle, torch.no_grad():
-                logits = model(**inputs).logits
-            assert torch.isfinite(logits[inputs["attention_mask"].bool()]).all()
-            assert handle.stats[0].fired
+VERSIONS = {
+    "1": {"version": "1"},
+    "2": {"version": "2", "heads": 2},
+    "original": {"positions": "original"},
+    "official": {"keep": 64, "official": True},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_versions_of_sparsevlm_run_everywhere(family):
+    """Each acts on what it chose; they choose differently, and as many as their schedules say."""
+    model, kept, counts = shared(family), {}, {}
+    for name, options in VERSIONS.items():
+        reducer = vtc.create("sparsevlm", **{"keep": 5, **options})
+        image, chosen = equals_the_reference(model, reducer)
+        if family == "llava" and name == "official":  # its lists are for more tokens than there are
+            assert not chosen and image.kept == image.slots
+            continue
+        kept[name], counts[name] = chosen[-1][1].tolist(), image.tokens_per_layer
+        parts = reducer.bind(family_of(model).facts).parts()
+        assert [part.layer for part, _, _ in chosen] == [p.layer for p in parts if p.layer]
+        merges = [features is not None for _, _, features in chosen]
+        assert all(merges) if options.get("version") != "2" else not any(merges)
+    assert counts["1"] == counts["original"] and counts["1"][-1] == counts["2"][-1] == 5
+    assert kept["1"] != kept["2"], "other attention ranks other tokens"
 
 
 @pytest.mark.parametrize("method", ["pyramiddrop", "transprune", "sparsevlm", "aim"])

@@ -234,8 +234,11 @@ def test_tome_refuses_what_it_cannot_do() -> None:
         vtc.patch(model, "tome", keep=8, r=2)
     with pytest.raises(BudgetError, match="exactly one"):
         vtc.patch(model, "tome")
-    for r in (0, -1, 2.5, True):
+    for r in (0, -1):
         with pytest.raises(BudgetError, match="r=.* makes no sense"):
+            vtc.create("tome", r=r)
+    for r in (2.5, True):
+        with pytest.raises(UnknownArgumentError, match="r=.* is not possible; use a whole number"):
             vtc.create("tome", r=r)
     with pytest.raises(UnknownArgumentError, match="inflect"):
         vtc.create("tome", keep=8, inflect=0.5)

@@ -114,7 +114,7 @@ def test_chunked_prefill_in_a_generation_config(how):
     g.refuses(call, UnsupportedFeatureError, "prefill_chunk_size")
 
 
-CACHES = ["quantized", "offloaded", "offloaded_static", "hybrid", "sliding_window", "paged"]
+CACHES = ["quantized", "offloaded", "offloaded_static", "hybrid_chunked", "sliding_window", "paged"]
 if not upstream.fixed_layers_count():  # older static layers write at a logical cache_position
     CACHES.append("static")
 
@@ -123,6 +123,14 @@ if not upstream.fixed_layers_count():  # older static layers write at a logical 
 def test_cache_implementations(cache):
     g = Guarded()
     g.refuses(lambda: g.model.generate(**g.inputs, cache_implementation=cache), UnsupportedFeatureError, f"'{cache}'")
+
+
+def test_hybrid_in_a_models_files_is_taken_for_unset():
+    """Files of Gemma 3, Aya-Vision and Command-A-Vision say so; transformers itself unsets it."""
+    g = Guarded()
+    want = g.model.generate(**g.inputs, max_new_tokens=4, do_sample=False)
+    g.model.generation_config.cache_implementation = "hybrid"
+    assert torch.equal(g.model.generate(**g.inputs, max_new_tokens=4, do_sample=False), want)
 
 
 def odd_cache():

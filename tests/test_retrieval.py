@@ -153,6 +153,30 @@ def test_pooling_by_hand() -> None:
     assert vtc.pool_vectors([vectors[:0]], keep=0.5)[0].shape == (0, 2)
 
 
+@pytest.mark.parametrize("reducer", ["hierpool", "divprune", "uniform"])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_rows_of_zeros_are_padding(reducer: str, as_list: bool) -> None:
+    """Batches of retrievers are padded with zeros, on either side: with or without a mask the vectors that are there count."""
+    real = nn.functional.normalize(torch.randn(3, 12, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    padded = torch.zeros(3, 15, 8)
+    padded[0, 3:], padded[1, :12], padded[2, 1:8] = real[0], real[1], real[2, :7]
+    want = vtc.pool_vectors([real[0], real[1], real[2, :7]], reducer, keep=0.5)
+    mask = (padded != 0).any(-1)
+    for options in ({}, {"mask": mask}, {"mask": torch.ones(3, 15)}):
+        got = vtc.pool_vectors(list(padded) if as_list else padded, reducer, keep=0.5, **options)
+        assert [len(v) for v in got] == [6, 6, 4]
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert vtc.pool_vectors(torch.zeros(1, 4, 8), reducer, keep=0.5)[0].shape == (0, 8)
+
+
+def test_a_document_without_vectors_has_no_score() -> None:
+    documents = [torch.ones(2, 3), torch.ones(0, 3)]
+    with pytest.raises(UnsupportedFeatureError, match="document 1 has no vectors"):
+        vtc.maxsim(torch.ones(1, 2, 3), documents)
+    assert vtc.maxsim([torch.ones(0, 3), torch.ones(1, 3)], documents[:1]).tolist() == [[0.0], [3.0]]
+    assert vtc.maxsim(torch.ones(2, 1, 3), []).shape == (2, 0)
+
+
 def test_the_release_rounds_down() -> None:
     vectors = nn.functional.normalize(torch.randn(32, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
     assert len(vtc.pool_vectors([vectors], "hierpool", keep=1 / 3)[0]) == 11

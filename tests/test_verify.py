@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 from family_cases import CASES, TEXT, VISION
-from models import build, make_inputs, shared
+from models import build, make_inputs, shared, where
 from torch import nn
 
 import vtc
@@ -376,6 +376,24 @@ def test_what_cannot_be_checked_says_why(kind, words):
     assert not verdict.ok and verdict.state == "not checked" and not verdict.failed
     assert words in verdict.reason, verdict.reason
     assert verdict.model == kind.__name__
+
+
+def test_models_that_do_not_generate_are_not_checked():
+    verdict = vtc.verify(hf.ColPaliConfig())
+    assert verdict.state == "not checked" and "no AutoModelForImageTextToText of type 'colpali'" in verdict.reason
+
+
+@where(hasattr(hf, "Gemma4Config"))
+def test_layers_that_use_the_keys_of_others_do_not_end_the_check():
+    kinds = ["full_attention" if i % 5 == 4 else "sliding_attention" for i in range(20)]
+    text = dict(
+        num_hidden_layers=20, layer_types=kinds, num_kv_shared_layers=10, vocab_size=300, vocab_size_per_layer_input=300
+    )
+    tower = dict(num_hidden_layers=4, pooling_kernel_size=3)
+    verdict = vtc.verify(hf.Gemma4Config(text_config=text, vision_config=tower, **{f"{k}_token_id": 290 + i for i, k in enumerate(
+        ("image", "video", "audio", "boi", "eoi", "boa", "eoa"))}))  # fmt: skip
+    assert states(verdict)["reference"] == "ok", str(verdict)
+    assert "AttributeError" not in str(verdict)
 
 
 def test_a_model_that_takes_no_part_in_dropping_is_no_proof(monkeypatch):

@@ -12,6 +12,7 @@ from pickers import BoundaryPicker, DecoderPicker
 
 import vtc
 from vtc.errors import UnknownArgumentError, UnsupportedModelError
+from vtc.inspect import examine
 from vtc.verify import Item, Verdict, check, memory
 
 WRONG = Item("decoder, compact positions", "failed", "logits differ", "decoder", "compact", error=2.0, limit=1e-5)
@@ -62,6 +63,23 @@ def test_a_probed_model_is_checked_once_for_each_stage(calls, tmp_path):
     assert calls == ["boundary"]
     patch("unknown", BoundaryPicker(keep=0.5), DecoderPicker(keep=0.2))
     assert calls == ["boundary", "decoder"] and len(files(tmp_path)) == 2
+
+
+@pytest.mark.filterwarnings("ignore:models of type")
+def test_vtc_check_says_what_the_small_copy_of_a_probed_model_found(calls, monkeypatch, tmp_path):
+    """Whoever describes a model has not run it: reducers that patching would refuse are not said to run."""
+    shared("unknown").config.save_pretrained(tmp_path / "model")
+    assert examine(str(tmp_path / "model")).reducers["fastv"] == "" and calls == ["boundary", "decoder"]
+    examine(str(tmp_path / "model"))
+    assert calls == ["boundary", "decoder"]
+    for file in files(tmp_path):
+        file.unlink()
+    wrong = Item("decoder, original positions", "failed", "logits differ", "decoder", "original", error=2.0, limit=1e-5)
+    answer(monkeypatch, Item("boundary, original positions", "ok", "", "boundary", "original"), wrong)
+    found = examine(str(tmp_path / "model")).reducers
+    assert "logits differ" in found["fastv"] and "no adapter" in found["fastv"] and found["uniform"] == ""
+    with pytest.raises(UnsupportedModelError, match="logits differ"):
+        patch("unknown", DecoderPicker(keep=0.5, positions="original"))
 
 
 def test_a_version_outside_the_window_is_checked(calls, monkeypatch):

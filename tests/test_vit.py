@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import shared as vlm
 from plain_timm import timm
 from torch import Tensor, nn
 
@@ -64,6 +65,13 @@ def finish(model: nn.Module, x: Tensor) -> Tensor:
     return model.forward_head(model.norm(x))
 
 
+def finish_by_size(model: nn.Module, x: Tensor, size: Tensor) -> Tensor:
+    """What :func:`finish` gives if every merged token is written down as often as it has patches."""
+    head, x = model.num_prefix_tokens, model.norm(x)
+    rows = [torch.cat([r[:head], r[head:].repeat_interleave(s[head:].long(), 0)]) for r, s in zip(x, size, strict=True)]
+    return model.forward_head(torch.stack(rows))
+
+
 def start(model: nn.Module, pixels: Tensor) -> Tensor:
     return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(pixels))))
 
@@ -84,9 +92,24 @@ def plain_loop(model: nn.Module, pixels: Tensor, change: Callable[[int, Tensor, 
 
 
 @kinds
-@pytest.mark.parametrize("options", [{"r": 5}, {"r": 4, "inflect": -1.0}, {"r": 60}, {"r": 5, "proportional": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"r": 5},
+        {"r": 4, "inflect": -1.0},
+        {"r": 60},
+        {"r": 5, "proportional": False},
+        {"r": 5, "size_pool": True},
+        {"r": 60, "size_pool": True},
+    ],
+    ids=str,
+)
 def test_tome_equals_a_plain_loop(kind: str, options: dict[str, Any]) -> None:
     model, pixels = shared(kind), pictures()
+    if options.get("size_pool") and model.global_pool != "avg":
+        with pytest.raises(UnsupportedFeatureError, match="head takes none"):
+            vtc.patch(model, "tome", **options)
+        return
     head = model.num_prefix_tokens
     rates = (
         [int(2 * options["r"] * (1 - i / (DEPTH - 1))) for i in range(DEPTH)]
@@ -114,7 +137,7 @@ def test_tome_equals_a_plain_loop(kind: str, options: dict[str, Any]) -> None:
                 x = torch.cat([x[:, :head], total / weight[..., None]], 1)
                 size = torch.cat([size[:, :head], weight], 1)
             x = x + branch(block, x)
-        want = finish(model, x)
+        want = finish_by_size(model, x, size) if options.get("size_pool") else finish(model, x)
         with vtc.patch(model, "tome", **options) as handle:
             got = model(pixels)
         torch.testing.assert_close(got, want, atol=1e-9, rtol=1e-9)
@@ -204,6 +227,34 @@ def test_pictures_do_not_depend_on_each_other(reducer: str) -> None:
         together = model(pixels)
         for i in range(4):
             torch.testing.assert_close(model(pixels[i : i + 1])[0], together[i], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_an_average_by_size_is_of_the_tokens_just_made(prefix: bool) -> None:
+    """``size_pool``: features of the patched model in its own head; others are refused; with the class token where timm asks so."""
+    model, pixels = build("norms", pool_include_prefix=prefix), pictures()
+    with torch.no_grad():
+        before, plain = model(pixels), {}
+        for option in (False, True):
+            with vtc.patch(model, "tome", r=4, size_pool=option):
+                plain[option] = model(pixels)
+                features = model.forward_features(pixels)
+                assert torch.equal(model.forward_head(features), plain[option])
+                if option:
+                    with pytest.raises(UnsupportedFeatureError, match="forward_features"):
+                        model.forward_head(features.clone())
+                    with pytest.raises(UnsupportedFeatureError, match="forward_features"):
+                        model.forward_features(pixels[:1])
+                        model.forward_head(features)
+        assert not torch.equal(plain[True], plain[False])
+        with vtc.patch(model, "tome", keep=1.0, size_pool=True):
+            assert torch.equal(model(pixels), before)
+        assert torch.equal(model(pixels), before)
+        twin = copy.deepcopy(model)
+        vtc.patch(twin, "tome", r=4, size_pool=True)
+        assert torch.equal(copy.deepcopy(twin)(pixels), plain[True])
+    with pytest.raises(UnknownArgumentError, match="without language model only"):
+        vtc.patch(vlm("llava"), "tome", keep=0.5, size_pool=True)
 
 
 def test_training_reaches_every_patch() -> None:

@@ -189,12 +189,16 @@ def check(
     bound = None
     error: VtcError | None = None
     if wanted is not None:
-        from vtc.engine.patch import bind
+        from vtc.engine.patch import bind, late_enough
         from vtc.engine.upstream import check_implementation
+        from vtc.retrieval import check_vector_reducer
 
         try:
-            bound = bind(wanted, report.family.facts)
-            check_implementation(report.family.text.config)
+            if report.retriever:
+                bound = check_vector_reducer(wanted)
+            else:
+                bound = bind(wanted, report.family.facts)
+                check_implementation(report.family.text.config)
         except VtcError as refusal:
             error = refusal
     verdict = None
@@ -216,7 +220,10 @@ def check(
         return
     if error is not None:
         raise error
-    slots, facts = report.slots or report.family.facts.max_tokens, report.family.facts
+    if not report.retriever:
+        wanted = late_enough(wanted, report.family.facts.first_layer)  # says at which layer it acts by default
+    slots = None if report.retriever else report.budgeted or report.family.facts.max_tokens
+    facts = None if report.retriever else report.family.facts
     counts = [p.count(slots, facts) for p in bound.parts() if not p.decides_itself] if slots else []
     tokens = f": {slots} visual tokens -> {' -> '.join(str(c) for c in counts)}" if counts else ""
     _console().print(Text.assemble(("yes", "bold green"), f", {label(wanted)} runs on {model}{tokens}"))
@@ -237,16 +244,11 @@ def _print_verdict(verdict: Any) -> None:
 
 def _print_report(report: Any) -> None:
     data, console = report.to_dict(), _console()
+    if report.retriever:
+        _print_retriever(data, console)
+        return
     tower, decoder = data["tower"], data["decoder"]
     rows, cols = tower["grid"]
-    tokens = f"{data['visual_tokens']}" if data["visual_tokens"] else "depends on the image"
-    tokens += (
-        "" if data["unit"] == "image" else f" per {data['unit']} (pictures come in several; keep counts per {data['unit']})"
-    )
-    if data["image_size"]:
-        tokens += " for an image of {}x{}".format(*data["image_size"])
-    if data["anyres"]:
-        tokens += f" ({data['views']} views; at most {data['max_visual_tokens']})"
     cls = "with" if tower["cls"] else "without"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("model", escape(f"{data['model']} ({data['architecture']}, family {data['family']})"))
@@ -257,20 +259,50 @@ def _print_report(report: Any) -> None:
         + (f"{rows}x{cols} tokens a view, " if data["anyres"] or data["max_visual_tokens"] else "pictures of any size, ")
         + f"{cls} class token",
     )
-    grid.add_row("visual tokens", tokens)
-    grid.add_row("video", "yes" if data["video"] else "no")
+    grid.add_row("visual tokens", Text(_tokens_of(data)))
+    video = "yes" if data["video"] else "no"
+    if data["frames"]:
+        video = f"its frames are {data['frames']}, each a picture of its own (methods that compare frames spread tokens evenly)"
+    grid.add_row("video", video)
     grid.add_row("signals", ", ".join(data["signals"]))
     served = [s for s, reason in data["stages"].items() if not reason]
     grid.add_row("stages", ", ".join(served))
     for stage, reason in data["stages"].items():
         if reason:
             grid.add_row("", Text(f"not {stage}: {reason}", "yellow"))
+    _add_reducers(grid, data)
+    console.print(grid)
+
+
+def _tokens_of(data: dict[str, Any]) -> str:
+    """Say how many visual tokens a picture becomes, of which pieces."""
+    unit, each = data["unit"], data["tokens_per_unit"]
+    size = " for an image of {}x{}".format(*data["image_size"]) if data["image_size"] else ""
+    if data["visual_tokens"] is None:
+        return f"unknown{size}: {data['unknown_since']}" + ("" if unit == "image" else f"; {each} per {unit}")
+    if unit != "image":
+        pieces = f"{data['units']} {unit}{'s' * (data['units'] != 1)} of {each}"
+        return f"{data['visual_tokens']}{size}: {pieces} (keep counts per {unit})"
+    return f"{data['visual_tokens']}{size}" + (
+        f" ({data['views']} views; at most {data['max_visual_tokens']})" if data["anyres"] else ""
+    )
+
+
+def _print_retriever(data: dict[str, Any], console: Console) -> None:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_row("model", escape(f"{data['model']} ({data['architecture']}, family {data['family']})"))
+    grid.add_row("stages", "the vectors of a document (`vtc.patch`, or `vtc.retrieval.pool_vectors` on stored ones)")
+    _add_reducers(grid, data)
+    console.print(grid)
+
+
+def _add_reducers(grid: Table, data: dict[str, Any]) -> None:
+    """Add which reducers run, and why the others do not."""
     runs = [n for n, reason in data["reducers"].items() if not reason]
     grid.add_row("reducers", f"{len(runs)} of {len(data['reducers'])}: {', '.join(runs)}")
     for name, reason in data["reducers"].items():
         if reason:
             grid.add_row("", Text(f"not {name}: {reason}", "yellow"))
-    console.print(grid)
 
 
 # ---------------------------------------------------------------------------------------------------------------- run

@@ -572,6 +572,8 @@ class Reducer:
     wants_text: ClassVar[bool] = False
     wants_cls: ClassVar[bool] = False
     wants_fingerprint: ClassVar[bool] = False
+    wants_clips: ClassVar[bool] = False
+    """The method compares the frames of a clip; a picture alone gives it nothing to go by."""
     kind: ClassVar[str] = "select"
     name: ClassVar[str] = ""
 
@@ -712,6 +714,10 @@ class Schedule(Reducer):
     def parts(self) -> tuple[Reducer, ...]:
         """The single-stage reducers, in the order data passes them."""
         raise TypeError(f"{type(self).__name__} does not implement parts()")
+
+
+class Usual(int):
+    """The decoder layer a method acts at where nobody asks for one: on a model that allows only later ones, its first possible."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -858,6 +864,11 @@ class EncoderMerger(EncoderReducer):
     def weighs_sizes(self) -> bool:
         """Whether attention counts a token as often as it has patches (the logarithm of its size is added to its logits)."""
         return True
+
+    @property
+    def weighs_pool(self) -> bool:
+        """Whether a head that averages the tokens of a vision transformer counts each as often as it has patches."""
+        return False
 
     def bind(self, facts: Facts) -> Reducer:
         """Refuse towers whose layers cannot merge."""

@@ -6,8 +6,8 @@ Nothing here downloads: a model is a folder, ``"pocket"``, or a hub id that is a
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    from vtc.families.base import Family
+    from vtc.counts import Count
+    from vtc.families.base import Family, Retriever
 
 POCKET = "pocket"
 SIDE = 448
@@ -139,8 +140,8 @@ def explained(model: str, what: str) -> Iterator[None]:
             ) from None
         reason = doors.short(next(iter(str(error).strip().splitlines()), ""), 200)
         raise UnsupportedModelError(
-            f"{what} of '{doors.short(model)}' cannot be read by this transformers ({type(error).__name__}: {reason}): save or "
-            "download the model again, or update transformers"
+            f"{what} of '{doors.short(model)}' is not complete, or cannot be read by this transformers ({type(error).__name__}: "
+            f"{reason}): save or download the model again, or update transformers"
         ) from error
 
 
@@ -165,11 +166,14 @@ def read_config(model: str, place: str, *, trust_remote_code: bool = False, **wh
     InputFileError, UnsupportedModelError
         A file that is too large or no file, or a configuration that the installed transformers does not know or that asks for code.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PretrainedConfig
 
     if Path(place).is_dir():
         doors.read_bytes(Path(place) / "config.json", CONFIG_BYTES)
     with explained(model, "the configuration"):
+        fields, _ = PretrainedConfig.get_config_dict(place, **where)
+        if not trust_remote_code:
+            _check_native(doors.short(model), fields)
         config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **where)
     if kernel := _hub_kernel(config):
         raise UnsupportedModelError(
@@ -199,7 +203,7 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
     InputFileError
         Nothing of that name here.
     UnsupportedModelError
-        A configuration the installed transformers does not know, or one that needs code.
+        A configuration the installed transformers does not know, one that needs code, or one that is not complete.
     """
     place = locate(model)
     shown = doors.short(model)
@@ -216,6 +220,36 @@ def load_config(model: str, *, trust_remote_code: bool = False) -> Any:
         ) from None
 
 
+def _check_native(model: str, fields: dict[str, Any]) -> None:
+    """Refuse a type of model that transformers has no class for."""
+    from transformers import CONFIG_MAPPING
+    from transformers import __version__ as installed
+
+    kind = fields.get("model_type")
+    if not kind:
+        raise UnsupportedModelError(
+            f"the config.json of '{model}' has no model_type: give the folder or hub id of a transformers model"
+        )
+    if kind in CONFIG_MAPPING:
+        return
+    kind = doors.short(str(kind))
+    if fields.get("auto_map"):
+        raise UnsupportedModelError(
+            f"'{model}' is a '{kind}' and needs Python code that comes with the model, and it was not run: use the version of this "
+            "checkpoint that was converted to transformers' own classes (its name often ends in -hf), or read that code, and give "
+            "--trust-remote-code if you trust who wrote it"
+        )
+    raise UnsupportedModelError(
+        f"'{model}' is a '{kind}', which transformers {installed} does not have: use a release that has it (`vtc doctor` lists "
+        "what vtc supports)"
+    )
+
+
+def vision_language(config: Any) -> Any:
+    """Return the configuration of the model that reads pictures and writes text: the thinker of one that speaks, too."""
+    return getattr(config, "thinker_config", config)
+
+
 def skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
     """Build a model from its configuration on torch's meta device: structure without weights or memory.
 
@@ -225,8 +259,8 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
         Not a vision-language model, or a configuration that no model can be built from.
     """
     import torch
+    import transformers
     from torch.nn.modules.module import register_module_module_registration_hook
-    from transformers import AutoModelForImageTextToText
 
     count = 0
 
@@ -235,21 +269,30 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
         count += 1
         if count > MODULES:
             raise UnsupportedModelError(
-                f"the configuration of this '{doors.short(config.model_type)}' describes more than {MODULES:,} modules: no model "
-                "has as many, correct its numbers of layers"
+                f"the configuration of this '{kind}' describes more than {MODULES:,} modules: no model has as many, correct its "
+                "numbers of layers"
             )
 
+    inside, kind = vision_language(config), doors.short(config.model_type)
+    if inside is not config:
+        raise UnsupportedModelError(
+            f"a '{kind}' speaks, too: patch `model.thinker`, a '{doors.short(inside.model_type)}', which reads the pictures and "
+            "writes the text"
+        )
+    make = functools.partial(transformers.AutoModelForImageTextToText.from_config, trust_remote_code=trust_remote_code)
+    brought = trust_remote_code and getattr(config, "auto_map", None)
+    if type(config) not in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not brought:
+        named = next(iter(getattr(config, "architectures", None) or ()), "")
+        if not named.endswith("ForRetrieval") or not hasattr(transformers, named):
+            raise UnsupportedModelError(
+                f"a '{kind}' is not a vision-language model: give one that AutoModelForImageTextToText can load, such as "
+                "a LLaVA (`vtc doctor` lists the supported families)"
+            )
+        make = getattr(transformers, named)
     watch = register_module_module_registration_hook(bounded)
     try:
         with torch.device("meta"), explained(config.model_type, "the configuration"):
-            return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
-    except UnsupportedModelError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise UnsupportedModelError(
-            f"a '{doors.short(config.model_type)}' is not a vision-language model: give one that AutoModelForImageTextToText can "
-            "load, such as a LLaVA (`vtc doctor` lists the supported families)"
-        ) from None
+            return make(config)
     finally:
         watch.remove()
 
@@ -350,12 +393,12 @@ class Report:
     ----------
     model, model_type, architecture : str
         As given, ``config.model_type``, class name.
-    family : Family
+    family : Family or Retriever
         The adapter's description of the weightless model.
     image_size : tuple of int or None
         Width and height of the image the token count is for.
-    slots, views : int or None
-        Visual tokens and views of one image.
+    count : Count
+        Visual tokens of one image.
     reducers : dict
         Registered reducers: ``""`` if it runs on this model, else why not.
     """
@@ -363,23 +406,34 @@ class Report:
     model: str
     model_type: str
     architecture: str
-    family: Family
+    family: Family | Retriever
     image_size: tuple[int, int] | None
-    slots: int | None
-    views: int | None
+    count: Count
     reducers: dict[str, str]
+
+    @property
+    def retriever(self) -> bool:
+        """Whether the model makes vectors of documents, and writes no text."""
+        return not hasattr(self.family, "facts")
+
+    @property
+    def budgeted(self) -> int | None:
+        """Visual tokens that a budget is a share of: those of the image, or of one of its tiles or crops."""
+        return self.count.tokens if self.family.unit == "image" else self.family.facts.tokens
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
-        facts = self.family.facts
+        named = {"model": self.model, "model_type": self.model_type, "architecture": self.architecture}
+        if self.retriever:
+            return {**named, "family": self.family.name, "retriever": True, "reducers": self.reducers}
+        facts, count = self.family.facts, self.count
         return {
-            "model": self.model,
-            "model_type": self.model_type,
-            "architecture": self.architecture,
+            **named,
             "family": facts.family,
+            "adapter": not self.family.probed,
             "decoder": {"type": self.family.text.config.model_type, "layers": facts.layers},
             "tower": {
-                "type": getattr(self.family.tower.config, "model_type", type(self.family.tower).__name__),
+                "type": getattr(getattr(self.family.tower, "config", None), "model_type", type(self.family.tower).__name__),
                 "layers": facts.encoder_layers,
                 "feature_layer": facts.feature_layer,
                 "grid": list(facts.grid),
@@ -389,10 +443,14 @@ class Report:
             "signals": sorted(facts.provides),
             "stages": {stage.value: reason for stage, reason in facts.stages.items()},
             "image_size": list(self.image_size) if self.image_size else None,
-            "visual_tokens": self.slots,
+            "visual_tokens": count.tokens,
+            "unknown_since": count.why,
             "unit": self.family.unit,
+            "units": count.pieces,
+            "tokens_per_unit": self.budgeted,
             "video": self.family.describe_video is not None,
-            "views": self.views,
+            "frames": self.family.frames,
+            "views": count.views,
             "max_visual_tokens": facts.max_tokens,
             "reducers": self.reducers,
         }
@@ -416,44 +474,49 @@ def examine(model: str, image_size: tuple[int, int] | None = None, *, trust_remo
     InputFileError, UnsupportedModelError
         Not found, or not supported.
     """
+    from vtc.counts import Count, count
     from vtc.families import family_of
+    from vtc.families.base import Family
 
     config = load_config(model, trust_remote_code=trust_remote_code)
     skeletal = skeleton(config, trust_remote_code=trust_remote_code)
+    kind = type(skeletal).__name__
     with explained(model, "the configuration"):
         family = family_of(skeletal)
-        size = image_size
-        if size is None and family.facts.tokens is None:  # depends on the picture: count for a common one
-            side = config.vision_config.image_size if family.facts.anyres else SIDE
-            size = (side, side)
-        slots, views = visual_tokens(family, size or (SIDE, SIDE), processor_settings(model))
+    if not isinstance(family, Family):
+        reasons = {name: reason_against_vectors(name) for name in _names()}
+        return Report(model, config.model_type, kind, family, None, Count(), reasons)
+    size = image_size
+    if size is None and (family.facts.tokens is None or family.unit != "image"):  # it matters: count for a common one
+        side = config.vision_config.image_size if family.facts.anyres else SIDE
+        size = (side, side)
+    with explained(model, "the configuration"), offline():
+        counted = count(family, size or (SIDE, SIDE), locate(model))
     reasons = {name: reason_against(name, family.facts) for name in _names()}
-    return Report(model, config.model_type, type(skeletal).__name__, family, size, slots, views, reasons)
+    if family.probed:
+        reasons |= _checked(skeletal, family.facts, [name for name, reason in reasons.items() if not reason])
+    return Report(model, config.model_type, kind, family, size, counted, reasons)
 
 
-def visual_tokens(family: Family, size: tuple[int, int], processor: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """Return visual tokens and views of an image of ``size`` (width, height), from the adapter's own description.
+def _checked(skeletal: Any, facts: Facts, names: list[str]) -> dict[str, str]:
+    """Return why reducers would be refused after the check of a small copy that a model without an adapter has to pass."""
+    from vtc.engine.patch import bind
+    from vtc.registry import create
+    from vtc.verify.memory import refusals
 
-    ``processor``: settings of the image processor where they are known; its usual ones otherwise.
-    """
-    if family.example is None:
-        return None, None
-    width, height = size
-    call = family.describe(family.example(height, width, processor))
-    return len(call.slots[0]), call.views[0]
+    return refusals(skeletal, {name: bind(create(name, keep=0.5), facts) for name in names})
 
 
-def processor_settings(model: str) -> dict[str, Any]:
-    """Return the content of a model's ``preprocessor_config.json``, empty if it has none here."""
-    from transformers.utils import cached_file
+def reason_against_vectors(reducer: str) -> str:
+    """Return why a reducer cannot run on the vectors of a retriever (at half of them, default options), or ``""``."""
+    from vtc.registry import create
+    from vtc.retrieval import check_vector_reducer
 
     try:
-        with offline():
-            path = cached_file(locate(model), "preprocessor_config.json", local_files_only=True)
-        found = json.loads(doors.read_text(path, CONFIG_BYTES))
-    except (OSError, TypeError, ValueError, RecursionError):  # not there, not in the cache, not JSON
-        return {}
-    return found if isinstance(found, dict) else {}
+        check_vector_reducer(create(reducer, keep=0.5))
+    except VtcError as error:
+        return str(error)
+    return ""
 
 
 def _names() -> list[str]:

@@ -66,7 +66,8 @@ def pool_vectors(
     Parameters
     ----------
     vectors : Tensor or sequence of Tensor
-        ``(documents, n, d)``, or one ``(n_i, d)`` per document.
+        ``(documents, n, d)``, or one ``(n_i, d)`` per document. Rows of zeros are padding, as retrievers return it: they are left
+        out, also where no ``mask`` says so.
     reducer : str or Reducer, default "hierpool"
         A method that needs nothing but the vectors.
     mask : Tensor or None
@@ -92,7 +93,13 @@ def pool_vectors(
     documents = list(vectors)
     if mask is not None:
         documents = [v[m.to(v.device).bool()] for v, m in zip(documents, mask, strict=True)]
-    return [_pool(part, v, normalize) for v in documents]
+    return [_pool(part, without_padding(v), normalize) for v in documents]
+
+
+def without_padding(vectors: Tensor) -> Tensor:
+    """Return the rows ``(n, d)`` that are not zero; the same tensor where all are there."""
+    there = (vectors != 0).any(-1)
+    return vectors if bool(there.all()) else vectors[there]
 
 
 def _pool(part: Reducer, vectors: Tensor, normalize: bool) -> Tensor:
@@ -122,6 +129,16 @@ def maxsim(queries: Tensor | Sequence[Tensor], documents: Tensor | Sequence[Tens
     -------
     Tensor
         ``(queries, documents)`` float32.
+
+    Raises
+    ------
+    UnsupportedFeatureError
+        A document without vectors.
     """
+    empty = next((j for j, d in enumerate(documents) if not len(d)), None)
+    if empty is not None:
+        raise UnsupportedFeatureError(f"document {empty} has no vectors, and so no score: leave it out")
     scores = [[(q.float() @ d.float().T).amax(1).sum() for d in documents] for q in queries]
+    if not (len(queries) and len(documents)):
+        return torch.zeros(len(queries), len(documents))
     return torch.stack([torch.stack(row) for row in scores])

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Reducer
+from vtc.counts import count
 from vtc.engine import upstream
 from vtc.errors import UnknownArgumentError, did_you_mean
 from vtc.eval.bench.common import (
@@ -48,7 +49,7 @@ from vtc.eval.bench.common import (
 )
 from vtc.eval.models import KNOWN
 from vtc.eval.stats import spread
-from vtc.inspect import reason_against, visual_tokens
+from vtc.inspect import reason_against
 from vtc.registry import create, entries
 
 TEXT = 60
@@ -171,7 +172,7 @@ def prompt(model: nn.Module, shape: Shape, batch: int) -> dict[str, Tensor]:
         side, anyres = config.vision_config.image_size, config.model_type != "llava"
         from vtc.families import family_of
 
-        slots, _ = visual_tokens(family_of(model), (width, height), {})
+        slots = count(family_of(model), (width, height)).tokens
         views = (1 + (height // side) * (width // side),) if anyres else ()
         pixels = {upstream.PIXELS: torch.randn(batch, *views, 3, side, side, generator=generator)}
         if anyres:

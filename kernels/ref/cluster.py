@@ -123,11 +123,13 @@ def seat_clusters(features: Tensor, centres: Tensor, owner: Tensor) -> tuple[Ten
     near = torch.sort(distance, stable=True).indices
     near = near[torch.sort(owner[near], stable=True).indices]  # cluster by cluster, the nearest first
     size = torch.zeros(len(centres), dtype=torch.long, device=owner.device).index_add(0, owner, torch.ones_like(owner))
+    # a choice: behind the last token begin only clusters without any, which get another one below
     anchors = near[(size.cumsum(0) - size).clamp(max=len(owner) - 1)]
     empty = size == 0
     # those without a seat come first, by number; every empty cluster takes the next one
     seated = torch.zeros(len(owner) + 1, dtype=torch.bool, device=owner.device)
     seated = seated.scatter(0, torch.where(empty, len(owner), anchors), torch.ones_like(empty))[:-1]
     free = torch.sort(seated.to(torch.int8), stable=True).indices
+    # a choice: -1 stands only in front of the first empty cluster, where nothing is taken
     anchors = torch.where(empty, free[(empty.cumsum(0) - 1).clamp(min=0)], anchors)
     return anchors, owner.scatter(0, anchors, torch.arange(len(centres), device=owner.device))

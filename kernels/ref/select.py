@@ -219,6 +219,7 @@ def select_compact(
         index = torch.where(torch.arange(k, device=order.device) < count[:, None], order, -1).sort(dim=-1).values
     gathered = []
     for t, dim in zip(states, dims or [1] * len(states), strict=True):
+        # a choice: padding takes any row, and is zero in the end
         rows = zip(t.expand(len(index), *t.shape[1:]), index.clamp(min=0), strict=True)
         taken = torch.stack([row.index_select(dim - 1, at) for row, at in rows])
         if count is not None:

@@ -8,7 +8,9 @@ keeps every caller right. All per-sequence state lives here, in the cache object
 
 from __future__ import annotations
 
+import bisect
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -33,12 +35,16 @@ class Pruned:
         ``(B,)`` number subtracted from later tokens' position ids in this layer (compact positions); ``None`` means 0.
     end : int
         Logical length at the end of the mapped prefix.
+    skip : int
+        Slots at the front that are gone for good (sliding windows). ``cols`` and ``valid`` still speak of them: layers go on
+        sharing these tensors, and with them one mask.
     """
 
     cols: Tensor | None = None
     valid: Tensor | None = None
     shift: Tensor | None = None
     end: int = 0
+    skip: int = 0
 
     @property
     def dropped(self) -> int:
@@ -53,20 +59,27 @@ class Pruned:
 
     def get_seq_length(self, *_: Any) -> int:
         """Logical length."""
-        return self.stored() + self.dropped if self.stored() else 0
+        held = self.stored() + self.skip
+        return held + self.dropped if held else 0
+
+    def total(self, query: int) -> int:
+        """Logical key length once ``query`` tokens are added: where masks end."""
+        return self.get_seq_length() + query
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Logical key length for ``query`` new tokens (a count, or 4.57's ``cache_position``)."""
-        return self.get_seq_length() + (query if isinstance(query, int) else query.shape[0]), 0
+        return self.total(count_of(query)), 0
 
     def columns(self, new: int = 0) -> tuple[Tensor, Tensor | None]:
         """Return ``(cols, valid)`` of all physical slots plus ``new`` coming ones; ``valid`` is None without padding."""
-        n = self.stored() + new - self.cols.shape[1]
-        tail = torch.arange(self.end, self.end + n, device=self.cols.device).expand(self.cols.shape[0], -1)
+        mapped = self.cols.shape[1]
+        first = max(self.skip - mapped, 0)  # of the tail
+        last = self.skip + self.stored() + new - mapped
+        tail = torch.arange(self.end + first, self.end + last, device=self.cols.device).expand(self.cols.shape[0], -1)
         valid = None
-        if self.valid is not None:
-            valid = torch.cat([self.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
-        return torch.cat([self.cols, tail], 1), valid
+        if self.valid is not None and self.skip < mapped:
+            valid = torch.cat([self.valid[:, self.skip :], torch.ones_like(tail, dtype=torch.bool)], 1)
+        return torch.cat([self.cols[:, self.skip :], tail], 1), valid
 
     def begin(self, seg: Segment, q: int) -> None:
         """Prepare for a forward of ``q`` logical tokens that will append ``seg.rows`` physical ones."""
@@ -79,6 +92,7 @@ class Pruned:
                 valid = None
             else:
                 cols, valid = self.columns()
+            self.skip = 0
             if valid is not None or seg.valid is not None:
                 old = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
                 new = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
@@ -114,7 +128,8 @@ class Pruned:
         n = -max_length if max_length <= 0 else max(self.get_seq_length() - max_length, 0)
         if n <= 0:
             return
-        into = self.cols.shape[1] - (self.stored() - n)  # how far the cut reaches into the mapped prefix
+        mapped = 0 if self.cols is None else self.cols.shape[1]
+        into = mapped - (self.skip + self.stored() - n)  # how far the cut reaches into the mapped prefix
         if into > 0:
             tail = torch.arange(self.end - into, self.end, device=self.cols.device)
             if not (self.cols[:, -into:] == tail).all():
@@ -129,7 +144,7 @@ class Pruned:
         """Forget everything."""
         super().reset()
         self.cols = self.valid = self.shift = None
-        self.end = 0
+        self.end = self.skip = 0
 
 
 _LAST = threading.local()
@@ -153,15 +168,123 @@ class PrunedLayer(Pruned, GrowingLayer):
 
 
 @upstream.check_overrides
-class PrunedSlidingLayer(Pruned, GrowingLayer):
-    """A sliding-window layer: never evicts, since the logical mask does the windowing."""
+class PrunedSlidingLayer(Pruned, WindowLayer):
+    """A sliding-window layer: holds what the next token may look at, which is the last logical columns, not the last slots.
 
-    is_sliding = True
+    Slots leave from the front, as many as no row needs any more. The host knows which once :func:`learn_fronts` has read the
+    columns, at the end of a prefill. Until then, and in compiled steps, which cannot look, as many slots stay as the window is
+    long: never too few, since every slot has a column of its own.
+
+    Attributes
+    ----------
+    front : list of int or None
+        The last column that any row has in each mapped slot, ascending; -1 where all have padding. ``None``: not read yet.
+    floor : int
+        No column behind it has been thrown away.
+    """
+
+    record_past = False  # 4.57 does not know it
+    front: list[int] | None = None
+    floor: int = 0
+
+    def adopt(self) -> None:
+        """Take over what a plain layer has thrown away already."""
+        self.skip = self.floor = upstream.seen_by_window(self) - self.stored()
+
+    @property
+    def window(self) -> int:
+        """How many tokens back a token looks, itself included."""
+        return upstream.window_of_layer(self)
+
+    def begin(self, seg: Segment, q: int) -> None:
+        """Prepare for a forward that will append fewer tokens than it has."""
+        super().begin(seg, q)
+        self.front = None
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append keys and values; return all of them with those there, and keep what later tokens may look at."""
+        length, _ = self.get_mask_sizes(keys.shape[-2])
+        whole = GrowingLayer.update(self, keys, values, *args, **kwargs)
+        if self.cols is None:  # emptied, and used for text: nobody remaps the mask
+            whole = tuple(t[..., -length:, :] for t in whole)
+        if not self.record_past:
+            self.evict()
+        return whole
+
+    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+        """Length and first column of the mask, as a plain layer of the same logical length has them."""
+        seen, reach = self.get_seq_length(), self.window - 1
+        return min(seen, reach) + count_of(query), max(seen - reach, 0)
+
+    def evict(self) -> None:
+        """Throw away what no later token may look at."""
+        lowest = self.get_seq_length() - self.window + 1  # the first column that the next token sees
+        if lowest <= 0:
+            return
+        n, floor = self.stored() - self.window + 1, lowest
+        if self.front is not None and not torch.compiler.is_compiling():
+            n, floor = self.behind(lowest)
+        if n > 0:
+            self.keys, self.values = self.keys[..., n:, :], self.values[..., n:, :]
+            self.skip += n
+            self.floor = max(self.floor, floor)
+
+    def behind(self, lowest: int) -> tuple[int, int]:
+        """Return how many slots lie before column ``lowest`` in every row, and the column behind the last of them."""
+        mapped = len(self.front)
+        slots = bisect.bisect_left(self.front, lowest)
+        if slots == mapped:  # what was added later is one to one
+            slots = max(slots, min(mapped + lowest - self.end, self.skip + self.stored()))
+        last = self.end + slots - mapped if slots > mapped else self.front[slots - 1] + 1 if slots else 0
+        return slots - self.skip, last
+
+    def crop(self, max_length: int) -> None:
+        """Remove the last tokens, and then what the window has passed; what it left behind earlier cannot come back."""
+        n = -max_length if max_length <= 0 else max(self.get_seq_length() - max_length, 0)
+        lowest = self.get_seq_length() - n - self.window + 1  # the first column that will be seen
+        if n > 0 and max(lowest, 0) < self.floor:
+            raise UnsupportedFeatureError(
+                "cannot crop a KV cache back behind what its sliding windows have thrown away: call activate_past_recording() on "
+                "it before the tokens that may have to go, or start from a fresh cache"
+            )
+        super().crop(max_length)
+        if self.front is not None:
+            self.front = self.front[: 0 if self.cols is None else self.cols.shape[1]]
+        self.evict()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.front, self.floor = None, 0
+
+
+def learn_fronts(layers: Iterable[PrunedSlidingLayer]) -> None:
+    """Read once, for all layers that share them, which columns sliding-window layers hold; throw away what only that shows.
+
+    Reading makes the host wait for a GPU.
+    """
+    known: list[tuple[PrunedSlidingLayer, list[int]]] = []
+    for layer in layers:
+        front = next((f for other, f in known if other.cols is layer.cols and other.valid is layer.valid), None)
+        if front is None:
+            last = layer.cols if layer.valid is None else torch.where(layer.valid, layer.cols, -1)
+            front = last.amax(0).tolist()
+            known.append((layer, front))
+        layer.front = front
+        if not layer.record_past:
+            layer.evict()
+
+
+def count_of(query: int | Tensor) -> int:
+    """Return how many queries there are; 4.57 hands over their positions."""
+    return query if isinstance(query, int) else query.shape[0]
 
 
 @upstream.check_overrides
 class PrunedStaticLayer(Pruned, FixedLayer):
     """A preallocated layer: one reducing prefill, buffers allocated smaller; tensors only after that, so that decode compiles."""
+
+    gone = 0  # logical columns without a slot
 
     def begin(self, seg: Segment, q: int) -> None:
         """Shrink the buffers before they are allocated."""
@@ -176,13 +299,21 @@ class PrunedStaticLayer(Pruned, FixedLayer):
         self.valid = None if seg.valid is None else torch.cat([seg.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
         self.shift, self.end = seg.shift, q
 
+    def reset(self) -> None:
+        """Forget everything; buffers are made anew, as long as they were."""
+        super().reset()
+        if self.gone:
+            self.gone, self.max_cache_len = 0, self.logical_max
+            self.keys = self.values = None
+            self.is_initialized = False
+
     def get_seq_length(self, *_: Any) -> Any:
         """Logical length (a tensor once the layer runs)."""
         return upstream.fixed_length(self) + self.gone if self.is_initialized else 0
 
-    def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
+    def total(self, _query: int) -> int:
         """Full logical length."""
-        return self.logical_max, 0
+        return self.logical_max
 
     def columns(self, new: int = 0) -> tuple[Tensor, Tensor | None]:
         """All columns, allocated from the start."""
@@ -227,6 +358,8 @@ def pruned_layer(cache: AnyCache, i: int) -> Pruned:
             check_cache(cache)
         new = object.__new__(_KINDS[type(layer)])
         new.__dict__.update(layer.__dict__)
+        if isinstance(new, PrunedSlidingLayer):
+            new.adopt()
         cache.layers[i] = layer = new
     return layer
 
@@ -236,7 +369,7 @@ def held_by(cache: AnyCache | None, i: int) -> Pruned | None:
     if cache is None or i >= len(cache.layers):
         return None
     layer = cache.layers[i]
-    return layer if isinstance(layer, Pruned) else None
+    return layer if isinstance(layer, Pruned) and layer.cols is not None else None  # (emptied, it is like a plain one)
 
 
 def promised(cache: AnyCache | None, i: int, physical: int, logical: int) -> str:
@@ -248,8 +381,8 @@ def promised(cache: AnyCache | None, i: int, physical: int, logical: int) -> str
     if isinstance(layer, PrunedStaticLayer):  # its length is a tensor, for which a GPU would be waited
         fits = layer.physical() == layer.logical_max - layer.gone
         return "" if fits else f"its buffers have {layer.physical()} slots and should have {layer.logical_max - layer.gone}"
-    if layer.stored() != physical:
-        return f"its cache stores {layer.stored()} tokens and should store {physical}"
+    if layer.stored() + layer.skip != physical:
+        return f"its cache stores {layer.stored() + layer.skip} tokens and should store {physical}"
     if layer.get_seq_length() != logical:
         return f"its cache reports {layer.get_seq_length()} tokens and should report {logical}"
     return ""

@@ -69,6 +69,8 @@ class Chooser:
             with explained(ctx.answers):
                 signals.check(where_of(part, layer), ctx.answers)
                 selection = ask(part, signals) if n else Selection(group.entries[:, :0])
+            if ctx.peers is not None:
+                selection = ctx.peers.share(selection)
             valid = None if selection.valid is None else selection.valid.cpu()
             for j, it in enumerate(members):
                 at, values = selection.index[j], None if selection.features is None else selection.features[j]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vtc.core import Kind, Layout
-from vtc.engine.cache import Pruned
+from vtc.engine.cache import Pruned, PrunedSlidingLayer
 from vtc.engine.parallel import Peers
 from vtc.engine.segment import Segment
 from vtc.engine.tower import VisionRecord
@@ -75,39 +75,66 @@ class Instance:
         return self.entries[self.layout.on(self.entries.device).kind[self.entries] == Kind.PATCH]
 
 
-@dataclass(eq=False)
 class Context:
     """State of one forward of the text model.
 
     What the host decides (how many tokens each row holds, which images there are) follows from one look at ids and padding before
     anything runs, and from shapes: a GPU is not waited for again until the last layer is under way.
+
+    No dataclass: FSDP2 takes dataclasses among a layer's arguments apart and hands every layer a copy.
+
+    Parameters
+    ----------
+    q : int
+        Tokens of each row in this forward.
+    visual, real : Tensor or None
+        ``(B, q)`` bool: new visual tokens (``None``: there are none), and what is not padding.
+    padded : bool
+        Whether ``real`` is not True everywhere.
+    bare : bool
+        Whether some row may have nothing kept in front of a logical token: it begins with an image, or padding.
+    places : dict
+        "Are videos" to their part of ``visual``, on the CPU.
+    text, held : list of int
+        Tokens of each row that are text, and that the layers hold; padding left out.
+    clock : Clock or None
+        Prefill only: dynamo cannot trace its construction, and decode must compile.
+    peers : Peers or None
+        The ranks that share the model; ``None``: there is one rank.
     """
 
-    visual: Tensor | None = None  # (B, q) bool; None: no new visual tokens in this forward
-    real: Tensor | None = None  # (B, q) bool, not padding
-    q: int = 0
-    padded: bool = False  # whether `real` is not True everywhere
-    places: dict[bool, Tensor] = field(default_factory=dict)  # "are videos" -> their part of `visual`, on the CPU
-    text: list[int] = field(default_factory=list)  # text tokens of each row
-    longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row
-    held: list[int] = field(default_factory=list)  # tokens of each row that the layers hold, padding left out
-    answers: list[tuple[str, Tensor]] = field(default_factory=list)  # whether signals were finite, to be looked at in the end
-    records: dict[bool, VisionRecord] = field(default_factory=dict)  # the same key
-    instances: list[Instance] = field(default_factory=list)
-    keep: dict[int, tuple[Segment | None, Tensor | None]] = field(default_factory=dict)  # replayed on recomputation
-    current: Segment | None = None
-    memo: list[tuple[Any, tuple[Any, ...], Any]] = field(default_factory=list)
-    tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = field(default_factory=dict)
-    fired: set[int] = field(default_factory=set)
-    per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
-    clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
-    rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
-    static: bool = False  # its keys come with empty slots behind them
-    step: Step | None = None  # what the layer before was given
-    peers: Peers | None = None  # the ranks that share the model; None: there is one rank
-    promises: dict[int, tuple[int, int]] = field(
-        default_factory=dict
-    )  # decoder layer -> tokens its cache is to store, and to report
+    def __init__(
+        self,
+        q: int = 0,
+        visual: Tensor | None = None,
+        real: Tensor | None = None,
+        padded: bool = False,
+        bare: bool = False,
+        places: dict[bool, Tensor] | None = None,
+        text: list[int] | None = None,
+        held: list[int] | None = None,
+        clock: Clock | None = None,
+        peers: Peers | None = None,
+    ) -> None:
+        self.q, self.visual, self.real, self.padded, self.bare = q, visual, real, padded, bare
+        self.places, self.text, self.held = places or {}, text or [], held or []
+        self.clock, self.peers = clock, peers
+        self.longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row
+        self.answers: list[tuple[str, Tensor]] = []  # whether signals were finite, to be looked at in the end
+        self.records: dict[bool, VisionRecord] = {}  # by "are videos"
+        self.instances: list[Instance] = []
+        self.keep: dict[int, tuple[Segment | None, Tensor | None]] = {}  # replayed on recomputation
+        self.current: Segment | None = None
+        self.memo: list[tuple[Any, tuple[Any, ...], Any]] = []
+        self.tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = {}
+        self.fired: set[int] = set()
+        self.per_layer: list[list[int]] = []  # [layer][instance] visual tokens
+        self.positions: Tensor | None = None  # of the text model, where its layers need not be given them
+        self.rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+        self.static = False  # its keys come with empty slots behind them
+        self.windows: list[PrunedSlidingLayer] = []  # cache layers that were shortened and will throw tokens away
+        self.step: Step | None = None  # what the layer before was given
+        self.promises: dict[int, tuple[int, int]] = {}  # decoder layer -> tokens its cache is to store, and to report
 
     def alive(self) -> list[int]:
         """Tokens of each row that are text or still chosen."""
@@ -204,11 +231,13 @@ class Step:
         given: dict[str, Any],
         changed: dict[str, Any],
     ) -> None:
-        self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
+        self.cols, self.valid, self.shift = layer.cols, layer.valid, layer.shift
+        self.end, self.skip = layer.end, layer.skip
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
-        self.names, self.cache = names, names.roles["kv"]
-        self.by_name = [(names.roles[role], value) for role, value in given.items()]
-        self.keywords = {names.roles[role]: value for role, value in changed.items()}
+        self.names, self.cache = names if names.roles.keys() >= given.keys() else None, names.roles["kv"]
+        if self.names is not None:  # else some come with a layer's further keywords, where :meth:`again` does not look
+            self.by_name = [(names.roles[role], value) for role, value in given.items()]
+            self.keywords = {names.roles[role]: value for role, value in changed.items()}
 
     def again(self, names: Names, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
         """Return the keywords of layer ``i`` in a decode step if they are those of the layer before, else None.
@@ -221,7 +250,7 @@ class Step:
         layer = held[i] if i < len(held) else None
         if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
             return None
-        if layer.shift is not self.shift or layer.end != self.end:
+        if layer.shift is not self.shift or layer.end != self.end or layer.skip != self.skip:
             return None
         for name, value in self.by_name:
             other = kwargs.get(name)
@@ -238,6 +267,7 @@ class Step:
             and layer.valid is self.valid
             and layer.shift is self.shift
             and layer.end == self.end
+            and layer.skip == self.skip
             and seg is self.seg
             and before is self.before
         ):

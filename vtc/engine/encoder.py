@@ -265,7 +265,7 @@ class EncoderStage:
         whole = self.with_head(torch.where(owner >= 0, owner + self.head, owner), 0)
         merged = merge_scatter(hidden, whole, places + self.head, weight=self.with_head(size, 1.0))
         ids = run.ids if run.ids is not None else torch.arange(owner.shape[1], device=owner.device).expand_as(owner)
-        to = owner.clamp(min=0)
+        to = owner.clamp(min=0)  # a choice: padding goes nowhere, and adds nothing to the first token
         sizes = torch.zeros_like(size[:, :1]).expand(-1, places)
         run.size = sizes.scatter_add(1, to, torch.where(owner >= 0, size, torch.zeros_like(size)))
         patches = ids.shape[1] if run.owner is None else run.owner.shape[1]

@@ -14,7 +14,7 @@ from vtc.core import Need, Reducer
 from vtc.engine import parallel, taps, upstream
 from vtc.engine.cache import held_by
 from vtc.engine.context import Context, Group
-from vtc.engine.rope import rope_of, rotate
+from vtc.engine.rope import positions_for, rope_of, rotate
 from vtc.engine.segment import Segment
 from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call
@@ -105,8 +105,8 @@ class TextTaps:
             return
         if all(need.key in ctx.tapped for need in self.needs[i]):  # a recomputation for the backward pass
             return
-        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), ctx.clock.span(query.device):
+            query, key, value = parallel.whole_attention(self.family, self.parts, module, query, key, value)
             q = query.shape[2]
             seg = ctx.keep[i][0] if i in ctx.keep else None
             visual, valid, last = tokens_of(ctx, seg)
@@ -127,14 +127,17 @@ class TextTaps:
 
     @staticmethod
     def given(ctx: Context, need: Need, seg: Segment | None) -> dict[str, Tensor]:
-        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``."""
-        out = {}
+        """Return the earlier signals ``need`` reads, narrowed to the tokens of ``seg``; zero (False) where there is no token."""
+        out, (_, valid, _) = {}, tokens_of(ctx, seg)
         for other in need.uses:
             value, held, offset = ctx.tapped[other.key]
             if other.axis == "keys":
                 rows = torch.arange(ctx.q, device=value.device).expand(value.shape[0], -1) if seg is None else seg.rows
-                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)  # padding was held nowhere
+                # a choice: only padding was held nowhere, and any place does for what is set to zero
+                at = rows if held is None else held.inverse.gather(1, rows).clamp(min=0)
                 value = take(value, at + offset, 1)
+                if ctx.padded if seg is None else seg.valid is not None:
+                    value = value.masked_fill(~valid.view(*valid.shape, *[1] * (value.dim() - 2)), 0)
             out[other.name] = value
         return out
 
@@ -164,8 +167,11 @@ class TextTaps:
         held = held_by(call["kv"], i)
         own = Call(call.names, call.args, call.kwargs)
         own.set("hidden", hidden)
-        rotate(self.family.text, ctx, i, own, hidden, seg, None if held is None else held.shift)
-        own.update({"positions": None, "mask": None, "kv": None})
+        before = None if held is None else held.shift
+        rotate(self.family.text, ctx, i, own, hidden, seg, before)
+        own.update(
+            {"positions": positions_for(self.family.text, ctx, call["positions"], seg, before), "mask": None, "kv": None}
+        )
         if "caching" in own.names.roles:
             own.set("caching", False)
         own.kwargs = {**own.kwargs, upstream.CONTEXT: _Preview()}
@@ -173,7 +179,8 @@ class TextTaps:
             layer.forward(*own.args, **own.kwargs)
         except _Seen as seen:
             query, key, value, scaling = seen.parts
-            parallel.check_running(self.family, self.parts, self.family.text_attention[i], query)
+            attention = self.family.text_attention[i]
+            query, key, value = parallel.whole_attention(self.family, self.parts, attention, query, key, value)
         else:
             raise UnsupportedFeatureError(
                 f"decoder layer {i} did not call its attention: this text model's layers cannot be looked into"
@@ -212,9 +219,10 @@ class TextTaps:
             return
         before = args[0] if args else kwargs[upstream.HIDDEN]
         hidden = before if place == "neurons" else upstream.states_of(out)
-        if place == "neurons":
-            parallel.check_running(self.family, self.parts, self.family.layers[i].mlp)
         with torch.no_grad(), ctx.clock.span(hidden.device):
+            if place == "neurons":
+                mlp = self.family.layers[i].mlp
+                hidden = before = parallel.whole_neurons(self.family, self.parts, mlp, before, mlp.down_proj.in_features)
             seg = ctx.keep[i][0]
             visual, valid, last = tokens_of(ctx, seg)
             tap = StateTap(hidden, last, visual, valid, self.family.text.norm, before=before, text=ctx.longest)

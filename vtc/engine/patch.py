@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vtc import _window
-from vtc.core import Compose, Facts, Need, Reducer, Stage
+from vtc.core import Compose, Facts, Need, Reducer, Stage, Usual
 from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
@@ -117,7 +118,7 @@ class Handle(BaseHandle):
     def guard_generate(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
         check_cache(upstream.check_generation(self._model(), original, args, kwargs))
-        upstream.check_implementation(self.family.text.config)
+        self.text.check_implementation()
         token = MADE.set([])
         try:
             with self.running():
@@ -192,13 +193,19 @@ def patch(
         handle = RetrieverHandle(model, family, check_vector_reducer(wanted), strict)
     else:
         bound = bind(wanted, family.facts)
+        for part in bound.parts():
+            if part.wants_clips and family.frames:
+                warnings.warn(
+                    f"'{part.name}' compares the frames of a clip, and to '{family.name}' they are {family.frames}, each a picture "
+                    "of its own: the tokens of every frame are spread evenly",
+                    stacklevel=2,
+                )
         upstream.check_cache_classes()
-        upstream.check_implementation(family.text.config)
         parallel.check_stages(family)
         parallel.check(family, bound.parts(), given)
-        upstream.ModelNames.of(family.base, family.text, family.layers)  # what is not there is said before anything runs
+        handle = Handle(model, family, bound, strict)  # what is not there is said before anything runs
+        handle.text.check_implementation()
         ensure(model, family, bound)
-        handle = Handle(model, family, bound, strict)
     try:
         if old is not None:
             old.remove()
@@ -214,6 +221,7 @@ def patch(
 
 def bind(reducer: Reducer, facts: Facts) -> Reducer:
     """Resolve a reducer for a model; raise where stage, layer, signal or positions cannot be served."""
+    reducer = late_enough(reducer, facts.first_layer)
     bound = (keep_positions(reducer) if facts.mrope else reducer).bind(facts)
     for part in bound.parts():
         reason = facts.stages.get(part.stage, "not known to this adapter")
@@ -225,6 +233,11 @@ def bind(reducer: Reducer, facts: Facts) -> Reducer:
             raise UnknownArgumentError(
                 f"'{part.name}': layer {part.layer} is out of range, use {facts.first_layer}..{facts.layers - 1} (reducers before "
                 "the first layer act at the boundary)"
+            )
+        if getattr(part, "weighs_pool", False):
+            raise UnknownArgumentError(
+                f"'{part.name}': a head's average is weighted by size in a vision transformer without language model only: drop "
+                "the option"
             )
         if part.position_policy == "compact" and facts.mrope:
             raise UnknownArgumentError(f"'{part.name}': positions cannot be compacted under M-RoPE, pass positions='original'")
@@ -262,6 +275,14 @@ def check_signal(need: Need, facts: Facts) -> None:
             f"signal '{need.name}' is read from tower layer {used.layer}, where attention sees only a window: choose one of the "
             f"layers {', '.join(whole)} where the method has an option for it"
         )
+
+
+def late_enough(reducer: Reducer, first: int) -> Reducer:
+    """Return a reducer whose decoder layer, where it is not asked for, is not before the ``first`` that can be shortened."""
+    if isinstance(reducer, Compose):
+        return dataclasses.replace(reducer, members=tuple(late_enough(m, first) for m in reducer.members))
+    moves = isinstance(reducer.layer, Usual) and reducer.layer < first
+    return dataclasses.replace(reducer, layer=first) if moves else reducer  # type: ignore[call-arg]
 
 
 def keep_positions(reducer: Reducer) -> Reducer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -36,6 +37,10 @@ class Projection:
         return self._copy(self.projector, "", rank)
 
     def _copy(self, module: nn.Module, name: str, rank: int | None) -> nn.Module:
+        with _present(module):
+            return self._copy_here(module, name, rank)
+
+    def _copy_here(self, module: nn.Module, name: str, rank: int | None) -> nn.Module:
         if rank is not None and isinstance(module, nn.Linear) and rank < min(module.weight.shape):
             return self._low_rank(module, name, rank)
         shell = object.__new__(type(module))
@@ -74,8 +79,19 @@ class _Factors(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.first), self.second, self.bias)
 
 
+def _present(module: nn.Module) -> AbstractContextManager[None]:
+    """Bring back, for as long as it lasts, the weights of a module that accelerate keeps elsewhere between its calls."""
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
+
+
 def _wide(t: Tensor | None) -> Tensor | None:
-    """At least float32, without gradient; whole numbers as they are."""
+    """At least float32, without gradient, put together from the ranks that share it; whole numbers as they are."""
+    if hasattr(t, "full_tensor"):
+        t = t.detach().full_tensor()
     if t is None or not t.is_floating_point():
         return t
     return t.detach() if t.dtype == torch.float64 else t.detach().float()

@@ -42,7 +42,10 @@ class Segment:
     def rank(self) -> Tensor:
         """``(B, q)`` physical index of the last token held at or before each logical one; negative where there is none."""
         rank = self.kept.cumsum(1) - 1
-        return rank if self.valid is None else rank + (self.valid.shape[1] - self.valid.sum(1, keepdim=True))
+        if self.valid is None:
+            return rank
+        padding = self.valid.shape[1] - self.valid.sum(1, keepdim=True)  # slots in front of the row's first token
+        return torch.where(rank < 0, rank, rank + padding)
 
     @functools.cached_property
     def inverse(self) -> Tensor:
@@ -87,7 +90,7 @@ def cut(keep: Tensor, counts: list[int], real: Tensor | None, prev: Segment | No
     relative, taken = select_compact(current.to(torch.float32), p, [] if prev is None else [prev.rows], count=n)
     valid = None
     if n is not None:
-        valid, relative = relative >= 0, relative.clamp(min=0)
+        valid, relative = relative >= 0, relative.clamp(min=0)  # a choice: padding holds any token, and is marked
     rows = relative if prev is None else taken[0]
 
     delta, shift = None, None
@@ -144,7 +147,7 @@ def remap_mask(
     else:
         index = cols.to(mask.device) - (total - mask.shape[-1])
         ok = index >= 0 if valid is None else (index >= 0) & valid.to(mask.device)
-        index = index.clamp(min=0)
+        index = index.clamp(min=0)  # a choice: columns in front of a window's mask are not seen, as `ok` says
         if mask.dim() == 2:
             return mask.gather(1, index) & ok
         out = mask.expand(cols.shape[0], -1, -1, -1)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from vtc.core import Reducer, Stage, settle
 from vtc.engine import parallel, upstream
-from vtc.engine.cache import Pruned, check_cache, held_by, promised, pruned_layer
+from vtc.engine.cache import Pruned, PrunedSlidingLayer, check_cache, held_by, learn_fronts, promised, pruned_layer
 from vtc.engine.choose import Chooser, find_instances, keep_table, write
 from vtc.engine.context import CURRENT, Context, Step
 from vtc.engine.listen import TextTaps
-from vtc.engine.rope import rope_of, rotate
+from vtc.engine.rope import positions_for, rope_of, rotate
 from vtc.engine.segment import Segment, cut, remap_mask
 from vtc.engine.tower import MADE, TowerSide, VisionRecord
 from vtc.engine.undo import Undo
@@ -40,6 +40,10 @@ class TextSide:
         self.family, self.tower, self.stats, self.strict = family, tower, stats, strict
         self.parts = parts
         self.names = ModelNames.of(family.base, family.text, family.layers)
+        self.scaled = any(map(upstream.needs_positions, family.text_attention))
+        self.untold = any("positions" not in names.roles for names in self.names.layers)
+        self.windows = [upstream.window_of(family.text.config, i) for i in range(len(family.layers))]
+        self.alike = len({*self.windows}) == 1
         self.running: dict[int, bool] = {}  # threads inside a forward
         self.boundary = [p for p in parts if p.stage is Stage.BOUNDARY]
         self.decoder: dict[int, list[Reducer]] = {}
@@ -87,7 +91,7 @@ class TextSide:
         if ids is None and embeds is None:
             return
         check_cache(call.beside("kv"))
-        upstream.check_implementation(self.family.text.config)
+        self.check_implementation()
         if upstream.is_packed(call):
             raise UnsupportedFeatureError("packed sequences (cu_seq_lens_*) cannot be shortened: pass padded batches")
         several = parallel.several()
@@ -108,6 +112,7 @@ class TextSide:
             real=real,
             q=image.shape[1],
             padded=sum(held) < real.numel(),
+            bare=bool((image | ~real)[:, 0].any()),
             places={video: place & real for video, place in found.items()},
             text=text,
             held=held,
@@ -123,6 +128,17 @@ class TextSide:
                 record = getattr(features, "vtc", lost)
                 ctx.records |= {} if record is None else {video: record}
         CURRENT.set(ctx)  # not in decode steps: setting a ContextVar breaks compiled graphs
+
+    def check_implementation(self) -> None:
+        """Refuse attention implementations under which this text model's layers cannot be shortened."""
+        config = self.family.text.config
+        upstream.check_implementation(config)
+        if self.scaled and upstream.is_flash(upstream.attention_of(config)):
+            raise UnsupportedFeatureError(
+                f"{type(self.family.text_attention[0]).__name__} scales queries by their position, and FlashAttention, given the "
+                f"positions of what is left, takes gaps for borders of packed prompts: load the model with "
+                f"attn_implementation='{upstream.SDPA}'"
+            )
 
     def placeholders(self, ids: Tensor | None, embeds: Tensor, tokens: tuple[int, ...]) -> Tensor:
         """Boolean ``(B, q)``, on the CPU: where one of the ``tokens`` is, by ids or, as the models do, by embeddings."""
@@ -168,12 +184,25 @@ class TextSide:
             ctx = Context(q=tokens.shape[1])
         else:
             CURRENT.set(None)
-            parallel.check_states(embeds, ctx.q, "the text model")
+        if self.untold:
+            ctx.positions = self.counted(call, embeds if embeds is not None else call.beside("ids"))
+        if ctx.visual is not None:
+            if ctx.peers is not None:
+                parallel.check_states(embeds, ctx.q, "the text model")
             ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
             call.set("embeds", self.reduce_inputs(ctx, embeds))
             if ctx.current is not None and self.family.between_layers is not None:
                 call.kwargs = {**call.kwargs, **shorten_between(ctx, call.kwargs, *self.family.between_layers)}
         return call.args, {**call.kwargs, CONTEXT: ctx}
+
+    @staticmethod
+    def counted(call: Call, tokens: Tensor) -> Tensor:
+        """Return the positions of this forward, for layers that may not be given them (4.57's Cohere 2)."""
+        cache, given = call["kv"], call["positions"]
+        if given is not None:
+            return given
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        return torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
 
     def shortcut(self, call: Call, tokens: Tensor) -> bool:
         """Whether a forward without new images needs no work in the layers; its positions are shifted here where that is all.
@@ -226,7 +255,8 @@ class TextSide:
     def after_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Expand the last hidden states to logical length, and account for what happened.
 
-        A dropped slot shows the last kept token before it: the one that predicts the next text token.
+        A dropped slot has no prediction of its own. It shows the last kept token before it, the one that predicts the next text
+        token; where there is none, in front of a row's first kept token, its state is zero, whatever else is in the batch.
         """
         ctx = kwargs.get(CONTEXT)
         if ctx is None or ctx.visual is None:
@@ -235,13 +265,21 @@ class TextSide:
             ctx.peers.ask()
         if ctx.current is not None:
             self.keep_promises(ctx, Call(self.names.text, args, kwargs), out)
-            states = upstream.states_of(out)
-            out = upstream.with_states(out, take(states, ctx.current.rank.clamp(min=0), 1))
+            out = upstream.with_states(out, self.expand(ctx, upstream.states_of(out)))
         self.account(ctx)
         settle(ctx.answers)  # last: a GPU has its work by now
         if ctx.peers is not None:
             ctx.peers.agree()
+        if ctx.windows and not torch.compiler.is_compiling():
+            learn_fronts(ctx.windows)
         return out
+
+    @staticmethod
+    def expand(ctx: Context, states: Tensor) -> Tensor:
+        """Return the states ``(B, P, D)`` of what is left at logical length, ``(B, q, D)``."""
+        rank = ctx.current.rank
+        out = take(states, rank.clamp(min=0), 1)  # a choice: what is negative is set to zero
+        return out.masked_fill(rank[..., None] < 0, 0) if ctx.bare else out
 
     def keep_promises(self, ctx: Context, call: Call, out: Any) -> None:
         """Assert on the model what its layers were to hold: every layer was entered, and each cache layer is as promised.
@@ -313,6 +351,8 @@ class TextSide:
             seg = self.shorten_states(ctx, i, module, call, cache)
         layer, before = self.hold(ctx, i, cache, seg)
         if layer is not None or seg is not None:
+            if seg is not None:
+                self.shorten_others(ctx, i, call, seg)
             if layer is not None and ctx.step is not None and ctx.step.fits(layer, seg, before, call):
                 call.update(ctx.step.changed)
             else:
@@ -325,17 +365,19 @@ class TextSide:
         """Take the signals that layer ``i`` gives on entering, let its reducers act, and give it the states of what is left."""
         hidden = call["hidden"]
         if not (i in ctx.keep and i < len(ctx.per_layer)):  # not a recomputation
-            parallel.check_states(
-                hidden, ctx.q if i == 0 or ctx.current is None else ctx.current.rows.shape[1], f"decoder layer {i}"
-            )
-            if ctx.peers is not None and not ctx.peers.groups:
-                self.meet(ctx, module)
+            if ctx.peers is not None:
+                there = ctx.q if i == 0 or ctx.current is None else ctx.current.rows.shape[1]
+                parallel.check_states(hidden, there, f"decoder layer {i}")
+                if not ctx.peers.groups:
+                    self.meet(ctx, module)
             if i in self.taps.needs:
                 held = getattr(cache, "layers", ())
                 ctx.static = i < len(held) and isinstance(held[i], FixedLayer)
             self.taps.entered(i, ctx)
             if i in self.taps.looks:
                 self.taps.look(ctx, i, module, call, hidden)
+        if ctx.current is not None or i in self.decoder:
+            self.check_states(ctx, i, hidden)
         states, seg = self.enter(ctx, i, hidden)
         if states is not hidden:
             call.set("hidden", states)
@@ -344,6 +386,8 @@ class TextSide:
     def meet(self, ctx: Context, layer: nn.Module) -> None:
         """Find the ranks that share a layer; compare with them what was kept so far."""
         ctx.peers.groups = parallel.groups_of(layer)
+        if self.decoder or self.taps.looks:  # where one rank tells the others what it chose
+            ctx.peers.compare_prompts(ctx.instances)
         self.compare(ctx, [p for p in self.parts if p.stage is not Stage.DECODER])
 
     @staticmethod
@@ -366,6 +410,8 @@ class TextSide:
         stored, before = layer.stored(), layer.shift
         layer.begin(seg, ctx.q)
         ctx.promises[i] = stored + seg.rows.shape[1], layer.end
+        if isinstance(layer, PrunedSlidingLayer):
+            ctx.windows.append(layer)
         return layer, before
 
     def shorten_arguments(
@@ -376,12 +422,61 @@ class TextSide:
         given = {role: call[role] for role in roles}
         hidden, mask = call["hidden"], given["mask"]
         cols, valid, total = self.columns(ctx, layer, seg, mask)
+        window, flash = self.windows[i], upstream.is_flash(upstream.attention_of(self.family.text.config))
+        if flash and window is not None and total > window:
+            cols, valid = self.in_window(ctx, i, layer, window, total)
         if mask is not None or valid is not None:
-            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer)))
+            static = isinstance(layer, FixedLayer)
+            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, window, static))
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
-        call.set("positions", None)  # inside a layer these only serve packed-sequence detection: never right here
-        if layer is not None and not isinstance(layer, FixedLayer):  # (those run compiled: nothing to save there)
+        call.set("positions", positions_for(self.family.text, ctx, given["positions"], seg, before))
+        told_alike = not flash or self.alike  # else masks say nothing of windows
+        if (
+            layer is not None and told_alike and not isinstance(layer, FixedLayer)
+        ):  # (those run compiled: nothing to save there)
             ctx.step = Step(call.names, layer, seg, before, given, {role: call[role] for role in roles})
+
+    @staticmethod
+    def in_window(ctx: Context, i: int, layer: Pruned | None, window: int, total: int) -> tuple[Tensor, Tensor]:
+        """Return the keys of a sliding-window layer and which of them one new token sees, where FlashAttention must be told.
+
+        It counts its window in tokens that are there, and would see further once some are not.
+        """
+        if layer is None or ctx.q > 1:
+            raise UnsupportedFeatureError(
+                f"FlashAttention counts the window of decoder layer {i} in tokens that are there, and would see past it in a "
+                f"shortened sequence of more than {window} tokens: load the model with attn_implementation='{upstream.SDPA}'"
+            )
+
+        def make() -> tuple[Tensor, Tensor]:
+            cols, valid = layer.columns(ctx.q)
+            seen = cols >= total - window
+            return cols, seen if valid is None else seen & valid
+
+        return ctx.once(("window", window, layer.stored(), layer.skip), (layer.cols,), make)
+
+    def check_states(self, ctx: Context, i: int, hidden: Tensor) -> None:
+        """Refuse a text model whose layers are not given one state of each token there, in order."""
+        last = ctx.keep[i - 1][0] if i else None
+        there = ctx.q if last is None else last.rows.shape[1]
+        if hidden.dim() != 3 or hidden.shape[:2] != (len(ctx.visual), there):
+            raise UnsupportedFeatureError(
+                f"{self.names.layers[i].kind.__name__} is given states of shape {tuple(hidden.shape)} where {there} tokens are in "
+                f"{len(ctx.visual)} rows: this text model changes the sequence between its layers, and cannot be shortened"
+            )
+
+    def shorten_others(self, ctx: Context, i: int, call: Call, seg: Segment) -> None:
+        """Shorten what else layer ``i`` is given of every token; refuse what is as long as the sequence and not known."""
+        lengths = {ctx.q, ctx.q * len(seg.rows), *(s.rows.shape[1] for s, _ in ctx.keep.values() if s is not None)}
+        for name, value in [*call.others(self.names.read[i])]:
+            if name in upstream.PER_TOKEN and isinstance(value, Tensor) and value.shape[1] == ctx.q:
+                rows = functools.partial(take, value, seg.rows, 1)
+                call.set_other(name, ctx.once(name, (value, seg), rows))
+            elif lengths & sizes_of(value):
+                raise UnsupportedFeatureError(
+                    f"{self.names.layers[i].kind.__name__} is given '{name}', which is as long as the sequence and which vtc does "
+                    f"not know how to shorten (transformers {upstream.version()}): this text model is not supported"
+                )
 
     @staticmethod
     def columns(ctx: Context, layer: Pruned | None, seg: Segment | None, mask: Any) -> tuple[Tensor, Tensor | None, int]:
@@ -390,11 +485,11 @@ class TextSide:
             return seg.rows, seg.valid, ctx.q
         if seg is not None:
             return layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
-        total = layer.get_mask_sizes(ctx.q)[0]
+        total = layer.total(ctx.q)
         if mask is None and layer.valid is None:
             return layer.cols, None, total  # nothing to remap: the columns are not looked at
         made = functools.partial(layer.columns, ctx.q)
-        return *ctx.once(("columns", layer.stored()), (layer.cols,), made), total
+        return *ctx.once(("columns", layer.stored(), layer.skip), (layer.cols,), made), total
 
     def mask(
         self,
@@ -405,10 +500,16 @@ class TextSide:
         valid: Tensor | None,
         total: int,
         seg: Segment | None,
+        window: int | None,
         static: bool,
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
+        if isinstance(mask, Tensor) and window is None and mask.shape[-1] != total:
+            raise UnsupportedFeatureError(
+                f"an attention mask covers {mask.shape[-1]} tokens where there are {total}: pass one for all tokens, those in the "
+                "KV cache included"
+            )
         if static and upstream.is_flash(implementation):
             raise UnsupportedFeatureError(
                 "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
@@ -459,6 +560,14 @@ class TextSide:
         if relative is not None:
             hidden = take(hidden, relative, 1)
         return hidden, seg
+
+
+def sizes_of(value: Any) -> set[int]:
+    """Return the sizes of all axes of a tensor, or of those in a tuple, list or dictionary."""
+    if isinstance(value, Tensor):
+        return set(value.shape)
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return set().union(*map(sizes_of, values))
 
 
 def shorten_between(ctx: Context, kwargs: dict[str, Any], rows: str, values: str) -> dict[str, Any]:

@@ -226,8 +226,8 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
-        parallel.check_running(self.family, self.parts, module, query)
         with torch.no_grad(), run.clock.span(query.device):
+            query, key, value = parallel.whole_attention(self.family, self.parts, module, query, key, value)
             if run.call.pieces is not None:
                 self.observe_packed(run, record, stepping, query, key, value, scaling)
                 return
@@ -275,11 +275,23 @@ class TowerSide:
         run = _RUN.get()
         if run is None:
             return
-        parallel.check_running(self.family, self.parts, module)
+        parallel.check_projector(self.family, self.parts, module)
         with torch.no_grad(), run.clock.span(args[0].device):
             tap = ProjectionTap(args[0], self.projection.function, run.encoder.valid)
             for need in self.projected:
-                run.recorded[need.key] = self.spread(run, need.measure(tap))
+                run.recorded[need.key] = self.of_tokens(run.call, self.spread(run, need.measure(tap)))
+
+    def of_tokens(self, call: VisionCall, values: Tensor) -> Tensor:
+        """Turn values of what the projector is given into those of tokens, where it is given patches that are joined behind it."""
+        given = self.family.facts.grid[0] * self.family.facts.grid[1]
+        if call.cells is None or values.shape[1] == len(call.cells):
+            return values
+        if values.shape[1] != given:
+            raise UnsupportedFeatureError(
+                f"the projector was given {values.shape[1]} tokens per view where its adapter expected {given} or "
+                f"{len(call.cells)}: this checkpoint's image settings are not supported"
+            )
+        return of_cells(call, values)
 
     def spread(self, run: TowerRun, values: Tensor) -> Tensor:
         """Put values of the patches alive back on the full grid, zeros elsewhere."""
@@ -499,11 +511,16 @@ class TowerSide:
 
     def on_slots(self, run: TowerRun, values: Tensor) -> list[Tensor]:
         """Rearrange ``(views, patches, ...)`` into one ``(slots, ...)`` tensor per image."""
-        out, start = [], 0
+        out, start, total = [], 0, sum(map(len, run.call.patches))
         values = values.flatten(0, 1)
+        if len(values) != total:
+            raise UnsupportedFeatureError(
+                f"a signal of the vision tower has {len(values)} values where the images have {total} patches: this checkpoint's "
+                "image settings are not supported"
+            )
         for slots, patches in zip(run.call.slots, run.call.patches, strict=True):
             source, patch = sources(slots, values.device)
-            mine = values[(start + source).clamp(max=len(values) - 1)]
+            mine = values[start + source]
             out.append(torch.where(patch.view(-1, *[1] * (values.dim() - 1)), mine, torch.zeros_like(mine)))
             start += len(patches)
         return out
@@ -515,7 +532,7 @@ def sources(slots: Layout) -> tuple[Tensor, Tensor]:
     grids = torch.tensor(slots.grids)
     first = grids.prod(1).cumsum(0) - grids.prod(1)  # of each view
     patch = slots.kind == Kind.PATCH
-    view = slots.view.clamp(min=0)
+    view = slots.view.clamp(min=0)  # a choice: newlines are in no view, and what is found for them is not taken
     return torch.where(patch, first[view] + slots.row * grids[view, 1] + slots.col, 0), patch
 
 

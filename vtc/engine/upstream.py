@@ -13,7 +13,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +99,13 @@ ROLES: dict[str, Role] = {
     "interpolate": Role("whether the tower stretches its position embeddings", ("interpolate_pos_encoding",)),
     "blocks": Role("where the blocks of a packed sequence end", ("cu_seqlens",)),
     "longest": Role("its longest block", ("max_seqlen",)),
+    "shared_kv": Role("keys and values some layers share, which vtc refuses where one reads them", ("shared_kv_states",)),
     "step_positions": Role("physical positions in older releases", ("cache_position",)),
 }
 """What vtc reads or writes among the arguments of base models, text models, decoder layers and tower layers."""
+
+PER_TOKEN = ("per_layer_input", "moe_mm_token_type_ids")
+"""Arguments of decoder layers with one entry for each token ``(B or 1, q, ...)``, which are shortened with the states."""
 
 IDS, MASK, POSITIONS, EMBEDS, PIXELS, HIDDEN, USE_CACHE = (
     ROLES[role].names[0] for role in ("ids", "mask", "positions", "embeds", "pixels", "hidden", "caching")
@@ -126,6 +130,10 @@ RELIANCE: dict[str, str] = {
     "`Cache.layers`, `DynamicLayer`, `DynamicSlidingWindowLayer`, `StaticLayer`": "replaced in the cache object by subclasses; the "
     "methods they override are checked when vtc is imported",
     "`generate(prefill_chunk_size=, cache_implementation=, generation_config=)`": "read to refuse what cannot work",
+    "every other argument that a decoder layer or a module in it names": "its tensors are looked at in each shortened prefill: "
+    f"{', '.join(f'`{name}`' for name in PER_TOKEN)} are shortened, and another one as long as the sequence is refused",
+    "`position_ids` of decoder layers": "shortened with the states; under FlashAttention left out, since gaps look like packed "
+    "sequences to transformers",
     "`gradient_checkpointing`, `training`": "of layers; whether hooks run again is seen from `GradientCheckpointingLayer`",
     "`last_hidden_state`": "of text models: expanded to logical length",
     "`num_attention_heads` (`num_heads`), `num_hidden_layers`": "compared with what a rank has, where there are several ranks",
@@ -144,7 +152,7 @@ _METHODS_AND_FIELDS = (
 def known_names() -> frozenset[str]:
     """Return every name of transformers' that may stand in this file only (a test looks for them elsewhere)."""
     arguments = (name for role in ROLES.values() for name in role.names)
-    return frozenset({*arguments, *_METHODS_AND_FIELDS, *BATCHING} - {"x"})
+    return frozenset({*arguments, *PER_TOKEN, *_METHODS_AND_FIELDS, *BATCHING} - {"x"})
 
 
 _TABLE: dict[type, Names] = {}
@@ -231,16 +239,24 @@ class Names:
 
 @dataclass(frozen=True, eq=False)
 class ModelNames:
-    """The names of one model: of its base, its text model, and every decoder layer."""
+    """The names of one model: of its base, its text model, and every decoder layer.
+
+    ``read`` are the arguments that each layer or a module in it names, beyond those with a role here: what else comes down with the
+    keywords of a call is looked at by nobody.
+    """
 
     base: Names
     text: Names
     layers: tuple[Names, ...]
+    read: tuple[frozenset[str], ...]
 
     @staticmethod
     def of(base: nn.Module, text: nn.Module, layers: Iterable[nn.Module]) -> ModelNames:
         """Find them, or raise :class:`UnsupportedModelError` that says what was looked for and what was found."""
-        each = tuple(Names.of(layer).need("hidden", "kv", "mask", "positions", "rotary") for layer in layers)
+        each = tuple(Names.of(layer).need("hidden", "kv", "mask", "rotary") for layer in layers)
+        for names in each:
+            if not names.open:  # else they come with the further keywords, as Cohere 2's layers take them
+                names.need("positions")
         inner, outer = Names.of(text).need("kv", "mask", "positions", "embeds"), Names.of(base)
         if not inner.open:
             raise UnsupportedModelError(
@@ -254,7 +270,9 @@ class ModelNames:
                 f"{outer.kind.__name__} calls {ROLES['kv'].what} '{outer.roles['kv']}' and its text model "
                 f"{inner.kind.__name__} '{inner.roles['kv']}' (transformers {version()}): vtc cannot tell which of them counts"
             )
-        return ModelNames(outer, inner, each)
+        found = dict.fromkeys(name for role in ROLES.values() for name in role.names)
+        named = (frozenset(n for m in layer.modules() for n in _parameters(type(m)) if n not in found) for layer in layers)
+        return ModelNames(outer, inner, each, tuple(named))
 
 
 class Call:
@@ -279,6 +297,9 @@ class Call:
         A keyword of the role's other names counts, too: forwards rename what they are given under an older one.
         """
         names = self.names
+        name = names.roles.get(role)
+        if name is None and names.open:
+            return self.beside(role)
         name = names.roles[role]
         if name in self.kwargs:
             return self.kwargs[name]
@@ -298,12 +319,12 @@ class Call:
         return default
 
     def set(self, role: str, value: Any) -> None:
-        """Give something else for a role the class has."""
+        """Give something else for a role the class has, or that came with its further keywords."""
         at = self.names.at.get(role, sys.maxsize)
         if len(self.args) > at:
             self.args = (*self.args[:at], value, *self.args[at + 1 :])
             return
-        self.kwargs = {**self.kwargs, self.names.roles[role]: value}
+        self.kwargs = {**self.kwargs, **self._named({role: value})}
 
     def set_beside(self, role: str, value: Any) -> None:
         """Give something else for a role that was given, under the name it came with."""
@@ -313,14 +334,40 @@ class Call:
         name = next(name for name in ROLES[role].names if name in self.kwargs)
         self.kwargs = {**self.kwargs, name: value}
 
+    def _named(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return values by the class's names; what the class has no name for stands under the one it came with, or nowhere."""
+        roles, named = self.names.roles, {}
+        for role, value in values.items():
+            name = roles.get(role) or next((n for n in ROLES[role].names if n in self.kwargs), None)
+            if name is not None:
+                named[name] = value
+            elif value is not None:
+                raise KeyError(role)
+        return named
+
     def update(self, values: Mapping[str, Any]) -> None:
         """Give something else for several roles at once."""
         if len(self.args) > 1:
             for role, value in values.items():
                 self.set(role, value)
         else:  # all but the hidden states come by keyword: one copy
-            roles = self.names.roles
-            self.kwargs = {**self.kwargs, **{roles[role]: value for role, value in values.items()}}
+            self.kwargs = {**self.kwargs, **self._named(values)}
+
+    def others(self, names: frozenset[str]) -> Iterator[tuple[str, Any]]:
+        """Yield name and value of each of these arguments that was given."""
+        for name, value in zip(self.names.order, self.args, strict=False):
+            if name in names:
+                yield name, value
+        for name in names & self.kwargs.keys():
+            yield name, self.kwargs[name]
+
+    def set_other(self, name: str, value: Any) -> None:
+        """Give something else for an argument without a role."""
+        at = self.names.order.index(name) if name in self.names.order else sys.maxsize
+        if len(self.args) > at:
+            self.args = (*self.args[:at], value, *self.args[at + 1 :])
+        else:
+            self.kwargs = {**self.kwargs, name: value}
 
     def without_context(self) -> None:
         """Take out vtc's own argument, which modules further down would not know."""
@@ -432,7 +479,9 @@ def _one(values: Iterable[Any]) -> AnyCache | None:
 
 
 # ---------------------------------------------------------------------------------------------------------- KV caches
-_CACHE_KINDS = {None, "dynamic", "dynamic_full"}
+_CACHE_KINDS = {None, "dynamic", "dynamic_full", "hybrid"}
+"""What `generate` may be asked for. Files of models with sliding windows still say "hybrid", which transformers takes for unset;
+4.57 makes a static cache of it where the call itself asks, which :func:`check_cache` refuses when the model is called."""
 _FIXED_KIND = "static"
 
 
@@ -442,6 +491,7 @@ def fixed_layers_count() -> bool:
 
 
 _OVERRIDDEN: dict[str, int] = {
+    "update": 2,
     "get_seq_length": 0,
     "get_mask_sizes": 1,
     "reorder_cache": 1,
@@ -452,7 +502,6 @@ _OVERRIDDEN: dict[str, int] = {
 }
 """Methods of cache layers that ours override, with the number of arguments they are called with."""
 _INHERITED = {
-    "update",
     "lazy_initialization",
     "offload",
     "prefetch",
@@ -538,7 +587,7 @@ def check_cache(cache: Any, kinds: Iterable[type], ours: type) -> None:
         if not issubclass(kind, ours) and kind not in kinds:
             raise UnsupportedFeatureError(
                 f"cache layers of type {kind.__name__} cannot hold a reduced sequence: use the default DynamicCache"
-                + (" (StaticCache needs transformers >= 5.23)" if issubclass(kind, _theirs("FixedLayer")) else "")
+                + (" (StaticCache needs transformers >= 5.23)" if kind is _theirs("FixedLayer") else "")
             )
     if getattr(cache, "offloading", False):
         raise UnsupportedFeatureError("an offloaded KV cache cannot hold a reduced sequence: use the default DynamicCache")
@@ -546,6 +595,16 @@ def check_cache(cache: Any, kinds: Iterable[type], ours: type) -> None:
 
 def _is_theirs(method: Any) -> bool:
     return getattr(method, "__module__", "").partition(".")[0] == "transformers"
+
+
+def seen_by_window(layer: Any) -> int:
+    """Return how many tokens a plain sliding-window layer was given, whatever it still holds."""
+    return layer.cumulative_length
+
+
+def window_of_layer(layer: Any) -> int:
+    """Return how many tokens back a token looks in a sliding-window layer, itself included."""
+    return layer.sliding_window
 
 
 def fixed_length(layer: Any) -> Any:
@@ -573,6 +632,7 @@ FLASH = "flash"
 _REFUSED = ("flex", "paged")
 LAYERS = "num_hidden_layers"
 _HEADS = ("num_attention_heads", "num_heads")
+_KEY_HEADS = ("num_key_value_heads",)
 """What configurations call the number of query heads; the second in towers that pack all images in one sequence."""
 
 
@@ -586,10 +646,14 @@ def attention_of(config: Any) -> str:
     return getattr(config, IMPLEMENTATION, None) or EAGER
 
 
-def heads_of(attention: nn.Module) -> int | None:
-    """Return how many query heads the configuration of an attention module says it has; ``None``: it does not say."""
+def heads_of(attention: nn.Module) -> tuple[int | None, int | None]:
+    """Return how many query heads and key heads the configuration of an attention module says it has; ``None``: it does not."""
     config = getattr(attention, "config", None)
-    return next((n for n in (getattr(config, name, None) for name in _HEADS) if isinstance(n, int)), None)
+    heads, keys = (
+        next((n for n in (getattr(config, name, None) for name in names) if isinstance(n, int)), None)
+        for names in (_HEADS, _KEY_HEADS)
+    )
+    return heads, heads if keys is None else keys
 
 
 def is_flash(implementation: str) -> bool:
@@ -645,6 +709,23 @@ def layer_type(config: Any, i: int) -> str | None:
     return kinds[i] if kinds else None
 
 
+def window_of(config: Any, i: int) -> int | None:
+    """Return how many tokens back, itself included, decoder layer ``i`` looks at most; ``None``: at everything."""
+    kind = layer_type(config, i)
+    if kind is None:
+        return getattr(config, "sliding_window", None)
+    return getattr(config, _WINDOWS[kind], None) if kind in _WINDOWS else None
+
+
+def has_windows(config: Any) -> bool:
+    """Whether some decoder layer does not see everything."""
+    return any(window_of(config, i) is not None for i in range(config.num_hidden_layers))
+
+
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+"""By type of a layer: where a configuration says how far it looks."""
+
+
 def rotary_of(text: nn.Module, role: str) -> nn.Module:
     """Return the module that makes the cosines and sines of a role."""
     return text.rotary_emb_local if role == "rotary_local" else text.rotary_emb
@@ -653,6 +734,12 @@ def rotary_of(text: nn.Module, role: str) -> nn.Module:
 @functools.cache
 def _parameters(kind: type) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)
+
+
+def needs_positions(attention: nn.Module) -> bool:
+    """Whether an attention reads position ids itself (to scale its queries): its ``forward`` cannot be called without."""
+    given = inspect.signature(type(attention).forward).parameters.get(POSITIONS)
+    return given is not None and given.default is given.empty
 
 
 def rotate_at(rotary: nn.Module, hidden: Tensor, positions: Tensor, kind: str | None) -> tuple[Tensor, Tensor]:
@@ -709,6 +796,11 @@ def check_generation(model: nn.Module, original: Callable[..., Any], args: tuple
     if kind not in _CACHE_KINDS and not (kind == _FIXED_KIND and fixed_layers_count()):
         raise UnsupportedFeatureError(
             f"cache_implementation='{kind}' cannot hold a reduced sequence: drop the option (DynamicCache is the default)"
+        )
+    if kind == _FIXED_KIND and has_windows(model.config.get_text_config()):
+        raise UnsupportedFeatureError(
+            f"cache_implementation='{kind}' cannot hold a reduced sequence on a model with sliding-window layers: drop the option "
+            "(DynamicCache is the default)"
         )
     return next((call[name] for name in ROLES["kv"].names if call.get(name) is not None), None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,10 @@ from vtc.stats import SHORT, CallStats, Clock, ImageStats, KeptTokens, StageStat
 from vtc.views import ask
 
 _PASS: contextvars.ContextVar[tuple[object, EncoderRun] | None] = contextvars.ContextVar("vtc_vit_pass", default=None)
+_DONE: contextvars.ContextVar[tuple[weakref.ref[Tensor], Tensor | None] | None] = contextvars.ContextVar(
+    "vtc_vit_done", default=None
+)
+"""Features of the last pass, and the sizes of their patches ``(B, n)``; ``None``: nothing was merged."""
 
 
 class VitHandle(BaseHandle):
@@ -37,6 +42,8 @@ class VitHandle(BaseHandle):
         for name in ("forward_intermediates", "get_intermediate_layers"):
             if hasattr(model, name):
                 self.wrap(model, name, self.refuse)
+        if getattr(part, "weighs_pool", False):
+            self.wrap(model, family.pooling, self.average)
         if isinstance(part, EncoderReducer):
             stage = EncoderStage(part, family.layers, family.attention, family.mlp_branch, family.facts, self.current)
             wanted = stage.wanted()
@@ -92,7 +99,22 @@ class VitHandle(BaseHandle):
             _PASS.reset(token)
         settle(run.answers)
         self.account(run)
+        if getattr(self.reducer, "weighs_pool", False):
+            sizes = run.size if run.size is None or run.valid is None else run.size * run.valid
+            _DONE.set((weakref.ref(out), sizes))
         return out
+
+    def average(self, original: Callable[..., Any], tokens: Tensor, pool_type: str | None = None) -> Any:
+        """Average the tokens behind the last block, each counted as often as it has patches."""
+        done = _DONE.get()
+        if done is None or done[0]() is not tokens:
+            raise UnsupportedFeatureError(
+                f"'{self.reducer.name}' knows the sizes of the tokens that forward_features() has just returned, and no others: "
+                "call the model as a whole, or forward_head() on those"
+            )
+        if pool_type is not None or done[1] is None:
+            return original(tokens, pool_type)
+        return self.family.average(tokens, done[1]).to(tokens.dtype)
 
     def observe(self, attention: nn.Module, needs: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
         """Compute the signals wanted of one block."""
@@ -182,6 +204,10 @@ def bind_vit(reducer: Reducer, family: Transformer) -> Reducer:
             reason = "it has several stages"
         elif not isinstance(part, EncoderReducer) and part.tower_layer is None:
             reason = "it acts on features on their way to a language model"
+    if not reason and getattr(part, "weighs_pool", False) and not family.pooling:
+        raise UnsupportedFeatureError(
+            f"'{reducer.name}' is to weight the average of the head by size, and this model's head takes none: drop the option"
+        )
     if reason:
         raise UnsupportedFeatureError(
             f"'{reducer.name}' cannot act in a vision transformer: {reason}; 'tome', 'tokenpooling', 'skipspan' and "

@@ -21,6 +21,11 @@ NO_BRANCH = "which vtc does not know how to reach between attention and MLP here
 RECORDED = "whose outputs this release of transformers records before hooks can change them (upgrade transformers to 5)"
 PACKED = "its tower packs images of any size in one sequence and merges squares of patches inside its last module"
 
+
+class UnshortenableError(UnsupportedModelError):
+    """Decoder layers that cannot run on fewer tokens, of a model that is otherwise one vtc could serve."""
+
+
 Observe = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
@@ -97,10 +102,16 @@ class Family:
     describe_video : callable or None
         The same as ``describe`` for ``get_video_features``; ``None`` where there are no videos.
     example : callable or None
-        ``(height, width, processor)`` of a picture, and the settings of its processor where they are known, to the arguments
-        ``describe`` takes: for counting tokens without pictures.
+        Height and width of a picture to the arguments ``describe`` takes, where they follow from the model's configuration: for
+        counting tokens without a processor (see :mod:`vtc.counts`).
+    processing : mapping
+        What the model's processor tells its image processor beside that one's own settings.
+    probed : bool
+        No adapter knows this kind of model: its structure was looked at.
     unit : str
         What ``get_image_features`` takes for one image, and budgets therefore count.
+    frames : str
+        What the frames of a video are where the model takes videos and is told no clips; empty otherwise.
     between_layers : tuple of str
         Arguments of the text model through which visual features enter between decoder layers (DeepStack): the name of a
         ``(B, S)`` mask of the rows concerned, then that of a list with one ``(rows, D)`` tensor for each layer.
@@ -126,8 +137,11 @@ class Family:
     video_token_ids: tuple[int, ...] = ()
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None
     between_layers: tuple[str, str] | None = None
-    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None
+    example: Callable[[int, int], dict[str, Any]] | None = None
+    processing: Mapping[str, Any] = field(default_factory=dict)
+    probed: bool = False
     unit: str = "image"
+    frames: str = ""
     merger: nn.Module | None = None
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module] | None] = field(default_factory=lambda: mlp_branch)
 
@@ -151,6 +165,10 @@ class Transformer:
     tap : callable
         ``tap(attention, observe, hook)`` makes ``observe(q, k, v, scale)``, each ``(B, H, N, d)``, be called whenever the attention
         module runs; ``hook(module, function)`` registers a forward hook.
+    pooling : str
+        Method of the model that averages the tokens behind the last block into one vector; empty where its head does otherwise.
+    average : callable
+        What it computes, with weights: the tokens ``(B, N, D)`` and the weights of the patches ``(B, n)`` to ``(B, D)``.
     """
 
     name: str
@@ -160,6 +178,8 @@ class Transformer:
     facts: Facts
     mlp_branch: Callable[[nn.Module], tuple[nn.Module, nn.Module]]
     tap: Callable[[nn.Module, Observe, Callable[[nn.Module, Callable[..., Any]], None]], None]
+    pooling: str = ""
+    average: Callable[[Tensor, Tensor], Tensor] | None = None
 
 
 @dataclass(eq=False)
@@ -219,7 +239,34 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
         raise UnsupportedModelError(
             f"{type(model).__name__} has decoder layers of type {sorted(odd)}, which vtc cannot shorten"
         )
+    attentions = [found for layer in text.layers if (found := getattr(layer, "self_attn", None)) is not None]
+    sharing = sum(bool(getattr(attention, "is_kv_shared_layer", False)) for attention in attentions)
+    if sharing:
+        raise UnshortenableError(
+            f"{sharing} of the {len(text.layers)} decoder layers of {type(model).__name__} read keys and values that an earlier "
+            "layer stored, and vtc does not follow which tokens are left of those: this model is not supported (those of its kind "
+            "without shared layers are)"
+        )
+    counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)}), None)
+    if counting is not None:
+        raise UnshortenableError(
+            f"{type(counting).__name__} counts positions itself, from the length of the KV cache and the tokens it is given, and "
+            "would be wrong about those behind dropped ones: this model is not supported"
+        )
     return base, text
+
+
+_COUNTS = {"get_seq_length", "get_query_offset", "get_mask_sizes"}
+"""What an attention asks the KV cache that scales or biases by positions of its own count (Llama 4, Inkling)."""
+
+
+def _names(function: Any) -> tuple[str, ...]:
+    """Names that a function and all it wraps look up in other objects."""
+    found: tuple[str, ...] = ()
+    while function is not None:
+        found += getattr(getattr(function, "__code__", None), "co_names", ())
+        function = getattr(function, "__wrapped__", None)
+    return found
 
 
 def clip_tower(tower: nn.Module, model: nn.Module) -> tuple[nn.ModuleList, list[nn.Module], bool]:
@@ -274,13 +321,6 @@ def grid_of(vision_config: Any) -> tuple[int, int]:
     return high // down, wide // across
 
 
-def square(config: Any) -> Callable[[int, int, Mapping[str, Any]], dict[str, Any]]:
-    """Return :attr:`Family.example` of a model that resizes every picture to its tower's input size."""
-    size = config.vision_config.image_size
-    high, wide = size if isinstance(size, (list, tuple)) else (size, size)
-    return lambda *_: {"pixel_values": torch.empty(1, 3, high, wide, device="meta")}
-
-
 def placeholder(config: Any, what: str) -> tuple[int, ...]:
     """Return the token id of ``"image"`` or ``"video"`` placeholders as a tuple, empty where there is none."""
     ids = (getattr(config, f"{what}_token_{end}", None) for end in ("id", "index"))
@@ -316,8 +356,11 @@ def assemble(
     describe: Callable[[Mapping[str, Any]], VisionCall],
     describe_video: Callable[[Mapping[str, Any]], VisionCall] | None = None,
     between_layers: tuple[str, str] | None = None,
-    example: Callable[[int, int, Mapping[str, Any]], dict[str, Any]] | None = None,
+    example: Callable[[int, int], dict[str, Any]] | None = None,
+    processing: Mapping[str, Any] | None = None,
+    probed: bool = False,
     unit: str = "image",
+    frames: str = "",
     merger: nn.Module | None = None,
     **facts: Any,
 ) -> Family:
@@ -349,7 +392,10 @@ def assemble(
         describe_video=describe_video,
         between_layers=between_layers,
         example=example,
+        processing=processing or {},
+        probed=probed,
         unit=unit,
+        frames=frames,
         merger=merger,
     )
 
@@ -392,7 +438,6 @@ def of_one_size(
         return VisionCall([1] * n, [each] * n, [patches] * n, views, cells)
 
     settings = {
-        "example": square(model.config),
         "feature_layer": len(layers) - 1 if feature_layer is None else feature_layer,
         "tokens": len(each),
         "max_tokens": len(each),
@@ -469,14 +514,14 @@ def anyres_layouts(
     rows, cols = grid
     per, wide = rows * cols, max(shape[1], 1)
     entry = torch.arange(n * per)
-    crop = (entry // per - 1).clamp(min=0)
+    crop = (entry // per - 1).clamp(min=0)  # a choice: the thumbnail is no crop, and has its own places below
     y, x = entry % per // cols, entry % per % cols
     y = torch.where(entry >= per, y + crop // wide * rows, y)
     x = torch.where(entry >= per, x + crop % wide * cols, x)
     told = torch.stack([entry >= per, y, x], -1).double().view(n, per, 3)
     packed = (pack(told, torch.full((3,), -1.0, dtype=torch.float64)) + 0.5).floor().long()
     new = packed[:, 0] < 0  # newlines
-    inside, down, across = packed.clamp(min=0).unbind(-1)
+    inside, down, across = packed.clamp(min=0).unbind(-1)  # a choice: newlines have no place, and take none
     view = inside * (1 + down // rows * wide + across // cols)
     at = torch.where(new, 0, view * per + down % rows * cols + across % cols)
     before = torch.where(new, torch.roll(at, 1), at)  # a newline closes the stitched row of the token before it

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vtc.families.base import SHUFFLE, Family, grid_of, multimodal_parts, of_one_size, refused, shuffled
@@ -22,7 +21,6 @@ def build(model: nn.Module) -> Family:
     connector = base.connector
     factor = connector.scale_factor
     grid, cells = shuffled(grid_of(model.config.vision_config), factor, lambda t: connector.pixel_shuffle(t, factor))
-    side = model.config.vision_config.image_size
 
     def pixels(call: Mapping[str, Any]) -> Tensor:
         tiles = call["pixel_values"].flatten(0, 1)
@@ -35,7 +33,7 @@ def build(model: nn.Module) -> Family:
         cells=cells,
         pixels=pixels,
         projector=connector.modality_projection,
-        example=lambda *_: {"pixel_values": torch.ones(1, 1, 3, side, side)},
         unit="tile",
+        frames="tiles" if model.config.model_type == "smolvlm" else "",
         stages=refused(image=SHUFFLE, encoder=SHUFFLE),
     )

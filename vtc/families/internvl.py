@@ -1,6 +1,6 @@
 """InternVL (HF): tiles of one size, each an image of its own here, whose patches a pixel shuffle joins 2 x 2.
 
-The model is told tiles, not which of them are cut from one picture: ``keep`` counts tokens per tile.
+The model is told tiles, not which of them are cut from one picture: ``keep`` counts tokens per tile. Video frames are tiles, too.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ def build(model: nn.Module) -> Family:
         cells=cells,
         feature_layer=feature_layer(config, len(layers)),
         projector=base.multi_modal_projector,
+        processing={"crop_to_patches": True},
         unit="tile",
+        frames="tiles",
         stages=refused(image=SHUFFLE, encoder=SHUFFLE),
     )

@@ -6,6 +6,7 @@ from torch import nn
 
 from vtc.core import Layout
 from vtc.errors import UnsupportedModelError
+from vtc.families import mistral3
 from vtc.families.base import (
     Family,
     clip_tower,
@@ -29,8 +30,12 @@ def build(model: nn.Module, *, last: bool = False) -> Family:
     base, _ = multimodal_parts(model)
     tower = require(getattr(base, "vision_tower", None), "vision tower", model)
     kind = config.vision_config.model_type
+    if kind == "pixtral":
+        return mistral3.build(model)
     if kind not in ("clip_vision_model", "siglip_vision_model"):
-        raise UnsupportedModelError(f"{config.model_type} with a '{kind}' tower is not supported: CLIP and SigLIP towers are")
+        raise UnsupportedModelError(
+            f"{config.model_type} with a '{kind}' tower is not supported: CLIP, SigLIP and Pixtral towers are"
+        )
     layers, _, has_cls = clip_tower(tower, model)
     grid = grid_of(config.vision_config)
     full = has_cls and getattr(config, "vision_feature_select_strategy", "default") == "full"

@@ -72,7 +72,7 @@ def anyres(
     most_tokens = (most + 1) * grid[0] * grid[1] + most_rows
     family.facts = dataclasses.replace(family.facts, tokens=None, max_tokens=most_tokens, max_views=most + 1, anyres=True)
     family.describe = describe
-    family.example = lambda height, width, _: {
+    family.example = lambda height, width: {
         "pixel_values": torch.empty(1, most + 1, 3, side, side, device="meta"),
         "image_sizes": torch.tensor([[height, width]]),
     }

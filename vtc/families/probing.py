@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vtc.errors import UnsupportedModelError, did_you_mean
-from vtc.families.base import Family, VisionCall, assemble, find, multimodal_parts, placeholder, refused
+from vtc.families.base import Family, UnshortenableError, VisionCall, assemble, find, multimodal_parts, placeholder, refused
 
 _UNKNOWN = "the vision side of this kind of model is not known to vtc, only that it makes features for placeholder tokens"
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
@@ -42,8 +42,15 @@ def probe(model: nn.Module) -> Family:
             raise UnsupportedModelError(f"{unknown}, and without an adapter {what} is needed, which was not found")
         return value
 
+    if isinstance(getattr(model, "thinker", None), nn.Module):
+        raise UnsupportedModelError(
+            f"a '{kind}' speaks, too: patch `model.thinker`, a '{config.thinker_config.model_type}', which reads the pictures and "
+            "writes the text"
+        )
     try:
         base, text = multimodal_parts(model)
+    except UnshortenableError:
+        raise
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{unknown}, and {error}") from None
     need(callable(getattr(base, "get_image_features", None)), "get_image_features")
@@ -55,7 +62,7 @@ def probe(model: nn.Module) -> Family:
         known = inspect.signature(layer.forward).parameters
         need(any(k.startswith("position_embeddings") for k in known), "position_embeddings among the arguments of every layer")
     rope = getattr(text.config, "rope_parameters", None) or getattr(text.config, "rope_scaling", None) or {}
-    tower = find(base, ("vision_tower", "vision_model", "visual", "vision_encoder")) or nn.Identity()
+    tower = find(base, ("vision_tower", "vision_model", "visual", "vision_encoder", "image_tower")) or nn.Identity()
     deep = len(getattr(tower, "deepstack_visual_indexes", ())) if set(_DEEP) <= set(taken) else 0
     need(deep or not set(_DEEP) & set(taken), "the number of layers with DeepStack features")
 
@@ -64,12 +71,13 @@ def probe(model: nn.Module) -> Family:
 
     warnings.warn(
         f"models of type '{kind}' have no adapter{close}: vtc assumes that get_image_features returns one entry per image, in the "
-        "order of the placeholders, and that a square number of tokens is a square grid; compare keep=1.0 with the unpatched model",
+        "order of the placeholders, and that a square number of tokens is a square grid; vtc.verify(model) checks a small copy",
         stacklevel=4,
     )
     return assemble(
         model,
         tower=tower,
+        probed=True,
         layers=nn.ModuleList(),
         attention=[],
         projector=None,

@@ -1,8 +1,9 @@
-"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: images and clips of any size in one packed sequence, 2 x 2 merger, M-RoPE.
+"""The Qwen-VLs and their kin, GLM-4V and EXAONE 4.5: images and clips of any size in one packed sequence, 2 x 2 merger.
 
-Positions are three-dimensional and stay the original ones. The merged tokens of an image come in raster order, whatever the order
-inside the tower (Qwen2.5-VL permutes windows). Qwen3-VL adds visual features between the first decoder layers (DeepStack): their
-rows are shortened with the tokens, and tokens can be dropped inside the decoder only behind the last of them.
+Positions are three-dimensional (not on EXAONE) and stay the original ones. The merged tokens of an image come in raster order,
+whatever the order inside the tower (Qwen2.5-VL permutes windows). Qwen3-VL adds visual features between the first decoder layers
+(DeepStack): their rows are shortened with the tokens, and tokens can be dropped inside the decoder only behind the last of them.
+GLM-4V writes clips with the placeholders of images.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from vtc.families.base import PACKED, Family, VisionCall, assemble, frames, mult
 
 WINDOWS = "its tower attends within windows, whose borders would move"
 DEEP = "its tower hands features of several layers on, of all patches"
-TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+FILTERS = "its tower merges squares of patches by a convolution behind its last layer"
+TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "glm4v", "glm4v_moe", "glm46v", "exaone4_5")
 
 
 def build(model: nn.Module) -> Family:
-    """Describe a ``Qwen2VL``, ``Qwen2_5_VL`` or ``Qwen3VL`` model ``...ForConditionalGeneration`` (or the model inside)."""
-    base, _ = multimodal_parts(model)
+    """Describe a model ``...ForConditionalGeneration`` of one of these kinds (or the model inside)."""
+    base, text = multimodal_parts(model)
     tower = base.visual
     merge = tower.spatial_merge_size
     whole = getattr(tower, "fullatt_block_indexes", None)
@@ -52,27 +54,17 @@ def build(model: nn.Module) -> Family:
         side = window or max(rows, cols)
         return (y // side * cols + x // side).flatten().argsort(stable=True).argsort()
 
-    def example(height: int, width: int, processor: Mapping[str, Any]) -> dict[str, Any]:
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-        size = processor.get("size") or {}
-        low = processor.get("min_pixels") or size.get("shortest_edge", 56 * 56)
-        high = processor.get("max_pixels") or size.get("longest_edge", 28 * 28 * 1280)
-        patch = tower.config.patch_size
-        sides = smart_resize(height, width, factor=patch * merge, min_pixels=low, max_pixels=high)
-        grid = torch.tensor([[1, *(n // patch for n in sides)]])
-        return {"pixel_values": torch.empty(int(grid.prod()), 1, device="meta"), "image_grid_thw": grid}
-
     deep = len(getattr(tower, "deepstack_visual_indexes", ()))
-    plain = whole is None and not deep  # Qwen2-VL: patches can be dropped between the layers
-    return assemble(
+    glm = model.config.model_type.startswith("glm")
+    plain = whole is None and not deep and not glm  # Qwen2-VL: patches can be dropped between the layers
+    rope = getattr(text.config, "rope_parameters", None) or getattr(text.config, "rope_scaling", None) or {}
+    family = assemble(
         model,
         tower=tower,
         layers=tower.blocks,
         attention=[block.attn for block in tower.blocks],
         projector=None,
         describe=describer("pixel_values", "image_grid_thw", False),
-        example=example,
         describe_video=describer("pixel_values_videos", "video_grid_thw", True),
         between_layers=("visual_pos_masks", "deepstack_visual_embeds") if deep else None,
         feature_layer=len(tower.blocks) - 1,
@@ -81,12 +73,15 @@ def build(model: nn.Module) -> Family:
         grid=(1, 1),
         has_cls=False,
         provides=frozenset({"attention"}),
-        stages=refused(PACKED, "" if plain else WINDOWS if whole is not None else DEEP, PACKED),
+        stages=refused(PACKED, "" if plain else WINDOWS if whole is not None else DEEP if deep else FILTERS, PACKED),
         merger=tower.merger if plain else None,
         merge=merge * merge,
         no_merging="where a merged patch would have no place to be rotated by here",
         missing=dict.fromkeys(("projection", "pixels"), PACKED),
         windowed=() if whole is None else tuple(i for i in range(len(tower.blocks)) if i not in whole),
-        mrope=True,
+        mrope=model.config.model_type.startswith("qwen") or "mrope_section" in rope,
         first_layer=max(1, deep),
     )
+    if glm:
+        family.video_token_ids = family.image_token_ids
+    return family

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtc.core import Facts, Stage
 from vtc.errors import UnsupportedModelError
 from vtc.families.base import Observe, Transformer
+from vtc.kernels import widened
 
 TYPES = ("timm",)
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -45,6 +48,13 @@ def tap(attention: nn.Module, observe: Observe, hook: Callable[[nn.Module, Calla
     places = ((attention.qkv, collector.values), (attention.q_norm, collector.queries), (attention.k_norm, collector.keys))
     for module, look in places:
         hook(module, look)
+
+
+def average(head: int, whole: bool, tokens: Tensor, weight: Tensor) -> Tensor:
+    """Mean of tokens ``(B, head + n, D)`` by the ``weight (B, n)`` of the patches; ``whole``: those in front count once."""
+    own = torch.cat([weight.new_ones(len(weight), head), weight], 1) if whole else weight
+    tokens = widened(tokens if whole else tokens[:, head:])
+    return (tokens * own[..., None]).sum(1) / own.sum(1, keepdim=True)
 
 
 def build(model: nn.Module) -> Transformer:
@@ -87,4 +97,17 @@ def build(model: nn.Module) -> Transformer:
         provides=frozenset({"attention", "cls"} if has_cls else {"attention"}),
         stages=stages,
     )
-    return Transformer("timm", model, blocks, [b.attn for b in blocks], facts, mlp_branch, tap)
+    averages = (
+        getattr(model, "global_pool", "") == "avg" and getattr(model, "attn_pool", None) is None and hasattr(model, "pool")
+    )
+    return Transformer(
+        name="timm",
+        model=model,
+        layers=blocks,
+        attention=[b.attn for b in blocks],
+        facts=facts,
+        mlp_branch=mlp_branch,
+        tap=tap,
+        pooling="pool" if averages else "",
+        average=functools.partial(average, int(has_cls), bool(getattr(model, "pool_include_prefix", False))),
+    )

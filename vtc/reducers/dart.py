@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.core import Facts, Need, Newlines, Positions, Reducer, Selection, Signals, Stage, Usual
 from vtc.errors import UnknownArgumentError
 from vtc.kernels import compacted, take, topk, topk_mask, widened
 from vtc.registry import register
@@ -88,7 +88,7 @@ class DART(Reducer):
     keep : int or float
         Visual tokens per image entering decoder layer ``layer``.
     layer : int, default 2
-        First decoder layer that runs on the shorter sequence.
+        First decoder layer that runs on the shorter sequence; by default the first one possible where that is later (Qwen3-VL).
     image_pivots, text_pivots : int, default 4
         Number of pivots. A budget below ``image_pivots`` keeps only the best of them.
     official : bool, default False
@@ -99,7 +99,7 @@ class DART(Reducer):
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "compete"
 
-    layer: int = 2
+    layer: int = Usual(2)
     image_pivots: int = 4
     text_pivots: int = 4
     official: bool = False

@@ -42,7 +42,8 @@ class Evs(Reducer):
     A token whose earlier token is not there counts as entirely new; the release always sees whole frames. With ``per="frame"``
     every frame keeps the same number, the first one evenly spread. The release lets the text behind a clip go on from the width
     of its grid, below the last frames of a long clip; here it goes on behind them (:func:`released_positions` has the release's
-    numbers).
+    numbers). InternVL and SmolVLM take videos as tiles, each a picture of its own to the model: there the tokens of every frame are
+    spread evenly, and :func:`vtc.patch` warns.
 
     Parameters
     ----------
@@ -55,6 +56,7 @@ class Evs(Reducer):
     stage: ClassVar[Stage] = Stage.BOUNDARY
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "all"
+    wants_clips: ClassVar[bool] = True
 
     official: bool = False
 

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtc.core import Need, Newlines, Positions, Scorer, Signals, Stage
+from vtc.core import Need, Newlines, Positions, Scorer, Signals, Stage, Usual
 from vtc.registry import register
 from vtc.signals import last_attn
 
@@ -45,7 +45,8 @@ class FastV(Scorer):
     keep : int or float
         Visual tokens per image entering decoder layer ``layer`` (the paper's R is the share *removed*).
     layer : int, default 2
-        First decoder layer that runs on the shorter sequence (the paper's K).
+        First decoder layer that runs on the shorter sequence (the paper's K). By default the first one possible where that is
+        later: a Qwen3-VL feeds features of its vision tower to layers 0 to 2, which need all tokens, and ``layer`` is 3 there.
     official : bool, default False
         As released: the choice made for the first image counts for every image of the batch that has the same geometry.
     """
@@ -54,7 +55,7 @@ class FastV(Scorer):
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "compete"
 
-    layer: int = 2
+    layer: int = Usual(2)
     official: bool = False
 
     @property

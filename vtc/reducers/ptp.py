@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vtc.core import Facts, Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage
+from vtc.core import Facts, Kind, Layout, Need, Newlines, Positions, Reducer, Selection, Signals, Stage, Usual
 from vtc.errors import UnknownArgumentError
 from vtc.kernels import compacted, topk_per_group, topk_sorted, widened
 from vtc.registry import register
@@ -50,7 +50,7 @@ class PTP(Reducer):
         Visual tokens per image from ``layer`` on, all its views together; a share is rounded down. ``avg_tokens`` counts the
         layers before in.
     layer : int, default 2
-        First decoder layer on the shorter sequence.
+        First decoder layer on the shorter sequence; by default the first one possible where that is later (Qwen3-VL).
     alpha : float, default 0.5
         Weight of the instruction.
     region : {"thumbnail", "mean"}
@@ -65,7 +65,7 @@ class PTP(Reducer):
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "with_row"
 
-    layer: int = 2
+    layer: int = Usual(2)
     alpha: float = 0.5
     region: Literal["thumbnail", "mean"] = "thumbnail"
     scale: Literal["both", "salience"] = "both"

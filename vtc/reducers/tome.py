@@ -125,6 +125,9 @@ class ToMe(EncoderMerger):
     proportional : bool, default True
         Add the logarithm of a token's size to its attention logits. Needs a mask, so FlashAttention cannot be used; the release
         switches it off for models pre-trained as masked autoencoders.
+    size_pool : bool, default False
+        In a vision transformer whose head averages its tokens: count each as often as it has patches. The release does so for
+        masked autoencoders and takes the plain mean of the merged tokens everywhere else.
     """
 
     default_positions: ClassVar[Positions] = "compact"
@@ -134,6 +137,7 @@ class ToMe(EncoderMerger):
     r: int | None = None
     inflect: float = 0.0
     proportional: bool = True
+    size_pool: bool = False
     _rates: tuple[int, ...] = field(default=(), init=False, repr=False, compare=False)
     _layers: int = field(default=0, init=False, repr=False, compare=False)
     _cls: bool = field(default=False, init=False, repr=False, compare=False)
@@ -162,6 +166,11 @@ class ToMe(EncoderMerger):
     def weighs_sizes(self) -> bool:
         """Proportional attention."""
         return self.proportional
+
+    @property
+    def weighs_pool(self) -> bool:
+        """The head's average by size."""
+        return self.size_pool
 
     def bind(self, facts: Facts) -> ToMe:
         """Fix the layers that merge.

@@ -440,7 +440,7 @@ class _Checks:
             at = int((~(errors <= limit)).long().argmax())
             where = "the prefill" if at == 0 else f"decode step {at}"
             text = f"{prompt.name}: logits differ from {where} on (dropping moves them by {effect:.1e})"
-            return run("failed", "; ".join([text, *long]), error, limit)
+            return run("failed", "; ".join([text, *self.arguments(name, layer, got, 0)]), error, limit)
         if not self.greedy(wanted, got.tokens[:, :steps], limit):
             return run("failed", f"{prompt.name}: generate chose another token than the likeliest", error, limit)
         text = f"half of the visual tokens dropped, prefill and {steps - 1} decode steps equal the reference"
@@ -487,11 +487,19 @@ class _Checks:
         logical = prompt.kinds.shape[1] + STEPS
         if got.cache is None or not hasattr(got.cache, "layers"):
             return False, f"{prompt.name}: generate returned no KV cache with layers"
+        if len(got.cache.layers) != len(plain.cache.layers):
+            return False, f"{prompt.name}: a KV cache of {len(got.cache.layers)} layers, not {len(plain.cache.layers)}"
         for i, entry in enumerate(got.cache.layers):
-            stored, whole = entry.keys.shape[-2], plain.cache.layers[i].keys.shape[-2]
+            keys, values = getattr(entry, "keys", None), getattr(entry, "values", None)
+            before = getattr(plain.cache.layers[i], "keys", None)
+            if not isinstance(before, Tensor) or not before.numel():  # a layer that uses another one's
+                continue
+            if not isinstance(keys, Tensor) or not isinstance(values, Tensor):
+                return False, f"{prompt.name}: layer {i} stores nothing"
+            stored, whole = keys.shape[-2], before.shape[-2]
             wanted = whole if i < layer else held + STEPS
             windowed = whole < logical  # a window may evict more than was dropped
-            if entry.values.shape[-2] != stored or stored > wanted or (stored < wanted and not windowed):
+            if values.shape[-2] != stored or stored > wanted or (stored < wanted and not windowed):
                 return False, f"{prompt.name}: layer {i} stores {stored} tokens, not {wanted} ({whole} unpatched)"
             if int(got.cache.get_seq_length(i)) != logical:
                 return False, f"{prompt.name}: layer {i} reports {int(got.cache.get_seq_length(i))} tokens, not {logical}"
@@ -515,7 +523,7 @@ class _Checks:
         return found
 
     def arguments(self, name: str, layer: int, got: _Observed, held: int) -> list[str]:
-        """What is wrong with the arguments of the layers that run on fewer tokens; ``held`` 0: the run failed."""
+        """What is wrong with the arguments of the layers that run on fewer tokens; ``held`` 0: name what is gone, too."""
         length = self.bench.prompts[name].kinds.shape[1]
         long: dict[str, int] = {}
         lost: dict[str, int] = {}
@@ -530,13 +538,13 @@ class _Checks:
                     held and any(a < len(shapes[argument]) and shapes[argument][a] != held for a in axes)
                 ):
                     long.setdefault(argument, i)
-        said = [f"'{a}' of decoder layer {i} is not shortened with the tokens" for a, i in long.items()]
+        wrong = [f"'{a}' of decoder layer {i} is not shortened with the tokens" for a, i in long.items()]
         if not held:
             names = {a: i for a, i in lost.items() if a.partition("[")[0] != "attention_mask"}
-            said += [
+            wrong += [
                 f"the unpatched model gives '{a}' to decoder layer {i}, the patched one does not" for a, i in names.items()
             ]
-        return said
+        return wrong
 
     def shortened(self, layer: int) -> str:
         """Say which arguments were looked at."""
@@ -614,7 +622,11 @@ def verify(model: Any, *, stages: Sequence[str] = STAGES) -> Verdict:
             except UnverifiableError as error:
                 items = [Item("small copy", "not checked", str(error))]
                 items += [Item(stage, "not checked", "there is no small copy", stage) for stage in stages]
-                name = kind.__name__ if kind is not None else (getattr(config, "architectures", None) or ["?"])[0]
+                name = (
+                    kind.__name__
+                    if kind is not None
+                    else (getattr(config, "architectures", None) or [type(config).__name__])[0]
+                )
             else:
                 items, name = _Checks(bench, stages).run(), type(bench.twin.model).__name__
     finally:
@@ -644,9 +656,9 @@ def versions() -> dict[str, str]:
 def _subject(model: Any) -> tuple[Any, type[nn.Module] | None, str | None]:
     """Configuration, class and cache implementation of what a user gave."""
     if isinstance(model, str):
-        from vtc.inspect import load_config
+        from vtc.inspect import load_config, vision_language
 
-        return load_config(model), None, None
+        return vision_language(load_config(model)), None, None
     if isinstance(model, nn.Module):
         inner = unwrap(model)
         config = getattr(inner, "config", None)

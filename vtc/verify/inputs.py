@@ -5,6 +5,7 @@ A prompt is tried on the unpatched twin before anybody relies on it: the feature
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import math
@@ -398,7 +399,16 @@ class _Feeding:
     # --------------------------------------------------------------------------------------------------------- try out
     def try_out(self, prompt: Prompt) -> None:
         """Run the model once; raise where it fails, or where the features are not at the placeholders."""
-        caught: list[Tensor] = []
+        embeds = self.embeds(prompt)
+        features = torch.cat(self.features(prompt.call)).to(embeds.dtype)
+        if features.shape[1] == embeds.shape[2]:
+            self.check_places(features, embeds[prompt.kinds > 0])
+        else:  # they are projected later
+            self.check_first(embeds, prompt)
+
+    def embeds(self, prompt: Prompt) -> Tensor:
+        """Input embeddings ``(B, S, D)`` that the text model is given."""
+        caught: list[Tensor | None] = []
 
         def look(_m: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             caught.append(kwargs.get("inputs_embeds"))
@@ -414,11 +424,22 @@ class _Feeding:
             raise UnverifiableError("its logits are not finite")
         if not caught or caught[0] is None:
             raise UnverifiableError("its text model is not given inputs_embeds")
-        self.check_places(caught[0][prompt.kinds > 0], prompt)
+        return caught[0]
 
-    def check_places(self, embeds: Tensor, prompt: Prompt) -> None:
+    def check_first(self, embeds: Tensor, prompt: Prompt) -> None:
+        """Another first picture changes the placeholders of the first image, and nothing else."""
+        name = next(n for n in prompt.call if n.startswith("pixel_values"))
+        other = prompt.call[name].clone()
+        other[0] = other[0].flip(-1) + 0.5
+        changed = (self.embeds(dataclasses.replace(prompt, call=prompt.call | {name: other})) != embeds).any(-1)
+        row, columns = prompt.images[0]
+        allowed = torch.zeros_like(changed)
+        allowed[row, columns] = True
+        if not changed.any() or bool((changed & ~allowed).any()):
+            raise UnverifiableError("another picture changes other tokens than its placeholders")
+
+    def check_places(self, features: Tensor, embeds: Tensor) -> None:
         """Placeholders in order hold the features in order, but for a factor that is the same for all."""
-        features = torch.cat(self.features(prompt.call)).to(embeds.dtype)
         if len(features) == len(embeds):
             alike = torch.cosine_similarity(features, embeds, dim=1)
             if bool((alike > 0.999).all()):

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import warnings
+from collections.abc import Mapping
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
@@ -55,21 +56,53 @@ def ensure(model: nn.Module, family: Family, reducer: Reducer) -> None:
     UserWarning
         Once, if it could not be checked, or if only what it does with clips is wrong.
     """
+    mode, doubts = _mode(), _doubts(model)
+    if mode == "off" or BUSY.get() or (mode == "once" and not doubts):
+        return
+    for stage, policies in _asked(reducer).items():
+        _judge(_verdict(model, stage, trust=mode == "once").about({stage}, policies), stage, doubts)
+
+
+def refusals(model: nn.Module, reducers: Mapping[str, Reducer]) -> dict[str, str]:
+    """Return why :func:`vtc.patch` would refuse reducers (bound to the model) after the check that it makes, by name.
+
+    Only a model without an adapter is looked at here: whoever describes it has not run it. Empty where all is well, or where the
+    check is switched off.
+    """
+    from vtc.verify.check import STAGES
+
+    mode, doubts, out = _mode(), _doubts(model), {}
+    if mode == "off" or BUSY.get() or not doubts:
+        return out
+    verdicts = {stage: _verdict(model, stage, trust=mode == "once") for stage in STAGES}
+    for name, reducer in reducers.items():
+        for stage, policies in _asked(reducer).items():
+            try:
+                _judge(verdicts[stage].about({stage}, policies), stage, doubts)
+            except UnsupportedModelError as error:
+                out[name] = str(error)
+    return out
+
+
+def _mode() -> str:
     mode = os.environ.get(VARIABLE) or "once"
     if mode not in MODES:
         raise UnknownArgumentError(f"{VARIABLE}={mode!r} is not known: use one of {', '.join(MODES)}")
-    if mode == "off" or BUSY.get():
-        return
+    return mode
+
+
+def _doubts(model: nn.Module) -> list[str]:
+    """Why a model is to be checked before it is patched."""
     kind = getattr(getattr(model, "config", None), "model_type", "?")
-    doubts = [
-        w for w in (outside("transformers"), "" if kind in adapters() else f"models of type '{kind}' have no adapter") if w
-    ]
-    if mode == "once" and not doubts:
-        return
-    parts = reducer.parts()
-    for stage in sorted({"decoder" if p.stage is Stage.DECODER else "boundary" for p in parts}):
-        policies = {p.position_policy for p in parts if (p.stage is Stage.DECODER) == (stage == "decoder")}
-        _judge(_verdict(model, stage, trust=mode == "once").about({stage}, set(policies)), stage, doubts)
+    return [w for w in (outside("transformers"), "" if kind in adapters() else f"models of type '{kind}' have no adapter") if w]
+
+
+def _asked(reducer: Reducer) -> dict[str, set[str]]:
+    """Stages of a reducer and the position policies it has there."""
+    found: dict[str, set[str]] = {}
+    for part in reducer.parts():
+        found.setdefault("decoder" if part.stage is Stage.DECODER else "boundary", set()).add(part.position_policy)
+    return dict(sorted(found.items()))
 
 
 def _judge(verdict: Verdict, stage: str, doubts: list[str]) -> None:

@@ -99,6 +99,10 @@ def build(
         try:
             model = make()
         except Exception as error:
+            if not makes and "Unrecognized configuration class" in str(error):
+                raise UnverifiableError(
+                    f"transformers has no AutoModelForImageTextToText of type '{config.model_type}': only such models are checked"
+                ) from None
             raise UnverifiableError(f"a small {_name(kind, config)} cannot be built: {said(error)}") from error
         finally:
             torch.set_default_dtype(before)
@@ -213,7 +217,9 @@ _INDEXES = re.compile(r"(layers|indexes|indices|idxs|layer_ids)$")
 _BEGIN = ("first_k_dense_replace", "moe_layer_start_index", "max_window_layers")  # how many layers come before something
 _END = ("num_kv_shared_layers",)  # how many layers at the end are something
 _STEP = re.compile(r"(_step|_interval|_frequency)$")
-_FEATURE_LAYER = re.compile(r"^(vision_feature_layers?|vit_layers)$")
+_FEATURE_LAYER = re.compile(r"^(vision_feature_layers?|vit_layers|spatial_vision_layer)$")
+_TARGETS = re.compile(r"_target_layers$")  # decoder layers that features of the tower enter
+_PAIRS = "deepstack_layer_map"  # of a layer of the tower and the decoder layer its features enter
 _HEADS = re.compile(r"heads$")
 _HEAD_DIM = re.compile(r"(head_dim|^rotary_dim)$")
 _WIDTH = re.compile(
@@ -321,6 +327,8 @@ class _Shrinking:
         steps = {n: v for n, v in fields.items() if _STEP.search(n) and _whole(v) and 1 < v < count and not lists}
         special = self.special_layers[id(level)]
         must = set(fields.get("deepstack_visual_indexes") or ()) & set(range(count))
+        if level is self.text:
+            must |= self.entered() & set(range(count))
         least = 4 if level is self.text else 3
         if level is self.text:
             least = max(least, self.deep() + 2)
@@ -348,6 +356,8 @@ class _Shrinking:
         self.special_layers[id(level)] = {place[i]: v for i, v in special.items() if i in place}
         if level is self.vision:
             self.feature_layers(count, len(picks))
+        if level is self.text:
+            self.rewrite_entered(place)
 
     def picked(self, level: Any, kinds: list[tuple[Any, ...]], must: set[int], least: int) -> list[int]:
         """Return layers, ascending: the first and the last of every kind where that is not too much."""
@@ -370,6 +380,20 @@ class _Shrinking:
         """How many layers of the tower hand features to decoder layers."""
         return max((len(getattr(level, "deepstack_visual_indexes", None) or ()) for level in self.levels.values()), default=0)
 
+    def entered(self) -> set[int]:
+        """Decoder layers that features of the tower enter, where a configuration names them."""
+        fields = vars(self.config)
+        targets = [v for n, v in fields.items() if _TARGETS.search(n) and isinstance(v, (list, tuple))]
+        return {i for v in targets for i in v} | {pair[1] for pair in fields.get(_PAIRS) or ()}
+
+    def rewrite_entered(self, place: dict[int, int]) -> None:
+        """Give those layers their new numbers."""
+        for name, value in list(vars(self.config).items()):
+            if _TARGETS.search(name) and isinstance(value, (list, tuple)):
+                setattr(self.config, name, [place[i] for i in value])
+            elif name == _PAIRS and value:
+                setattr(self.config, name, [[tower, place[decoder]] for tower, decoder in value])
+
     def feature_layers(self, before: int, after: int) -> None:
         """Rewrite which of the tower's hidden states (the input and one per layer) are used."""
 
@@ -383,6 +407,8 @@ class _Shrinking:
             for name, value in list(vars(level).items()):
                 if _FEATURE_LAYER.match(name) and value is not None:
                     setattr(level, name, moved(value) if _whole(value) else type(value)(moved(i) for i in value))
+                elif name == _PAIRS and value:
+                    setattr(level, name, [[moved(tower), decoder] for tower, decoder in value])
 
     # -------------------------------------------------------------------------------------------------------- widths
     def heads_and_widths(self, level: Any) -> None:
