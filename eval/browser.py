@@ -148,10 +148,17 @@ def browse(
         samples = _choose(model, task, found, share)
         total += max((len(r.samples) for r in found.values()), default=0)
         questions, problem = _questions(sweep, task, found, (asked or {}).get(task), data)
-        known = [s for s in samples if s.id in questions]
-        for sample in known:
+        known = []
+        for sample in samples:
+            try:
+                sample.image = _address(questions[sample.id].image)
+            except KeyError:
+                continue
+            except VtcError as error:  # a file that has changed since it was asked about
+                notes.append(f"Task {task}: {short(error, 500)}")
+                continue
             sample.question = questions[sample.id].prompt
-            sample.image = _address(questions[sample.id].image)
+            known.append(sample)
         if problem:
             notes.append(f"Task {task}: pictures and questions cannot be shown ({problem}).")
         if overlays and known:

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vtc import doors
 from vtc.cli import Trust
-from vtc.errors import StoreError, UnknownArgumentError, did_you_mean
+from vtc.errors import UnknownArgumentError, did_you_mean
 from vtc.eval import bench
+from vtc.files import save
+
+if TYPE_CHECKING:
+    from vtc.eval.store import Store
 
 RESULTS = Path("results/store")
 """Where stores go when none is named."""
 
 StoreArgument = Annotated[
     Path | None, typer.Argument(help=f"Results store; the most recent one in {RESULTS}/ by default.", show_default=False)
+]
+
+SweepOption = Annotated[
+    str,
+    typer.Option("--sweep", help="Of a store that several sweeps use: which one; the latest by default.", show_default=False),
 ]
 
 
@@ -74,18 +87,21 @@ def sweep(
         plan = price(running, Store(root) if used else None, only)
         print(json.dumps({"store": str(root), **plan}, indent=2) if as_json else plan_text(plan, root))
         return
-    running.check_data()
-    if executor != "ray":  # the nodes of a cluster have devices and caches of their own
-        running.check_models()
-    slots = executors.make(executor, workers)
-    try:
-        store = Store(root, create=True)
-        outcome = running.run(store, console, executor=slots, only=only, as_json=as_json)
-    finally:
-        slots.close()
+    with ended_like_ctrl_c():
+        running.check_data()
+        if executor != "ray":  # the nodes of a cluster have devices and caches of their own
+            running.check_models()
+        only = running.shard(*part)  # the plan may be a new one
+        slots = executors.make(executor, workers)
+        try:
+            store = Store(root, create=True)
+            outcome = running.run(store, console, executor=slots, only=only, as_json=as_json)
+        finally:
+            slots.close()
     from vtc.eval.report import write_report
     from vtc.eval.results import collect
 
+    store = store.at(outcome.sweep)  # whatever else was recorded meanwhile
     results = collect(store)
     path = write_report(store, asked=running.questions)
     if as_json:
@@ -102,6 +118,23 @@ def sweep(
         raise typer.Exit(1)
 
 
+@contextmanager
+def ended_like_ctrl_c() -> Iterator[None]:
+    """Treat SIGTERM, with which clusters end their jobs, as Ctrl-C: claims are given back, and workers end."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _shard(text: str) -> tuple[int, int]:
     """Read ``I/N``; the whole when empty."""
     number, slash, of = (text or "1/1").partition("/")
@@ -115,6 +148,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 def table(
     store: StoreArgument = None,
+    which: SweepOption = "",
     fmt: Annotated[str, typer.Option("--format", "-f", help="terminal, md, csv or latex.")] = "terminal",
     accuracy_only: Annotated[bool, typer.Option("--accuracy-only", help="Leave out costs and timings.")] = False,
     by_type: Annotated[bool, typer.Option("--by-type", help="Add accuracy by question type.")] = False,
@@ -129,7 +163,6 @@ def table(
     """Print the table of a results store."""
     from vtc.eval.formats import FORMATS
     from vtc.eval.results import collect
-    from vtc.eval.store import Store, latest_store
     from vtc.eval.tables import render
 
     if fmt not in FORMATS:
@@ -145,7 +178,7 @@ def table(
         from vtc.eval.paper import load_paper, render_paper
 
         published = load_paper(paper)  # before a large store is read
-    opened = Store(doors.place(store) if store is not None else latest_store(RESULTS))
+    opened = _opened(store, which)
     if vtc_groups:
         from vtc.eval.vtcbench import render_vtc
 
@@ -159,6 +192,7 @@ def table(
 
 def plot(
     store: StoreArgument = None,
+    which: SweepOption = "",
     kinds: Annotated[
         list[str] | None,
         typer.Option(
@@ -171,7 +205,6 @@ def plot(
     """Draw accuracy against cost, the Pareto front, question types and tokens by layer, from a results store."""
     from vtc.eval.plots import ENDINGS, KINDS, save
     from vtc.eval.results import collect
-    from vtc.eval.store import Store, latest_store
 
     for given, known, what in ((kinds or [], KINDS, "plot"), ([fmt], ENDINGS, "picture format")):
         for name in given:
@@ -179,13 +212,14 @@ def plot(
                 raise UnknownArgumentError(
                     f"there is no {what} '{name}'{did_you_mean(name, known)} ({what}s: {', '.join(known)})"
                 )
-    opened = Store(doors.place(store) if store is not None else latest_store(RESULTS))
+    opened = _opened(store, which)
     for path in save(collect(opened), out if out is not None else opened.root / "plots", kinds or (), fmt):
         print(path)
 
 
 def report(
     store: StoreArgument = None,
+    which: SweepOption = "",
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="HTML file; report.html in the store by default.")
     ] = None,
@@ -203,9 +237,8 @@ def report(
     that folder, and nowhere else: a store that somebody sent you cannot name files of yours.
     """
     from vtc.eval.report import write_report
-    from vtc.eval.store import Store, latest_store
 
-    opened = Store(doors.place(store) if store is not None else latest_store(RESULTS))
+    opened = _opened(store, which)
     print(write_report(opened, output, samples=samples, overlays=overlays, data=data))
 
 
@@ -244,7 +277,8 @@ def tune(
     tuner = Tuner(
         settings, Store(root, create=True), lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
     )
-    record = tuner.record(tuner.run())
+    with ended_like_ctrl_c():
+        record = tuner.record(tuner.run())
     if as_json:
         print(json.dumps(record, indent=2))
     else:
@@ -252,20 +286,19 @@ def tune(
         console.print(f"Answers and result: {root}", markup=False, highlight=False)
 
 
+def _opened(root: Path | None, which: str) -> Store:
+    from vtc.eval.store import Store, latest_store
+
+    store = Store(root if root is not None else latest_store(RESULTS))
+    return store.at(which) if which else store
+
+
 def _put_out(text: str, output: Path | None) -> None:
     if output is None:
         sys.stdout.write(text)
     else:
-        _write(output, text)
+        save(output, text, "name another file with --output")
         print(output)
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --output") from None
 
 
 def _terminal() -> dict[str, Any]:
@@ -287,6 +320,7 @@ def _json(results: Any, root: Path, path: Path, outcome: Any) -> dict[str, Any]:
     raw = [pair for c in columns(results, by_type=True) for pair in c.raw]
     return {
         "store": str(root),
+        "sweep": outcome.sweep,
         "report": str(path),
         "done": outcome.done,
         "skipped": outcome.skipped,

@@ -116,9 +116,11 @@ class Rates:
             found = store.get(item.id, samples=False)
         except StoreError:
             return
-        if found is None or not found.metrics.get("seconds"):
+        if found is None or not found.metrics.get("seconds") or not found.metrics.get("flops"):
             return
         n, one = found.metrics["n"], found.metrics["flops"]["counted"]["total"]
+        if not one:
+            return
         self.measured[item.model.title] = n * one / found.metrics["seconds"]
         self.notes[item.model.title] = "seconds from a cell that is in the store"
 

@@ -83,32 +83,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-_EDGE = 2**20
-"""Bytes at either end of a large file that its digest covers."""
-
-
-def digest(paths: Iterable[Path], whole: int | None = None) -> str:
-    """Hash of file contents, independent of where they lie.
-
-    Parameters
-    ----------
-    paths : iterable of Path
-        Files; their names count, their order does not.
-    whole : int or None
-        Of files larger than that many bytes, only size, first and last mebibyte count.
-    """
+def digest(paths: Iterable[Path]) -> str:
+    """Hash of file contents, independent of where they lie: names count, the order does not."""
     total = hashlib.sha256()
     for path in sorted(paths, key=lambda p: p.name):
-        total.update(path.name.encode() + b"\0")
-        size = path.stat().st_size
-        if whole is None or size <= whole:
-            total.update(path.read_bytes())
-        else:
-            with path.open("rb") as file:
-                total.update(str(size).encode() + file.read(_EDGE))
-                file.seek(-_EDGE, os.SEEK_END)
-                total.update(file.read())
-        total.update(b"\0")
+        total.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return total.hexdigest()[:16]
 
 

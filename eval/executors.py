@@ -14,9 +14,12 @@ import ipaddress
 import multiprocessing
 import os
 import secrets
+import signal
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
@@ -106,8 +109,10 @@ def _in_child(kind: type[Worker], job: Job) -> Outcome:
     return _WORKER.run(job)
 
 
-def _begin_child(numbers: Any) -> None:
-    """Give every process a GPU of its own, where there are any."""
+def _begin_child(numbers: Any, alive: Connection) -> None:
+    """Tie the process to the one that started it, and give it a GPU of its own, where there are any."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent decides
+    threading.Thread(target=_end_with, args=(alive,), daemon=True).start()
     import torch
 
     with numbers.get_lock():
@@ -116,8 +121,17 @@ def _begin_child(numbers: Any) -> None:
         torch.cuda.set_device(mine % torch.cuda.device_count())
 
 
+def _end_with(alive: Connection) -> None:
+    """Wait until the other end of the pipe is closed, by the parent or by the system when the parent is gone; then end."""
+    with contextlib.suppress(EOFError, OSError):
+        alive.recv_bytes()  # nothing is ever sent
+    os._exit(1)  # in the middle of whatever it does: nobody wants the answer
+
+
 class Processes:
     """Several workers, each in a process of this machine with its own copy of the model; jobs of a dead one start again.
+
+    They end with this process, however it ends, and when :meth:`close` is called, whatever they are doing.
 
     Parameters
     ----------
@@ -132,6 +146,7 @@ class Processes:
     def __init__(self, slots: int, worker: type[Worker] = Worker) -> None:
         self.slots, self.worker = slots, worker
         self.pool: concurrent.futures.ProcessPoolExecutor | None = None
+        self.ends: list[Connection] = []
         self.running: dict[concurrent.futures.Future[Outcome], Job] = {}
         self.tries: dict[tuple[str, str], int] = {}
 
@@ -139,7 +154,11 @@ class Processes:
         """Hand the job to a free process."""
         if self.pool is None:
             context = multiprocessing.get_context("spawn")  # a forked torch may hang
-            self.pool = concurrent.futures.ProcessPoolExecutor(self.slots, context, _begin_child, (context.Value("i", 0),))
+            theirs, ours = context.Pipe(duplex=False)
+            self.ends = [ours, theirs]
+            self.pool = concurrent.futures.ProcessPoolExecutor(
+                self.slots, context, _begin_child, (context.Value("i", 0), theirs)
+            )
         self.running[self.pool.submit(_in_child, self.worker, job)] = job
 
     def wait(self) -> Iterator[tuple[Job, Outcome]]:
@@ -164,10 +183,12 @@ class Processes:
                 self.submit(job, lambda _: None)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, also in the middle of a job."""
         if self.pool is not None:
             self.pool.shutdown(wait=False, cancel_futures=True)
-            self.pool = None
+            for end in self.ends:
+                end.close()
+            self.pool, self.ends = None, []
 
 
 @contextlib.contextmanager

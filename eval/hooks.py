@@ -26,6 +26,7 @@ import typer
 import vtc
 from vtc.engine import upstream
 from vtc.eval.env import machine, versions
+from vtc.files import write_whole
 
 LAYERS = 32
 """Decoder layers of the toy model; a 7B model has as many."""
@@ -202,8 +203,8 @@ def main(
     table = pandas.DataFrame([asdict(row) for row in measure(pairs)])
     print(table.to_string(index=False))
     if output is not None:
-        table.assign(**machine(), **versions()).to_csv(output, index=False)
-        output.with_suffix(".md").write_text(markdown(table.columns, table.itertuples(index=False)) + "\n")
+        write_whole(output, table.assign(**machine(), **versions()).to_csv(index=False))
+        write_whole(output.with_suffix(".md"), markdown(table.columns, table.itertuples(index=False)) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,14 +18,12 @@ from vtc.core import Facts
 from vtc.counts import count
 from vtc.engine import upstream
 from vtc.errors import ConfigError, InputFileError, UnsupportedModelError, VtcError, did_you_mean
-from vtc.eval import env
 from vtc.eval.config import ModelConfig
+from vtc.eval.digests import folder_digest
 from vtc.inspect import SIDE, device_named, explained, load_config, locate, read_config, skeleton
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from vtc.pocket import Question
@@ -83,6 +82,12 @@ KNOWN: dict[str, dict[str, Any]] = {
 }
 """Configurations of hub models, as far as sizes go."""
 
+UNKNOWN = "not in the cache"
+"""Version of a hub model that nothing here knows; results need a known one."""
+
+_NOTES = ("MANIFEST.json", "curves.json", "measured.json", "training.jsonl")
+"""Files of the embedded models that say how they were made and how good they are."""
+
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": (
         "Qwen2VLImageProcessor",
@@ -90,9 +95,6 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     )
 }
 """Image processors of those whose pictures become more or fewer tokens: class and settings."""
-
-_WHOLE = 64 * 2**20
-"""Weight files up to this size are hashed whole; of larger ones, size, head and tail."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -216,7 +218,15 @@ def outline(model: ModelConfig) -> Outline:
 
 
 def identity(model: ModelConfig) -> dict[str, Any]:
-    """Return what makes results of this model comparable, as plain data: name, weights, settings."""
+    """Return what makes results of this model comparable, as plain data: name, all files that are read, settings.
+
+    Of a hub id it is the commit that the local cache holds, :data:`UNKNOWN` where it holds none.
+
+    Raises
+    ------
+    ConfigError
+        A file of the model's folder that cannot be read.
+    """
     out: dict[str, Any] = {"name": model.name, **_files(model.name, model.revision)}
     if model.trusted:
         out["remote_code"] = True  # other code of the same folder
@@ -224,18 +234,54 @@ def identity(model: ModelConfig) -> dict[str, Any]:
     return {**out, "settings": chosen} if chosen else out
 
 
-@functools.lru_cache(maxsize=32)
 def _files(name: str, revision: str | None) -> dict[str, str]:
     if name in POCKET_MODELS:
-        folder = pocket_path(name)
-        return {"files": env.digest([folder / "config.json", folder / "model.safetensors"])}
-    folder = Path(name).expanduser()
+        return {"folder": folder_digest(pocket_path(name), _NOTES)}
+    folder = doors.place(name)
     if folder.is_dir():
-        return {"files": env.digest([folder / "config.json", *sorted(folder.glob("*.safetensors"))], whole=_WHOLE)}
+        return {"folder": folder_digest(folder)}
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        return {"revision": revision}
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return {"revision": Path(found).parent.name if isinstance(found, str) else revision or "not in the cache"}
+    return {"revision": Path(found).parent.name if isinstance(found, str) else UNKNOWN}
+
+
+def fetch(model: ModelConfig) -> bool:
+    """Ask the hub which version of a model it serves, where the local cache does not say.
+
+    Returns
+    -------
+    bool
+        Whether something new is known, so that a plan made before is to be made again.
+
+    Raises
+    ------
+    ConfigError
+        The hub cannot be reached, or has no such model.
+    """
+    if identity(model).get("revision") != UNKNOWN:
+        return False
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model.name, "config.json", revision=model.revision)
+    except Exception:  # noqa: BLE001  offline, absent, gated: the client's versions have their own errors
+        raise _absent(model) from None
+    _outline.cache_clear()
+    return True
+
+
+def _check_same(model: ModelConfig, planned: Mapping[str, Any]) -> None:
+    """Refuse a folder whose files are not those that a sweep was planned with."""
+    if planned.get("revision") == UNKNOWN:
+        raise _absent(model)
+    if "folder" in planned and identity(model) != planned:
+        raise ConfigError(
+            f"the files of the model '{doors.short(model.title)}' are not those the sweep was planned with (changed since, or "
+            "others on this machine): run the sweep again, it measures the new ones under addresses of their own"
+        )
 
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -342,14 +388,30 @@ def device_of(model: ModelConfig) -> torch.device:
         raise ConfigError(f"the device '{model.device}' of the model '{title}' is not available here: use auto") from None
 
 
-def load(model: ModelConfig) -> tuple[Any, Any]:
+def load(model: ModelConfig, planned: Mapping[str, Any] | None = None) -> tuple[Any, Any]:
     """Load a model and its processor, from the hub where it is not in the cache.
+
+    Parameters
+    ----------
+    model : ModelConfig
+        Which.
+    planned : mapping or None
+        :func:`identity` of the model that results are to be stored under: another version is not loaded.
 
     Raises
     ------
     VtcError
-        No such model, no network, a model that vtc does not support, or a device that is not there.
+        No such model, no network, a model that vtc does not support, a device that is not there, or other files than planned.
     """
+    if planned is None:
+        return _load(model)
+    _check_same(model, planned)
+    loaded = _load(model.model_copy(update={"revision": planned.get("revision")}))
+    _check_same(model, planned)  # nothing changed while it was read
+    return loaded
+
+
+def _load(model: ModelConfig) -> tuple[Any, Any]:
     import torch
 
     device = device_of(model)

@@ -22,6 +22,7 @@ import vtc
 from vtc.engine import upstream
 from vtc.eval.env import machine, versions
 from vtc.eval.hooks import markdown, random_llava
+from vtc.files import write_whole
 
 SHARES = (0.2, 0.4, 0.6, 0.8)
 """Shares of the neurons that decode steps run on; those of the paper's table."""
@@ -181,14 +182,14 @@ def main(
     print(table.to_string(index=False))
     if output is not None:
         where, made = machine(), versions()
-        table.assign(**where, **made).to_csv(output, index=False)
+        write_whole(output, table.assign(**where, **made).to_csv(index=False))
         lines = [
             markdown(table.columns, table.itertuples(index=False)),
             "",
             f"CPU time of the calling thread; batch 1, float32, 1 thread, {pairs} alternations after one of warm-up, {STEPS} steps",
             f"each. {'; '.join(f'{key}: {value}' for key, value in {**where, **made}.items())}.",
         ]
-        output.with_suffix(".md").write_text("\n".join(lines) + "\n")
+        write_whole(output.with_suffix(".md"), "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

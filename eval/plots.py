@@ -20,6 +20,7 @@ from vtc.errors import StoreError, UnknownArgumentError, VtcError, did_you_mean
 from vtc.eval.config import BASELINES, UNREDUCED
 from vtc.eval.formats import clean
 from vtc.eval.results import Results, Row
+from vtc.files import save as save_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,12 +178,7 @@ def write_picture(figure: Figure, folder: Path, name: str, ending: str) -> Path:
             f"there is no picture format '{ending}'{did_you_mean(ending, ENDINGS)} (formats: {', '.join(ENDINGS)})"
         )
     path = folder / f"{name}.{ending}"
-    data = _bytes(figure, ending)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another folder with --out") from None
+    save_file(path, _bytes(figure, ending), "name another folder with --out")
     return path
 
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vtc import doors
-from vtc.doors import open_image
 from vtc.errors import ConfigError, InputFileError, UnknownArgumentError, did_you_mean
 from vtc.eval.config import BUILT_IN, TaskConfig
+from vtc.eval.pictures import FileQuestion, Picture, look_at
 from vtc.pocket import Question, detail_questions, easy_vqa_questions, scene_questions
 
 COLUMNS = ("image", "question", "answer")
@@ -205,12 +205,14 @@ def _row(names: list[str], values: list[str], loose: bool, where: str) -> dict[s
 
 def _own(task: TaskConfig) -> list[Question]:
     rows = _rows(task)
-    images, seen, found = {}, set(), []
+    images: dict[str, Picture] = {}
+    seen: set[str] = set()
+    found: list[Question] = []
     for line, row in rows[: task.n]:
         name = row["image"]
         if name not in images:
             try:
-                images[name] = open_image(doors.inside(Path(task.folder or ""), name))
+                images[name] = look_at(doors.inside(Path(task.folder or ""), name))
             except InputFileError as error:
                 raise ConfigError(f"{doors.short(task.questions)} line {line}: {error}") from None
         identity = f"{name}/{row.get('id') or line}"
@@ -219,7 +221,7 @@ def _own(task: TaskConfig) -> list[Question]:
                 f"{doors.short(task.questions)} line {line}: the id '{row['id']}' appears a second time: ids must differ"
             )
         seen.add(identity)
-        found.append(Question(images[name], row["question"], row["answer"], row.get("type") or "all", identity))
+        found.append(FileQuestion(images[name], row["question"], row["answer"], row.get("type") or "all", identity))
     return found
 
 
@@ -238,10 +240,13 @@ def _plain(text: str) -> str:
 
 
 def digest(questions: Sequence[Question]) -> str:
-    """Hash of what is asked, pictures included: another generator makes other cells."""
+    """Hash of what is asked, pictures included: another generator, another file make other cells."""
     total = hashlib.sha256()
     for q in questions:
-        total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
+        if isinstance(q, FileQuestion):
+            total.update("\0".join((q.id, q.type, q.prompt, q.answer, q.picture.digest)).encode() + b"\0")
+        else:
+            total.update("\0".join((q.id, q.type, q.prompt, q.answer, str(q.image.size))).encode() + q.image.tobytes())
     return total.hexdigest()[:16]
 
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from vtc.errors import StoreError
 from vtc.eval import vtcbench
 from vtc.eval.browser import SAMPLES, Browser, browse
 from vtc.eval.config import BASELINES, UNREDUCED
@@ -25,6 +24,7 @@ from vtc.eval.plots import NoMatplotlibError, available, draw, inline_svg
 from vtc.eval.results import Results, Row, collect
 from vtc.eval.store import Store
 from vtc.eval.tables import columns, conditions, grid, guesses, type_columns
+from vtc.files import save
 
 if TYPE_CHECKING:
     from vtc.pocket import Question
@@ -61,7 +61,7 @@ def write_report(
     store : Store
         Results.
     output : Path or None
-        HTML file; ``report.html`` in the store by default.
+        HTML file; by default ``report.html`` in the store, of another sweep than the store's latest ``report-SWEEP.html``.
     samples : int
         Most samples in the browser; none leaves the browser out.
     overlays : bool
@@ -81,14 +81,10 @@ def write_report(
     StoreError
         The store cannot be read, or the file cannot be written.
     """
-    path = output or store.root / "report.html"
+    path = output or store.root / (f"report-{store.sweep}.html" if store.sweep and not store.is_latest() else "report.html")
     browser = browse(store, samples, overlays=overlays, asked=asked or {}, data=data) if samples else None
     text = render_report(collect(store), browser=browser, vtc=vtcbench.split(store))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another file with --output") from None
+    save(path, text, "name another file with --output")
     return path
 
 

@@ -6,7 +6,6 @@ Cells of different code versions never end up in one row, and are never compared
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,7 +17,7 @@ from vtc.errors import StoreError
 from vtc.eval.config import UNREDUCED
 from vtc.eval.scores import Listed, Questions, Reader, Scored, listed_cells
 from vtc.eval.stats import Draws, Interval, Paired, compare, holm
-from vtc.eval.store import Store
+from vtc.eval.store import Store, sweep_id
 
 NOTHING = "it holds no question that is scored by itself"
 """Error of a row without anything to compare."""
@@ -440,8 +439,7 @@ def _others(store: Store, listed: Sequence[Listed]) -> list[str]:
     """Say when the store holds more than the table shows: cells of other code of the same rows, and anything else."""
     ids = {c.id for c in listed}
     settings = {i.partition("-")[0] for i in ids}  # an id is SETTINGS-CODE
-    with os.scandir(store.cells) as entries:
-        others = [e.name for e in entries if e.is_dir() and not e.name.startswith(".") and e.name not in ids]
+    others = [name for name in store.stored() if name not in ids]
     older = sum("-" in name and name.partition("-")[0] in settings for name in others)
     out = []
     if older:
@@ -450,7 +448,10 @@ def _others(store: Store, listed: Sequence[Listed]) -> list[str]:
             "left out, not merged in."
         )
     if rest := len(others) - older:
-        out.append(f"The store also holds {_cells(rest)} of other settings, not in this table.")
+        shown = sweep_id(store.read_sweep())
+        sweeps = [f"{source} (--sweep {name})" for name, (source, _) in store.sweeps().items() if name != shown]
+        named = f" Other sweeps of this store: {_some(sweeps)}." if sweeps else ""
+        out.append(f"The store also holds {_cells(rest)} of other settings, not in this table.{named}")
     return out
 
 

@@ -12,13 +12,13 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,19 +26,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 import vtc
 from vtc import bind
 from vtc.core import Facts
-from vtc.errors import ConfigError, StoreError, VtcError
+from vtc.errors import ConfigError, DamagedCellError, VtcError
 from vtc.eval import env, executors
 from vtc.eval.cells import Cell, cells, reducer_identity
 from vtc.eval.config import BASELINES, ModelConfig, SweepConfig, TaskConfig
-from vtc.eval.models import check_available, check_prompts, identity, outline
+from vtc.eval.formats import clean
+from vtc.eval.models import check_available, check_prompts, fetch, identity, outline
 from vtc.eval.questions import check_data, digest, image_of, question_count, task_questions
 from vtc.eval.stats import WEIGHTS
-from vtc.eval.store import SCHEMA, CellResult, Store, cell_id
+from vtc.eval.store import SCHEMA, CellResult, Claim, Holder, Store, cell_id
 from vtc.eval.worker import Job, Outcome, host
 from vtc.pocket import Question, majority_baseline
 
 _NOT_MINE = 0.5
 """Seconds between looks at cells that another runner works on."""
+
+_SAY_AFTER = 10.0
+"""Seconds of waiting for another runner before a line says for whom."""
 
 
 @dataclass(frozen=True)
@@ -73,12 +77,15 @@ class Summary:
         Cells finished now, found finished (or finished by another runner meanwhile), and failed (in either pass).
     errors : tuple of str
         One line per failed cell.
+    sweep : str
+        Name of the sweep's record in the store, for :meth:`vtc.eval.store.Store.at`.
     """
 
     done: int
     skipped: int
     failed: int
     errors: tuple[str, ...]
+    sweep: str = ""
 
 
 class Sweep:
@@ -172,7 +179,9 @@ class Sweep:
         return True
 
     def check_data(self) -> None:
-        """Make sure that the data sets of lmms-eval's tasks are there, before anything runs.
+        """Make sure that the versions of the models are known and the data sets of lmms-eval's tasks are there.
+
+        Nothing has run yet. Where the hub had to be asked for a model's version, the plan is made again.
 
         Raises
         ------
@@ -182,6 +191,9 @@ class Sweep:
         for task in self.config.all_tasks:
             if task.kind == "lmms":
                 check_data(task)
+        if any([fetch(model) for model in self.config.all_models]):  # a list: all of them are asked
+            self.left_out = []
+            self.planned = self._plan()
 
     def check_models(self) -> None:
         """Make sure that every model can be had on this machine, and asked the questions of own data, before any is loaded.
@@ -209,7 +221,7 @@ class Sweep:
             return "to do"
         try:
             found = store.get(item.id, samples=False)
-        except StoreError:
+        except DamagedCellError:
             return "damaged"
         if found is None:
             return "to do"
@@ -259,7 +271,7 @@ class Sweep:
         self.anywhere = executor.remote
         items = list(self.planned if only is None else only)
         store.sweep_up()
-        store.write_sweep(self.record())
+        name = store.write_sweep(self.record())
         bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -272,16 +284,19 @@ class Sweep:
         )
         runner = _Runner(self, store, executor, bar, console, as_json)
         try:
+            runner.announce(name)
             with bar:
                 runner.accuracy(items)
                 if self.config.speed is not False:
                     runner.speed(items)
+            runner.others(name)
         finally:
             runner.release()
             if own:
                 executor.close()
         errors, touched = runner.errors, runner.touched
-        return Summary(len(touched - set(errors)), len(items) - len(touched | set(errors)), len(errors), tuple(errors.values()))
+        skipped = len(items) - len(touched | set(errors))
+        return Summary(len(touched - set(errors)), skipped, len(errors), tuple(errors.values()), name)
 
     def job(self, item: Planned, kind: str, keep: int | float | None = None) -> Job:
         """Return what a worker is told."""
@@ -296,7 +311,7 @@ class Sweep:
             config.batch_size,
             config.max_new_tokens,
             config.speed.threads if timed and config.speed else config.threads,
-            item.config["engine"],
+            item.config,
             config.speed if timed and config.speed else None,
             keep,
         )
@@ -374,13 +389,37 @@ class _Runner:
         self.bar, self.console, self.as_json = bar, console, as_json
         self.errors: dict[str, str] = {}
         self.touched: set[str] = set()
-        self.held: dict[str, list[FileLock]] = {}
+        self.held: dict[str, list[Claim]] = {}
+        self.here: Claim | None = None
+        self.seen: set[str] = set()
+        self.began = 0
+
+    def announce(self, name: str) -> None:
+        """Say in the store that a runner works on the sweep ``name``, and here who else works in the store."""
+        self.here = self.store.announce(name, Path(self.sweep.source).name)
+        self.began = self.store.written(name)
+        for holder in self.store.runners(self.here):
+            if holder.sweep == name:
+                text = f"{holder} works on the same sweep: every cell is done by one of the runners"
+            else:
+                text = f"{holder} works in this store on another sweep ({holder.source}): this one is reported by itself"
+            self.seen.add(holder.sweep)
+            self._note(f"{text}.", "others")
+
+    def others(self, name: str) -> None:
+        """Say which other sweeps began in the store since this one did."""
+        for other, (source, written) in self.store.sweeps().items():
+            if other != name and written >= self.began and other not in self.seen:
+                text = f"meanwhile another sweep ({source}) began in this store: what follows is this one's"
+                self._note(f"{text} (again: vtc table --sweep {name})", "others")
 
     def release(self, cell: str | None = None) -> None:
         """Give back the claim on one cell, or all claims."""
         for name in [cell] if cell is not None else list(self.held):
-            for lock in self.held.pop(name, []):
-                lock.release()
+            for claim in self.held.pop(name, []):
+                claim.release()
+        if cell is None and self.here is not None:
+            self.here.release()
 
     # --------------------------------------------------------------------------------------------------------- passes
     def accuracy(self, items: Sequence[Planned]) -> None:
@@ -409,7 +448,11 @@ class _Runner:
                 self._say(item, f"failed: {outcome.error}", "red", "failed")
                 return
             metrics, samples = outcome.data["metrics"], outcome.data["samples"]
-            self.store.put(item.id, item.config, outcome.env, metrics, samples)
+            try:
+                self.store.put(item.id, item.config, outcome.env, metrics, samples)
+            except DamagedCellError as error:
+                finish(item, Outcome({}, outcome.env, str(error)))
+                return
             self.touched.add(item.id)
             self._say(
                 item, _accuracy_line(metrics), "green", "accuracy", accuracy=metrics["accuracy"], seconds=metrics["seconds"]
@@ -427,7 +470,7 @@ class _Runner:
         def start(item: Planned) -> Job | None:
             if self.sweep.state(self.store, item) != "speed missing":
                 return None
-            turn = self.store.claim(f"speed-{platform.node() or 'here'}")
+            turn = self.store.claim(turn_of_this_machine())
             if turn is None:
                 raise _BusyError
             self.held[item.id].append(turn)
@@ -442,7 +485,11 @@ class _Runner:
                 self._say(item, f"speed pass failed: {outcome.error}", "red", "failed")
                 return
             measured = outcome.data
-            self.store.put_speed(item.id, measured)
+            try:
+                self.store.put_speed(item.id, measured)
+            except DamagedCellError as error:
+                finish(item, Outcome({}, outcome.env, str(error)))
+                return
             self.touched.add(item.id)
             prefill, times = measured["reduced"]["prefill_ms"]["value"], measured["speedup"]["prefill"]["value"]
             text = f"prefill {prefill:.1f} ms, {times:.2f} times as fast as unreduced"
@@ -457,6 +504,7 @@ class _Runner:
             return
         waiting, running = list(todo), {}
         finished = 0
+        patience = _Patience(self)
         task = self.bar.add_task(name, total=sum(sizes.values()))
 
         def done(item: Planned) -> None:
@@ -466,7 +514,7 @@ class _Runner:
             self.bar.update(task, completed=finished)
 
         while waiting or running:
-            claimed = 0
+            claimed, busy = 0, False
             for item in list(waiting):
                 if len(running) >= slots:
                     break
@@ -478,6 +526,7 @@ class _Runner:
                     job = start(item)
                 except _BusyError:
                     self.release(item.id)
+                    busy = True
                     break
                 waiting.remove(item)
                 claimed += 1
@@ -493,7 +542,9 @@ class _Runner:
                     finish(item, outcome)
                     done(item)
             elif waiting and not claimed:
-                time.sleep(_NOT_MINE)
+                patience.wait(waiting, busy)
+            if running or claimed:
+                patience.reset()
         self.bar.update(task, description=name)
 
     # -------------------------------------------------------------------------------------------------------- talking
@@ -521,8 +572,14 @@ class _Runner:
         name = f"{item.cell.label:<18} {item.cell.budget:>6}" if plain else f"{self._name(item):<40}"
         self.console.print(f"[bold]{escape(name)}[/]  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
+    def _note(self, text: str, event: str) -> None:
+        if self.as_json:
+            self.console.print(json.dumps({"event": event, "text": clean(text)}), markup=False, highlight=False, soft_wrap=True)
+        else:
+            self.console.print(clean(text), style="yellow", markup=False, highlight=False, soft_wrap=True)
+
     def _flag(self, todo: Sequence[Planned]) -> None:
-        """Say when the store holds the same cells measured with other code: they stay where they are, and are not used."""
+        """Say when the store holds the same cells measured with other code, or addressed otherwise: they are not used."""
         stored = self.store.addresses()
         other = sum(any(i != p.id for i in stored.get(p.id.partition("-")[0], ())) for p in todo)
         if other and not self.as_json:
@@ -532,6 +589,55 @@ class _Runner:
                 style="yellow",
                 highlight=False,
             )
+        if earlier := self._earlier(todo, stored):
+            self._note(
+                f"{earlier} cells in this store have addresses of an earlier vtc, which covered only some of the model's files: "
+                "they stay there, their own sweep's table shows them, and here they are measured anew under new addresses.",
+                "earlier addresses",
+            )
+
+    def _earlier(self, todo: Sequence[Planned], stored: Mapping[str, Sequence[str]]) -> int:
+        """Number of cells of the models to run whose address an earlier vtc made."""
+        models = {p.model.name for p in todo}
+        settings = {p.id.partition("-")[0] for p in self.sweep.planned}
+        found = [self.store.config(i).get("model") for s, ids in stored.items() if s not in settings and models for i in ids]
+        return sum(isinstance(m, dict) and "files" in m and m.get("name") in models for m in found)
+
+
+def turn_of_this_machine() -> str:
+    """Name of the claim under which one runner at a time takes timings on this machine."""
+    return f"speed-{re.sub('[^0-9A-Za-z._-]', '-', platform.node()) or 'here'}"
+
+
+class _Patience:
+    """Waits for what other runners hold, and says whom for when that takes long."""
+
+    def __init__(self, runner: _Runner) -> None:
+        self.runner = runner
+        self.named: set[Holder | None] = set()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin to count anew: something was done."""
+        self.since = time.monotonic()
+
+    def wait(self, waiting: Sequence[Planned], busy: bool) -> None:
+        """Sleep a little; after :data:`_SAY_AFTER` seconds, name every holder once."""
+        if time.monotonic() - self.since >= _SAY_AFTER:
+            held: dict[Holder | None, list[str]] = {}
+            turn = [("its turn to measure on this machine", turn_of_this_machine())] if busy else []
+            for what, name in turn or [(f"the cell '{self.runner._name(p)}'", p.id) for p in waiting]:
+                held.setdefault(self.runner.store.holder(name), []).append(what)
+            for holder, what in held.items():
+                if holder not in self.named:
+                    self.named.add(holder)
+                    more = f" and {len(what) - 1} more" if len(what) > 1 else ""
+                    self.runner._note(
+                        f"waiting for {what[0]}{more}, held by {holder or 'another runner, which left no note'}: if that process "
+                        "hangs or is stopped, end it, and its claim is free.",
+                        "waiting",
+                    )
+        time.sleep(_NOT_MINE)
 
 
 class _BusyError(Exception):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from vtc.doors import short
-from vtc.errors import StoreError
-from vtc.eval.record import problem_of
+from vtc.eval.contents import score_of
 from vtc.eval.stats import Bootstrap, Draws
 from vtc.eval.store import CellResult, Store
 
@@ -39,10 +36,6 @@ def listed_cells(store: Store) -> tuple[dict[str, Any], list[Listed]]:
         If it is absent or damaged.
     """
     sweep = store.read_sweep()
-    if problem := problem_of(sweep):
-        raise StoreError(
-            f"{store.root / 'sweep.json'} is damaged ({short(problem)}): run the sweep again, finished cells are not repeated"
-        )
     seed = sweep["config"].get("seed", 0)
     return sweep, [
         Listed(
@@ -93,12 +86,6 @@ class Scored:
     version: tuple[str, str]  # of engine and reducer
 
 
-def score_of(sample: Mapping[str, Any]) -> float:
-    """Score of a sample in 0..1: its ``score`` where answers are graded, else whether it is correct; NaN without either."""
-    score = sample["score"] if sample.get("score") is not None else sample.get("correct")
-    return math.nan if score is None else float(score)
-
-
 def version_of(config: Mapping[str, Any]) -> tuple[str, str]:
     """Return the code versions of engine and reducer that a cell's config names."""
     reducer = config.get("reducer")
@@ -129,12 +116,15 @@ class Reader:
         if found.metrics and found.samples:
             scores = np.array([score_of(s) for s in found.samples])
             if not np.isnan(scores).all():  # of some tasks all answers are scored together
-                questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples])
+                # what was asked counts, not its number only: a data set may change under a sweep
+                asked = [(str(s.get("question", "")), str(s.get("gold", ""))) for s in found.samples]
+                questions = self._questions([(s["id"], s["image"], s["type"]) for s in found.samples], asked)
                 scores = np.nan_to_num(scores)  # an answer that could not be scored is wrong
         return Scored(listed, questions, scores, _slim(found), found.speed, found.error, version_of(found.config))
 
-    def _questions(self, ids: list[tuple[str, ...]]) -> Questions:
-        key = hashlib.sha256("\0".join("\1".join(i) for i in ids).encode()).digest()
+    def _questions(self, ids: list[tuple[str, ...]], asked: list[tuple[str, ...]]) -> Questions:
+        text = "\0".join("\1".join(i + a) for i, a in zip(ids, asked, strict=True))
+        key = hashlib.sha256(text.encode(errors="surrogatepass")).digest()
         if key not in self.known:
             self.known[key] = Questions(ids, len(self.known) + len(self.merged))
             self.ids[id(self.known[key])] = ids

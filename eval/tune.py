@@ -28,7 +28,7 @@ import numpy as np
 
 import vtc
 from vtc.doors import short
-from vtc.errors import BudgetError, ConfigError, StoreError, VtcError
+from vtc.errors import BudgetError, ConfigError, DamagedCellError, VtcError
 from vtc.eval import env, models
 from vtc.eval.betting import Betting
 from vtc.eval.cells import reducer_identity, unlisted
@@ -39,7 +39,7 @@ from vtc.eval.store import SCHEMA, Store, cell_id, write_json
 from vtc.eval.sweepfile import load_sweep
 from vtc.eval.worker import ask, threads
 from vtc.families import family_of
-from vtc.pocket import encode_questions
+from vtc.pocket import Batches
 
 SHARES = (0.75, 0.5, 0.375, 0.25, 0.1875, 0.125, 0.0625, 0.03)
 """Budgets tried where none are given, as shares of an image's tokens."""
@@ -175,11 +175,13 @@ class Tuner:
         rng.shuffle(self.images)
         while len(self.images) > 1 and sum(map(len, self.images)) > settings.questions:
             self.images.pop()
-        self.model, self.processor = models.load(settings.model)
+        models.fetch(settings.model)
+        planned = models.identity(settings.model)
+        self.model, self.processor = models.load(settings.model, planned)
         self.identity = {
             "schema": SCHEMA,
             "kind": "tune",
-            "model": models.identity(settings.model),
+            "model": planned,
             "task": {
                 "questions": digest([q for image in self.images for q in image]),
                 "batch_size": settings.batch_size,
@@ -188,6 +190,7 @@ class Tuner:
             },
             "engine": env.engine_version(),
         }
+        store.sweep_up()
         self.full = _Run(self, UNREDUCED, None)
 
     def run(self) -> list[Search]:
@@ -289,7 +292,7 @@ class _Run:
         self.seconds = 0.0
         try:
             stored = tuner.store.get(self.id)
-        except StoreError:
+        except DamagedCellError:
             tuner.store.quarantine(self.id)
             stored = None
         if stored is not None and stored.metrics:
@@ -308,7 +311,7 @@ class _Run:
     def _ask(self, questions: Sequence[Any]) -> None:
         tuner, settings = self.tuner, self.tuner.settings
         start = time.perf_counter()
-        batches = encode_questions(tuner.processor, questions, settings.batch_size)
+        batches = Batches(tuner.processor, questions, settings.batch_size)
         longest = settings.task.max_new_tokens or settings.max_new_tokens
         self.samples += ask(tuner.model, tuner.processor, settings.task, batches, self.reducer, longest, settings.seed)
         self.seconds += time.perf_counter() - start
@@ -319,9 +322,15 @@ class _Run:
         """Write what is not in the store yet."""
         if len(self.samples) == self.saved:
             return
+        claim = self.tuner.store.claim(self.id)
+        if claim is None:  # another search writes the same answers: these are kept here, and written next time
+            return
         n, correct = len(self.samples), sum(s["correct"] for s in self.samples)
         metrics = {"n": n, "correct": correct, "accuracy": correct / n, "seconds": self.seconds}
-        self.tuner.store.put(self.id, self.config, env.describe(self.tuner.settings.seed), metrics, self.samples)
+        try:
+            self.tuner.store.put(self.id, self.config, env.describe(self.tuner.settings.seed), metrics, self.samples)
+        finally:
+            claim.release()
         self.saved = n
 
     def tokens(self, images: int) -> tuple[float, float]:

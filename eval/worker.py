@@ -24,13 +24,13 @@ from torch import Tensor, nn
 import vtc
 from vtc.core import Reducer
 from vtc.engine import upstream
-from vtc.errors import VtcError
+from vtc.errors import ConfigError, VtcError
 from vtc.eval import env, flops, models, speed
 from vtc.eval.cells import Cell
 from vtc.eval.config import ModelConfig, SpeedConfig, TaskConfig
-from vtc.eval.questions import image_of, is_correct, task_questions
+from vtc.eval.questions import digest, image_of, is_correct, task_questions
 from vtc.families import family_of
-from vtc.pocket import PreparedBatch, Question, answer_questions, encode_questions
+from vtc.pocket import Batches, PreparedBatch, Question, answer_questions, encode_questions
 from vtc.schedule import closest_count
 
 MATCHED = 0.01
@@ -38,6 +38,9 @@ MATCHED = 0.01
 
 FEATURE_BYTES = 2 * 2**30
 """Most memory for vision features that cells share."""
+
+BATCH_BYTES = 2**30
+"""Most memory for processed questions that cells share; the others are decoded and processed again for every cell."""
 
 _TOKENS = {"slots": "slots", "kept": "kept", "avg": "avg_tokens"}
 
@@ -64,8 +67,9 @@ class Job:
         CPU threads of torch.
     speed : SpeedConfig or None
         Settings of the speed pass.
-    engine : str
-        Version of the code that planned the job; a worker with other code refuses it.
+    config : dict
+        What the address of the cell stands for: a worker with other code, with other files of the model, or to which the task asks
+        other questions or shows other pictures, refuses the job.
     keep : int or float or None
         Budget found for equal FLOPs by the accuracy pass.
     """
@@ -79,7 +83,7 @@ class Job:
     batch_size: int
     max_new_tokens: int
     threads: int | None
-    engine: str
+    config: Mapping[str, Any]
     speed: SpeedConfig | None = None
     keep: int | float | None = None
 
@@ -107,21 +111,21 @@ class Worker:
     """Runs jobs one after the other; the model and the questions of the last job stay loaded."""
 
     def __init__(self) -> None:
-        self._model_of: ModelConfig | None = None
-        self._task_of: tuple[TaskConfig, int] | None = None
+        self._model_of: tuple[ModelConfig, Any] | None = None
+        self._task_of: tuple[TaskConfig, Any, int] | None = None
         self.model: Any = None
         self.processor: Any = None
         self.questions: list[Question] = []
-        self.batches: list[Any] = []
+        self.batches: Batches | None = None
         self.fixed: dict[str, Tensor] = {}
         self.features = SharedFeatures()
-        self.refused: list[tuple[ModelConfig, str]] = []
+        self.refused: list[tuple[Any, str]] = []
 
     def run(self, job: Job, progress: Callable[[int], object] | None = None) -> Outcome:
         """Run a job; whatever goes wrong is in the outcome, so that other jobs can go on."""
         with threads(job.threads):
             try:
-                if job.engine != env.engine_version():
+                if job.config["engine"] != env.engine_version():
                     raise VtcError(
                         "this worker has other vtc code than the machine that planned the sweep: install the same version on both"
                     )
@@ -135,30 +139,41 @@ class Worker:
 
     # ----------------------------------------------------------------------------------------------------- preparation
     def prepare(self, job: Job) -> None:
-        """Load the model and make the questions, unless the last job had them."""
-        if job.model != self._model_of:
+        """Load the model and make the questions, unless the last job had them.
+
+        Raises
+        ------
+        VtcError
+            What is here is not what the job was planned with.
+        """
+        planned = (job.model, job.config["model"])
+        if planned != self._model_of:
             self.model = self.processor = self._model_of = self._task_of = None
             self.features.clear()
             for model, reason in self.refused:
-                if model == job.model:  # not again in every cell: it takes minutes, and ends the same
+                if model == planned:  # not again in every cell: it takes minutes, and ends the same
                     raise VtcError(reason)
             try:
-                self.model, self.processor = models.load(job.model)
+                self.model, self.processor = models.load(*planned)
             except Exception as error:
                 reason = str(error) if isinstance(error, VtcError) else f"{type(error).__name__}: {error}"
-                self.refused.append((job.model, reason))
+                self.refused.append((planned, reason))
                 raise
-            self._model_of = job.model
-        wanted = (job.task, job.batch_size)
+            self._model_of = planned
+        wanted = (job.task, job.config["task"].get("questions"), job.batch_size)
         if wanted == self._task_of:
             return
-        self._task_of, self.batches = None, []
+        self._task_of, self.batches, self.questions = None, None, []
         self.features.clear()
         if job.task.kind == "lmms":
-            self.questions = []
             self.fixed = _one_prompt(self.processor, standard_question(self.model.config))
         else:
             self.questions = task_questions(job.task)
+            if digest(self.questions) != job.config["task"]["questions"]:
+                raise ConfigError(
+                    f"the questions or pictures of the task '{job.task.title}' are not those the sweep was planned with (changed "
+                    "since, or others on this machine): run the sweep again, it measures the new ones under addresses of their own"
+                )
             self.fixed = _one_prompt(self.processor, self.questions[0])
         self._task_of = wanted
 
@@ -206,8 +221,8 @@ class Worker:
         return {"metrics": metrics | ({"flops_budget": matched} if matched else {}), "samples": samples}
 
     def _answers(self, job: Job, cell: Cell, progress: Callable[[int], object] | None) -> list[dict[str, Any]]:
-        if not self.batches:
-            self.batches = encode_questions(self.processor, self.questions, job.batch_size)
+        if self.batches is None:
+            self.batches = Batches(self.processor, self.questions, job.batch_size, BATCH_BYTES)
         longest = job.task.max_new_tokens or job.max_new_tokens
         with self.sharing(cell.reducer):
             return ask(self.model, self.processor, job.task, self.batches, cell.reducer, longest, job.seed, progress)
@@ -244,11 +259,16 @@ class Worker:
             raise VtcError(
                 f"the task '{job.task.title}' has no metric '{main}' (metrics: {', '.join(found.metrics)}): correct `metric`"
             )
+        if not math.isfinite(found.metrics[main]["value"]):
+            raise VtcError(
+                f"the task '{job.task.title}' gave {found.metrics[main]['value']} for '{main}': choose another `metric`"
+            )
+        metrics = {name: m for name, m in found.metrics.items() if math.isfinite(m["value"])}
         samples = []
         for s in found.samples:
             score = None if s["score"] is None or math.isnan(s["score"]) else s["score"]
             samples.append({**s, "image": s.get("image") or s["id"], "score": score})
-        return samples, found.metrics, main
+        return samples, metrics, main
 
     def speed(self, job: Job, progress: Callable[[int], object] | None = None) -> dict[str, Any]:
         """Time one prompt under one reducer against the unreduced model."""

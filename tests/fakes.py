@@ -96,6 +96,15 @@ class DyingWorker(Worker):
         return found
 
 
+class SleepingWorker(Worker):
+    """Says that it is at work, by a file named after its process in ``$VTC_TEST_FLAG``, and never ends."""
+
+    def run(self, job: Any, progress: Any = None) -> Outcome:
+        (Path(os.environ["VTC_TEST_FLAG"]) / str(os.getpid())).touch()
+        time.sleep(3600)
+        raise AssertionError("nobody ended this process")
+
+
 def fake_executor(log: Path | None = None, questions: int = 6, meet: int | None = None) -> InProcess:
     """Return a local executor around a :class:`FakeWorker`."""
     executor = InProcess()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
-from vtc.eval.store import SCHEMA, Store, cell_id
+from vtc.eval.store import SCHEMA, STATUS, Store, cell_id
 
 STORE = Path(__file__).parent / "golden_store"
 ENV = {
@@ -24,6 +26,20 @@ CELLS = (
     ("random", "random", "11", 20, 11, 11.0, 545_000_000, 4.0),
     ("divprune", "divprune", "11", 0, 0, 0.0, 0, None),  # failed
 )
+
+
+def result(right: int, n: int = 1) -> tuple[dict, list[dict]]:
+    """Metrics and samples of the fewest keys a store takes, with ``right`` of ``n`` answers right."""
+    samples = [{"id": f"a/{i}", "image": "a", "type": "color", "correct": i < right, "answer": "ja – sí"} for i in range(n)]
+    tokens = {"slots": 196.0, "kept": 4.0, "avg": 4.0}
+    return {"n": n, "correct": right, "accuracy": right / n, "tokens": tokens}, samples
+
+
+def bless(folder: Path) -> None:
+    """Make the checksums of a cell those of its files, as whoever changed them on purpose would."""
+    status = json.loads((folder / STATUS).read_text())
+    status["files"] = {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.name != STATUS}
+    (folder / STATUS).write_text(json.dumps(status))
 
 
 def interval(value: float) -> dict[str, float]:

@@ -22,7 +22,7 @@ import vtc
 from vtc import cli, doors, inspect
 from vtc.counts import UncountableError, image_processor
 from vtc.errors import ConfigError, InputFileError, PromptError, StoreError, UnsupportedModelError
-from vtc.eval import cells, config, models, questions, record, stats, yamlfile
+from vtc.eval import cells, config, contents, models, questions, stats, yamlfile
 from vtc.eval.browser import browse
 from vtc.eval.report import write_report
 from vtc.eval.run import Sweep
@@ -462,6 +462,7 @@ def swept(path: Path, root: Path) -> tuple[Sweep, Store]:
         data = type(executor.worker).answers(executor.worker, job)
         base = data["samples"][0]
         data["samples"] = [{**base, "id": q.id, "image": q.id.rpartition("/")[0], "type": q.type} for q in real.values()]
+        data["metrics"] |= {"n": len(real), "correct": base["correct"] * len(real), "accuracy": base["score"]}
         return data
 
     executor.worker.answers = answers
@@ -475,7 +476,7 @@ def test_a_report_reads_no_file_that_the_store_names(own, tmp_path, monkeypatch)
     fresh = browse(store, overlays=False, asked=sweep.questions)
     assert all(s.image and s.question for s in fresh.samples), "the sweep itself has them at hand"
     with monkeypatch.context() as patched:
-        patched.setattr("vtc.eval.questions.open_image", lambda *_: pytest.fail("a picture was opened"))
+        patched.setattr("vtc.eval.pictures.open_image", lambda *_: pytest.fail("a picture was opened"))
         patched.setattr("vtc.eval.questions._rows", lambda *_: pytest.fail("a table was read"))
         foreign = browse(store, overlays=False)
     assert not any(s.image or s.question for s in foreign.samples) and len(foreign.samples) == 2
@@ -596,19 +597,21 @@ def test_a_store_whose_parts_are_missing_or_of_the_wrong_kind(call, tmp_path, mo
 
 def test_what_a_record_must_hold_is_said(tmp_path):
     good = json.loads((fixed_store(tmp_path / "s").root / "sweep.json").read_text())
-    assert record.problem_of(good) == ""
-    assert "cells[0].id" in record.problem_of({**good, "cells": [{**good["cells"][0], "id": "../x"}]})
-    assert "env.commit" in record.problem_of({**good, "env": {}})
-    assert record.problem_of([1]) == "it holds a list"
+    contents.check_sweep(good)
+    for wrong, said in (
+        ({**good, "cells": [{**good["cells"][0], "id": "../x"}]}, r"cells\.0\.id"),
+        ({**good, "env": {}}, r"env\.commit"),
+        ([1], "valid dictionary"),
+    ):
+        with pytest.raises(contents.ContentError, match=said):
+            contents.check_sweep(wrong)
 
 
 def test_samples_of_a_million_rows_and_bootstraps_of_gigabytes_are_refused(tmp_path, monkeypatch):
-    from vtc.eval import store as stores
-
     store = fixed_store(tmp_path / "s")
     cell = next(c for c in store.read_sweep()["cells"] if c["label"] == "none")["id"]
-    monkeypatch.setattr(stores, "ROWS", 39)
-    with pytest.raises(StoreError, match="more than 39 samples"):
+    monkeypatch.setattr(contents, "SAMPLES", 39)
+    with pytest.raises(StoreError, match="more than 39 lines"):
         store.get(cell)
     with pytest.raises(vtc.VtcError, match="take too much memory: lower `bootstrap.resamples`"):
         stats.Bootstrap([str(i) for i in range(50_000)], resamples=100_000)

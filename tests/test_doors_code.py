@@ -257,7 +257,7 @@ def test_a_worker_does_not_load_a_model_twice_that_it_could_not_load(monkeypatch
 
     tried = []
 
-    def load(model: ModelConfig) -> None:
+    def load(model: ModelConfig, planned: object) -> None:
         tried.append(model.name)
         raise RuntimeError("out of luck")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
-from fakes import DyingWorker
+from fakes import DyingWorker, fake_executor
 from rich.console import Console
 
 from vtc.cli import main
@@ -91,6 +96,81 @@ def test_a_ray_cluster_of_two_nodes_gives_the_same_answers_and_a_killed_worker_i
     assert not ray.is_initialized()
     assert (outcome.done, outcome.failed) == (len(sweep.planned), 0) and flag.exists()
     same(sweep, single, store)
+
+
+PARENT = """
+import sys, types
+from fakes import SleepingWorker
+from vtc.eval.commands import ended_like_ctrl_c
+from vtc.eval.executors import Processes
+
+if __name__ == "__main__":
+    executor = Processes(2, SleepingWorker)
+    with ended_like_ctrl_c():
+        try:
+            for name in "ab":
+                executor.submit(types.SimpleNamespace(id=name, kind="accuracy"), lambda _: None)
+            list(executor.wait())
+        except KeyboardInterrupt:
+            executor.close()
+            sys.exit(130)
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_workers_end_with_the_process_that_started_them(tmp_path, flag, sent, code, monkeypatch):
+    """However it ends: they hold a model each, on a GPU with its memory."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "parent.py")], env={**os.environ, "VTC_TEST_FLAG": str(work)})
+    try:
+        until(lambda: len(list(work.iterdir())) == 2, 300)
+        parent.send_signal(sent)
+        assert parent.wait(60) == code
+        until(lambda: not any(alive(int(p.name)) for p in work.iterdir()), 30)
+    finally:
+        for pid in [parent.pid, *(int(p.name) for p in work.iterdir())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def until(true, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, monkeypatch):
+    """Clusters end their jobs with it: the cell in flight is lost, every claim is given back."""
+    executor = fake_executor()
+    monkeypatch.setattr(executors, "make", lambda *_: executor)
+    real, count = executor.worker.answers, []
+
+    def answers(job):
+        count.append(job)
+        if len(count) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        return real(job)
+
+    executor.worker.answers = answers
+    (tmp_path / "t.yaml").write_text(YAML)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended:
+        main(["sweep", str(tmp_path / "t.yaml"), "--out", str(tmp_path / "s")])
+    assert ended.value.code == 130 and signal.getsignal(signal.SIGTERM) is before
+    store = Store(tmp_path / "s")
+    assert len(store.stored()) == 2 and not list(store.cells.glob(".*"))
+    for path in (store.root / "locks").glob("*.lock"):
+        store.claim(path.stem).release()
 
 
 def test_a_job_whose_worker_always_dies_fails_and_says_so(sweep):

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
+from stores import ENV, bless, result, timed
 
 from vtc.errors import StoreError
 from vtc.eval.store import SCHEMA, STATUS, Store, canonical, cell_id, latest_store
 
 CONFIG = {"schema": SCHEMA, "reducer": {"name": "random", "options": {"keep": 4}}}
 CELL = cell_id(CONFIG)
-SAMPLES = [{"id": "a/0", "image": "a", "correct": True, "answer": "ja – sí"}]
+METRICS, SAMPLES = result(1)
 
 
 def filled(root) -> Store:
     store = Store(root, create=True)
-    store.put(CELL, CONFIG, {"seed": 0}, {"accuracy": 1.0}, SAMPLES)
+    store.put(CELL, CONFIG, ENV, METRICS, SAMPLES)
     return store
 
 
@@ -32,13 +33,13 @@ def test_what_goes_in_comes_out(tmp_path):
     found = store.get(CELL)
     assert (found.config, found.metrics, found.samples, found.speed, found.error) == (
         CONFIG,
-        {"accuracy": 1.0},
+        METRICS,
         SAMPLES,
         None,
         "",
     )
-    store.put_speed(CELL, {"prefill": 3.5})
-    assert store.get(CELL).speed == {"prefill": 3.5}
+    store.put_speed(CELL, timed(3.5, 4))
+    assert store.get(CELL).speed == timed(3.5, 4)
     assert store.get("0" * 16) is None
     assert sorted(p.name for p in (store.cells / CELL).iterdir()) == sorted(
         ["config.json", "env.json", "metrics.json", "samples.jsonl", "speed.json", STATUS]
@@ -54,16 +55,18 @@ def test_failures_are_kept_with_their_reason_and_replaced_by_success(tmp_path):
     store = Store(tmp_path / "s", create=True)
     store.put_failure(CELL, CONFIG, {}, "ValueError: broken")
     assert store.get(CELL).error == "ValueError: broken" and store.get(CELL).metrics == {}
-    store.put(CELL, CONFIG, {}, {"accuracy": 0.5}, SAMPLES)
-    assert store.get(CELL).error == "" and store.get(CELL).metrics == {"accuracy": 0.5}
+    store.put(CELL, CONFIG, ENV, *result(1, 2))
+    assert store.get(CELL).error == "" and store.get(CELL).metrics["accuracy"] == 0.5
     store.put_speed(CELL, {}, "speed pass: broken")
-    assert store.get(CELL).error == "speed pass: broken" and store.get(CELL).metrics == {"accuracy": 0.5}
+    assert store.get(CELL).error == "speed pass: broken" and store.get(CELL).metrics["accuracy"] == 0.5
 
 
 # every os call that makes a file appear is a place to die at; one process imports everything, its children die
 KILL = """
-import os, pathlib, sys
+import json, os, pathlib, sys
 from vtc.eval.store import Store
+
+cell, *what, speed = json.loads(sys.argv[2])
 
 def child(name, after):
     pid = os.fork()
@@ -79,23 +82,24 @@ def child(name, after):
             return original(*args, **kwargs)
         return call
     store = Store(pathlib.Path(sys.argv[1]) / name, create=True)
-    pathlib.Path.replace, os.fsync = dying(pathlib.Path.replace), dying(os.fsync)
-    store.put({cell!r}, {config!r}, {{}}, {{"accuracy": 1.0}}, {samples!r})
-    store.put_speed({cell!r}, {{"prefill": 1.0}})
+    pathlib.Path.replace, os.replace, os.fsync = dying(pathlib.Path.replace), dying(os.replace), dying(os.fsync)
+    store.put(cell, *what)
+    store.put_speed(cell, speed)
     os._exit(100 + count)
 
 steps = child("whole", 10_000) - 100
 assert 14 <= steps < 100
 print(steps)
 for after in range(steps):
-    assert child(f"killed-{{after}}", after) == 9
+    assert child(f"killed-{after}", after) == 9
 """
 
 
 def test_a_process_killed_at_any_moment_leaves_a_whole_cell_or_none(tmp_path):
     script = tmp_path / "kill.py"
-    script.write_text(textwrap.dedent(KILL).format(config=CONFIG, cell=CELL, samples=SAMPLES))
-    run = subprocess.run([sys.executable, str(script), str(tmp_path)], capture_output=True, text=True)
+    script.write_text(KILL)
+    what = json.dumps([CELL, CONFIG, ENV, METRICS, SAMPLES, timed(1.0, 4)])
+    run = subprocess.run([sys.executable, str(script), str(tmp_path), what], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     seen = []
     for after in range(int(run.stdout)):
@@ -106,9 +110,9 @@ def test_a_process_killed_at_any_moment_leaves_a_whole_cell_or_none(tmp_path):
         found = store.get(CELL)
         seen.append("none" if found is None else "accuracy" if found.speed is None else "speed")
         if found is not None:
-            assert found.metrics == {"accuracy": 1.0} and found.samples == SAMPLES and found.speed is None
+            assert found.metrics == METRICS and found.samples == SAMPLES and found.speed in (None, timed(1.0, 4))
         filled(tmp_path / name)  # and the next run can write the cell
-    assert seen == sorted(seen, reverse=True) and set(seen) == {"none", "accuracy"}
+    assert [kind for kind, _ in itertools.groupby(seen)] == ["none", "accuracy", "speed"]
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "samples.jsonl", "config.json", "env.json"])
@@ -152,18 +156,22 @@ def test_cells_of_an_earlier_vtc_are_told_from_damaged_ones(tmp_path):
     config = {**CONFIG, "engine": "e1"}
     old = hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
     assert old != cell_id(config)
-    store.put(old, config, {}, {"accuracy": 1.0}, [])
+    store.put(cell_id(config), config, ENV, METRICS, SAMPLES)
+    (store.cells / cell_id(config)).rename(store.cells / old)
+    metrics = store.cells / old / "metrics.json"
+    metrics.write_text(json.dumps(METRICS))  # nor did they say whose they are
+    bless(store.cells / old)
     with pytest.raises(StoreError, match="written by an earlier vtc, .*: run the sweep again, it measures them anew"):
         store.get(old)
-    store.put(cell_id(config), config, {}, {"accuracy": 1.0}, [])
-    assert store.get(cell_id(config)).metrics == {"accuracy": 1.0}
+    store.put(cell_id(config), config, ENV, METRICS, SAMPLES)
+    assert store.get(cell_id(config)).metrics == METRICS
 
 
 def test_a_speed_file_newer_than_the_status_counts_as_not_there(tmp_path):
     store = filled(tmp_path / "s")
-    store.put_speed(CELL, {"prefill": 1.0})
+    store.put_speed(CELL, timed(1.0, 4))
     (store.cells / CELL / "speed.json").write_text('{"prefill": 2.0}')
-    assert store.get(CELL).speed is None and store.get(CELL).metrics == {"accuracy": 1.0}
+    assert store.get(CELL).speed is None and store.get(CELL).metrics == METRICS
 
 
 def test_other_versions_and_other_folders_are_refused(tmp_path):
@@ -227,7 +235,7 @@ def test_addresses_list_the_versions_of_a_cell(tmp_path):
     store = Store(tmp_path / "s", create=True)
     configs = [{"engine": e, "reducer": None, "seed": 0} for e in "ab"]
     for config in configs:
-        store.put(cell_id(config), config, {}, {"accuracy": 1.0}, SAMPLES)
+        store.put(cell_id(config), config, ENV, METRICS, SAMPLES)
     assert list(store.addresses().values()) == [sorted(cell_id(c) for c in configs)]
 
 
@@ -248,16 +256,16 @@ def test_a_full_disk_aborts_the_cell_and_leaves_the_store_whole(tmp_path, monkey
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match="disk is full .*free some space and run the same command again"):
-            store.put(cell_id(other), other, {}, {"accuracy": 0.0}, SAMPLES)
+            store.put(cell_id(other), other, ENV, *result(0))
         with pytest.raises(StoreError, match="disk is full"):
-            store.put_speed(CELL, {"prefill": 1.0})
+            store.put_speed(CELL, timed(1.0, 4))
         with pytest.raises(StoreError, match="disk is full"):
-            store.put(CELL, CONFIG, {}, {"accuracy": 0.0}, SAMPLES)  # anew: the old one stays
+            store.put(CELL, CONFIG, ENV, *result(0))  # anew: the old one stays
     assert not [p for p in store.root.rglob(".*") if p.suffix != ".lock"]
-    assert store.get(cell_id(other)) is None and store.get(CELL).metrics == {"accuracy": 1.0} and store.get(CELL).speed is None
-    store.put(cell_id(other), other, {}, {"accuracy": 0.5}, SAMPLES)
-    store.put_speed(CELL, {"prefill": 2.0})
-    assert store.get(cell_id(other)).metrics == {"accuracy": 0.5} and store.get(CELL).speed == {"prefill": 2.0}
+    assert store.get(cell_id(other)) is None and store.get(CELL).metrics == METRICS and store.get(CELL).speed is None
+    store.put(cell_id(other), other, ENV, *result(1, 2))
+    store.put_speed(CELL, timed(2.0, 4))
+    assert store.get(cell_id(other)).metrics["accuracy"] == 0.5 and store.get(CELL).speed == timed(2.0, 4)
 
 
 def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
@@ -267,13 +275,13 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "fsync", refused)
-    with pytest.raises(StoreError, match="cannot be written .Permission denied.: check the folder"):
-        store.put_speed(CELL, {"prefill": 2.0})
+    with pytest.raises(StoreError, match="cannot write .*speed.json .Permission denied.: check the folder"):
+        store.put_speed(CELL, timed(2.0, 4))
 
 
 def test_samples_are_checked_even_when_they_are_not_parsed(tmp_path):
     store = filled(tmp_path / "s")
-    assert store.get(CELL, samples=False).samples == [] and store.get(CELL, samples=False).metrics == {"accuracy": 1.0}
+    assert store.get(CELL, samples=False).samples == [] and store.get(CELL, samples=False).metrics == METRICS
     (store.cells / CELL / "samples.jsonl").write_text("{")
     with pytest.raises(StoreError, match="samples.jsonl was changed"):
         store.get(CELL, samples=False)
@@ -281,8 +289,8 @@ def test_samples_are_checked_even_when_they_are_not_parsed(tmp_path):
 
 def test_answers_with_odd_line_breaks_come_back_whole(tmp_path):
     store = Store(tmp_path / "s", create=True)
-    odd = [{"answer": "one\u2028two\x85three\r\nfour"}]
-    store.put(CELL, CONFIG, {}, {}, odd)
+    odd = [{**SAMPLES[0], "answer": "one\u2028two\x85three\r\nfour"}]
+    store.put(CELL, CONFIG, ENV, METRICS, odd)
     assert store.get(CELL).samples == odd
 
 

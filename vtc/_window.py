@@ -18,7 +18,7 @@ TESTED: dict[str, tuple[str, str]] = {
     "accelerate": ("1.0", "1.15"),
     "timm": ("1.0", "1.0"),
     "lmms-eval": ("0.7", "0.7"),
-    "filelock": ("3.16", "4.2"),
+    "filelock": ("3.20", "4.2"),
 }
 """Oldest and newest minor, both inside, of every package whose minors have broken what is built on them.
 

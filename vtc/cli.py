@@ -325,7 +325,7 @@ def run(
 ) -> None:
     """Ask one question with and without a reducer: answers, time, tokens, and a picture of what was kept."""
     from vtc.doors import open_image
-    from vtc.inspect import label, load_model, writable_picture
+    from vtc.inspect import label, load_model, save_picture, writable_picture
 
     wanted = _reducer(reducer, keep, avg_tokens, option)
     picture = open_image(image)
@@ -337,7 +337,7 @@ def run(
     outcome = trial(loaded, processor, picture, prompt, wanted, max_new_tokens=max_new_tokens, runs=runs)
     data = {"model": model, "reducer": label(wanted), **outcome.to_dict()}
     if target is not None:
-        outcome.picture(caption=_caption(data)).save(target)
+        save_picture(outcome.picture(caption=_caption(data)), target)
         data["picture"] = str(target)
     if as_json:
         _json(data)

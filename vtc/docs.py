@@ -19,6 +19,7 @@ from typing import Any
 
 from vtc import _window
 from vtc.core import Reducer
+from vtc.files import write_whole
 from vtc.registry import Entry, create, entries
 
 _BLOCK = re.compile(r"(<!-- vtc:begin (?P<name>[\w./-]+) -->\n).*?(<!-- vtc:end (?P=name) -->)", re.DOTALL)
@@ -281,7 +282,7 @@ def main() -> None:
     """Renew the blocks of the files named on the command line; results are looked for below the current folder."""
     for name in sys.argv[1:]:
         path = Path(name)
-        path.write_text(render(path.read_text(), Path.cwd()))
+        write_whole(path, render(path.read_text(), Path.cwd()))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,11 @@ class PromptError(VtcError, ValueError):
 
 
 class StoreError(VtcError, RuntimeError):
-    """A results store that cannot be read: another schema version, or not a store at all."""
+    """A results store that cannot be read (another schema version, not a store at all), or a file that cannot be written."""
+
+
+class DamagedCellError(StoreError):
+    """A stored cell whose files are not what was written, or cannot be: a sweep moves it aside and measures it again."""
 
 
 NotReduced = NotReducedError

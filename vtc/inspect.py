@@ -20,6 +20,7 @@ from vtc.errors import InputFileError, UnsupportedModelError, VtcError
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from vtc.counts import Count
     from vtc.families.base import Family, Retriever
@@ -554,3 +555,22 @@ def writable_picture(path: str | Path) -> Path:
     if target.is_dir() or not target.resolve().parent.is_dir():
         raise InputFileError(f"'{path}' cannot be written, its folder does not exist: create the folder or choose another name")
     return target
+
+
+def save_picture(image: Image, target: Path) -> None:
+    """Write a picture to a file that :func:`writable_picture` has accepted.
+
+    Raises
+    ------
+    StoreError
+        It cannot be written; what was there before is still there.
+    """
+    import io
+
+    from PIL import Image as pillow  # noqa: N813
+
+    from vtc.files import save
+
+    out = io.BytesIO()
+    image.save(out, format=pillow.registered_extensions()[target.suffix.lower()])
+    save(target, out.getvalue(), "choose another file with --show")

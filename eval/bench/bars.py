@@ -24,8 +24,8 @@ import torch
 import typer
 
 from vtc import kernels as ops
-from vtc.errors import StoreError
 from vtc.eval.bench import cases, common, equality, kernels, model
+from vtc.files import save
 
 NAMES = {"cuda": "GPU", "cpu": "CPU"}
 TABLES = ("equality", "kernels", "model")
@@ -367,14 +367,8 @@ class Session:
         found = [judge(bar, self.tables[bar.table]) for bar in BARS]
         if self.out is not None:
             data = json.dumps([v.to_dict() for v in found], indent=2) + "\n"
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-                (self.out / "bars.md").write_text(markdown(found, self.tables), encoding="utf-8")
-                (self.out / "bars.json").write_text(data, encoding="utf-8")
-            except OSError as error:
-                raise StoreError(
-                    f"cannot write to {self.out} ({error.strerror or error}): name another folder with --out"
-                ) from None
+            for name, text in (("bars.md", markdown(found, self.tables)), ("bars.json", data)):
+                save(self.out / name, text, "name another folder with --out")
         return found
 
 

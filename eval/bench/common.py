@@ -18,6 +18,7 @@ from vtc import doors
 from vtc.errors import StoreError, UnknownArgumentError
 from vtc.eval.env import commit, machine, versions
 from vtc.eval.stats import spread
+from vtc.files import save
 
 T = TypeVar("T")
 PresetOption = Annotated[Literal["cpu", "gpu"] | None, typer.Option("--preset", help="By default what this machine has.")]
@@ -151,11 +152,8 @@ def write(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
         return
     import pandas as pd
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pd.DataFrame(rows).to_csv(path, index=False, float_format="%.5g", lineterminator="\n")
-    except OSError as error:
-        raise StoreError(f"cannot write {path} ({error.strerror or error}): name another place with --out") from None
+    text = pd.DataFrame(rows).to_csv(index=False, float_format="%.5g", lineterminator="\n")
+    save(path, text, "name another place with --out")
 
 
 def read(path: Path) -> Table:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from vtc.pocket.answer import (
         Answer,
+        Batches,
         PreparedBatch,
         accuracy_by_type,
         answer_questions,
@@ -40,6 +41,7 @@ POCKET_MODELS: tuple[str, ...] = ("pocket", "pocket-next")
 
 _LAZY = {
     "Answer": "answer",
+    "Batches": "answer",
     "PreparedBatch": "answer",
     "accuracy_by_type": "answer",
     "answer_questions": "answer",
@@ -58,6 +60,7 @@ __all__ = [
     "DETAIL_QUESTION_TYPES",
     "QUESTION_TYPES",
     "Answer",
+    "Batches",
     "MissingPocketDataError",
     "PocketError",
     "PreparedBatch",

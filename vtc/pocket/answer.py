@@ -66,12 +66,77 @@ class PreparedBatch:
     inputs: dict[str, Tensor] = field(repr=False)
 
 
+class Batches(Sequence[PreparedBatch]):
+    """Batches of some questions, each prepared when it is asked for.
+
+    Pictures are decoded and processed for one batch at a time, so that a task of any size fits into memory; as many batches as fit
+    into `room` bytes are kept for the next run. Questions are sorted by the length of their prompt, so that batches need little
+    padding.
+
+    Parameters
+    ----------
+    processor
+        A transformers processor with a chat template.
+    questions
+        What to ask.
+    batch_size
+        Questions per batch; the last may be smaller.
+    room
+        Bytes of processed inputs to keep.
+
+    Raises
+    ------
+    PocketError
+        If `batch_size` is not positive.
+    """
+
+    def __init__(
+        self, processor: Any, questions: Sequence[Question], batch_size: int = DEFAULT_BATCH_SIZE, room: int = 0
+    ) -> None:
+        if batch_size < 1:
+            raise PocketError(f"batch_size must be positive, got {batch_size}")
+        self.processor, self.questions, self.room = processor, questions, room
+        self.prompts = [_chat_prompt(processor, question) for question in questions]
+        order = sorted(range(len(questions)), key=lambda i: (len(self.prompts[i].split()), i))
+        self.rows = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+        self.kept: dict[int, PreparedBatch] = {}
+        self.last: tuple[int, PreparedBatch] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: Any) -> Any:
+        if isinstance(number, slice):
+            return [self[i] for i in range(*number.indices(len(self)))]
+        number = range(len(self))[number]  # IndexError beyond the end, which ends a loop
+        if number in self.kept:
+            return self.kept[number]
+        if self.last is None or self.last[0] != number:
+            self.last = None  # let go of it first: two batches of large pictures are one too many
+            batch = self._prepare(self.rows[number])
+            size = sum(t.nbytes for t in batch.inputs.values() if isinstance(t, Tensor))
+            if size <= self.room:
+                self.room -= size
+                self.kept[number] = batch
+                return batch
+            self.last = (number, batch)
+        return self.last[1]
+
+    def _prepare(self, rows: Sequence[int]) -> PreparedBatch:
+        inputs = self.processor(
+            text=[self.prompts[i] for i in rows],
+            images=[self.questions[i].image for i in rows],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+        )
+        return PreparedBatch(tuple(self.questions[i] for i in rows), tuple(rows), dict(inputs))
+
+
 def encode_questions(
     processor: Any, questions: Sequence[Question], batch_size: int = DEFAULT_BATCH_SIZE
 ) -> list[PreparedBatch]:
-    """Prepare batches for `answer_questions`.
-
-    Questions are sorted by the length of their prompt, so that batches need little padding.
+    """Prepare batches for `answer_questions`, all at once; `Batches` prepares them as they are needed.
 
     Parameters
     ----------
@@ -94,22 +159,7 @@ def encode_questions(
     PromptError
         If a question holds the mark that stands for its picture.
     """
-    if batch_size < 1:
-        raise PocketError(f"batch_size must be positive, got {batch_size}")
-    prompts = [_chat_prompt(processor, question) for question in questions]
-    order = sorted(range(len(questions)), key=lambda i: (len(prompts[i].split()), i))
-    batches = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        inputs = processor(
-            text=[prompts[i] for i in rows],
-            images=[questions[i].image for i in rows],
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-        )
-        batches.append(PreparedBatch(tuple(questions[i] for i in rows), tuple(rows), dict(inputs)))
-    return batches
+    return list(Batches(processor, questions, batch_size))
 
 
 def _chat_prompt(processor: Any, question: Question) -> str:
@@ -136,7 +186,7 @@ def answer_questions(
     processor
         Its processor.
     questions
-        Questions, or the batches that `encode_questions` made of them.
+        Questions, or the batches that `encode_questions` or `Batches` made of them.
     batch_size
         Questions per ``generate`` call; ignored for prepared batches.
     max_new_tokens
@@ -156,21 +206,20 @@ def answer_questions(
     PocketError
         If prepared batches are incomplete or mixed with questions.
     PromptError
-        If a question is longer than the model's context, before any is asked.
+        If a question is longer than the model's context, before it is asked.
     """
     from vtc.engine import upstream
 
     batches = _as_batches(processor, questions, batch_size)
-    for batch in batches:
-        real = batch.inputs.get(upstream.MASK, torch.ones_like(batch.inputs[upstream.IDS]))
-        for question, tokens in zip(batch.questions, real.sum(1).tolist(), strict=True):
-            check_length(model.config, tokens, f"the question '{short(question.id)}'")
-    total = sum(len(batch.questions) for batch in batches)
+    total = sum(map(len, batches.rows)) if isinstance(batches, Batches) else sum(len(b.questions) for b in batches)
     answers: dict[int, Answer] = {}
     device, dtype = model.device, model.dtype
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for batch in batches:
+            real = batch.inputs.get(upstream.MASK, torch.ones_like(batch.inputs[upstream.IDS])).sum(1)
+            for question, tokens in zip(batch.questions, real.tolist(), strict=True):
+                check_length(model.config, tokens, f"the question '{short(question.id)}'")
             inputs = {
                 name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
                 for name, value in batch.inputs.items()
@@ -187,13 +236,15 @@ def answer_questions(
     return [answers[position] for position in range(total)]
 
 
-def _as_batches(processor: Any, questions: Sequence[Any], batch_size: int) -> list[PreparedBatch]:
+def _as_batches(processor: Any, questions: Sequence[Any], batch_size: int) -> Sequence[PreparedBatch]:
+    if isinstance(questions, Batches):
+        return questions
     prepared = [isinstance(item, PreparedBatch) for item in questions]
     if questions and all(prepared):
         return list(questions)
     if any(prepared):
         raise PocketError("pass questions or prepared batches, not a mixture")
-    return encode_questions(processor, questions, batch_size)
+    return Batches(processor, questions, batch_size)
 
 
 def _score(question: Question, text: str) -> Answer:
