@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import vtc
 from vtc.core import Reducer
-from vtc.doors import open_image
+from vtc.doors import as_rgb, open_image
 from vtc.engine import upstream
 from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean, shown
 from vtc.eval import env
@@ -373,7 +373,7 @@ def before(text: str, stops: Sequence[str]) -> str:
 
 
 def _image(source: Any) -> Any:
-    return open_image(source) if isinstance(source, str) else source.convert("RGB")
+    return open_image(source) if isinstance(source, str) else as_rgb(source)
 
 
 def _video(source: Any, frames: int) -> tuple[Any, Any]:
