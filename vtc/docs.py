@@ -1,7 +1,8 @@
 """Documentation that is generated: what the registry and the reducers' docstrings say, and results from files.
 
-A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->`` in README.md or a page of docs/. Run ``python -m
-vtc.docs README.md docs/*.md`` after adding a method or refreshing results; a test compares the blocks with what this module renders. ``vtc info NAME`` prints the same entry (:class:`Sheet`) in the terminal.
+A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->`` in README.md or a page of docs/. Run
+``python -m vtc.docs README.md docs/*.md`` after adding a method or refreshing results; a test compares the blocks with what this
+module renders. ``vtc info NAME`` prints the same entry (:class:`Sheet`) in the terminal.
 """
 
 from __future__ import annotations
