@@ -23,6 +23,9 @@ from vtc.stats import Clock, StageStats
 CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 """Of the multimodal forward that runs, until its text model takes it."""
 
+LABELS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vtc_labels", default=None)
+"""Those the whole model was given, while its base runs."""
+
 
 @dataclass(eq=False)
 class Instance:
@@ -86,6 +89,7 @@ class Context:
     visual: Tensor | None = None  # (B, q) bool; None: no new visual tokens in this forward
     real: Tensor | None = None  # (B, q) bool, not padding
     q: int = 0
+    asked: Tensor | None = None  # (B, q) bool, the part of `real` that is the prompt; None: all of it
     padded: bool = False  # whether `real` is not True everywhere
     places: dict[bool, Tensor] = field(default_factory=dict)  # "are videos" -> their part of `visual`, on the CPU
     text: list[int] = field(default_factory=list)  # text tokens of each row
