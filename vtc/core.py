@@ -464,10 +464,26 @@ class Budget:
         return max(1, min(int(target), n))
 
 
+def amount(value: Any) -> Any:
+    """Return a budget as a number where it came as text: ``"64"`` is a number of tokens, ``"0.25"`` and ``"25%"`` are shares.
+
+    Anything else comes back as it is, for :func:`check_amount` to refuse.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        return value
+
+
 def check_amount(name: str, value: Any) -> None:
     """Raise :class:`BudgetError` unless ``value`` is a positive int or a float in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"{name}={shown(value)} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+        raise BudgetError(f"{name}={shown(value)} is not a number: use tokens, as in 64, or a share, as in 0.25 or 25%")
     if isinstance(value, float) and not 0.0 < value <= 1.0:  # NaN fails both comparisons
         raise BudgetError(f"{name}={shown(value)} is out of range: a float is a share in (0, 1], an int is a number of tokens")
     if isinstance(value, int) and value < 1:

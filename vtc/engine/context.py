@@ -23,6 +23,9 @@ from vtc.stats import Clock, StageStats
 CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 """Of the multimodal forward that runs, until its text model takes it."""
 
+LABELS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vtc_labels", default=None)
+"""Those the whole model was given, while its base runs."""
+
 
 @dataclass(eq=False)
 class Instance:
@@ -89,6 +92,8 @@ class Context:
         Tokens of each row in this forward.
     visual, real : Tensor or None
         ``(B, q)`` bool: new visual tokens (``None``: there are none), and what is not padding.
+    asked : Tensor or None
+        ``(B, q)`` bool, the part of ``real`` that is the prompt; ``None``: all of it.
     padded : bool
         Whether ``real`` is not True everywhere.
     bare : bool
@@ -108,6 +113,7 @@ class Context:
         q: int = 0,
         visual: Tensor | None = None,
         real: Tensor | None = None,
+        asked: Tensor | None = None,
         padded: bool = False,
         bare: bool = False,
         places: dict[bool, Tensor] | None = None,
@@ -116,7 +122,7 @@ class Context:
         clock: Clock | None = None,
         peers: Peers | None = None,
     ) -> None:
-        self.q, self.visual, self.real, self.padded, self.bare = q, visual, real, padded, bare
+        self.q, self.visual, self.real, self.asked, self.padded, self.bare = q, visual, real, asked, padded, bare
         self.places, self.text, self.held = places or {}, text or [], held or []
         self.clock, self.peers = clock, peers
         self.longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row

@@ -249,15 +249,19 @@ class TextTaps:
 
 
 def tokens_of(ctx: Context, seg: Segment | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds."""
+    """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds.
+
+    Tokens of an answer are to the reducers what padding is: not valid, and none of them is the last.
+    """
     if seg is None:
-        visual, valid = ctx.visual, ctx.real
+        visual, valid = ctx.visual, ctx.real if ctx.asked is None else ctx.asked
     else:
         valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
         visual = ctx.visual.gather(1, seg.rows)
         visual = visual if seg.valid is None else visual & valid
+        valid = valid if ctx.asked is None else valid & ctx.asked.gather(1, seg.rows)
     held = valid.shape[1]
-    if ctx.padded and seg is None:
+    if ctx.asked is not None or (ctx.padded and seg is None):
         index = torch.arange(held, device=valid.device)
         return visual, valid, torch.where(valid, index, -1).max(1).values
     return visual, valid, torch.full_like(valid[:, 0], held - 1, dtype=torch.long)  # a segment's padding is on the left
