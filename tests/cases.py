@@ -66,6 +66,7 @@ CASES: dict[str, Case] = {
     "ptp": Case({"keep": 10}, {"keep": 0.2, "layer": 1, "region": "mean"}, waits=("weights", "add_newlines")),
     "pyramiddrop": Case({"keep": 8}, {"avg_tokens": 0.5}),
     "random": Case({"keep": 10}, {"keep": 0.2, "seed": 3}),
+    "scope": Case({"keep": 10}, {"keep": 0.2, "combine": "add"}),
     "script": Case({"keep": 10}, {"keep": 0.2, "rule": "joint"}),
     # as many as the class token attends to
     "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all", waits=("narrow",)),

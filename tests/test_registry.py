@@ -110,6 +110,7 @@ BUDGETS: dict[str, set[int | float]] = {
     "prumerge_plus": {1.0, 145, 144},
     "ptp": {0.5},
     "pyramiddrop": {0.125},
+    "scope": {192, 128, 64, 640, 320, 160},
     "script": {192, 128, 64, 32, 640, 320, 160},
     "sparsevlm": {192, 128, 96, 64},
     "todre": {0.25, 0.1, 720, 288, 1.0},

@@ -325,6 +325,19 @@ def vispruner(part: Any, s: Signals) -> Selection:
     return Selection(torch.cat([important, rest]).sort().values[None])
 
 
+@plain("scope", matrices=2)
+def scope(part: Any, s: Signals) -> Selection:
+    """Full matrix of cosines; every step sums up what each patch would add to the coverage."""
+    unit = _unit(s.features[0])
+    cosine, covered, picks = unit @ unit.T, torch.zeros(s.shape[1]), []
+    for _ in range(s.budget):
+        gain = (cosine - covered).clamp(min=0).sum(1) * s.cls_attn[0]
+        gain[picks] = -torch.inf
+        picks.append(int(gain.argmax()))
+        covered = torch.maximum(covered, cosine[picks[-1]])
+    return Selection(torch.tensor([sorted(picks)]))
+
+
 @plain("hiprune")
 def hiprune(part: Any, s: Signals) -> Selection:
     """Anchors, their neighbours one by one, then registers."""
