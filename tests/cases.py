@@ -60,6 +60,7 @@ CASES: dict[str, Case] = {
     # SciPy's clustering
     "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}, waits=("ward",)),
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
+    "holov": Case({"keep": 10}, {"keep": 0.2, "crops": 3}),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool

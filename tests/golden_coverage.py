@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtc
 from vtc.core import Layout
+from vtc.reducers.holov import crop_weights
 
 Tensors = dict[str, Tensor]
 
@@ -70,4 +71,30 @@ def scope(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     }
 
 
-CASES: dict[str, Callable[[Tensors, dict[str, Any], str], Tensors]] = {"scope": scope}
+def holov(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Share the budget out and list the tokens as released; where nothing overflows the default keeps the same ones."""
+    tokens, k = inputs["tokens"], params["keep"]
+    rule = {"crops": params["num_crops"], "beta": params["beta"]}
+    reducer = vtc.create("holov", keep=k, official=True, **rule)
+    signals = signals_of(tokens, k, cls_attn=inputs["attention"])
+    score = reducer.scores(signals)
+    budget = reducer.budgets(signals, score)
+    order = reducer.released_order(signals, budget)
+    if bool((order >= 0).all()) and tokens.shape[1] >= 2 * params["num_crops"]:
+        assert torch.equal(vtc.create("holov", keep=k, **rule).select(signals).index, order.sort(1).values)
+    out = {
+        "crop_scores": score.to(tokens.dtype),
+        "crop_weights": torch.stack([crop_weights(s) for s in score]).to(tokens.dtype),
+        "crop_budget": budget,
+        "positions": order,
+        "tokens": reducer.select(signals).features,
+    }
+    if "position_ids" in inputs:  # M-RoPE: every row has its token's own, a row of zeros that of the last one
+        ids, start, n = inputs["position_ids"], params["image_start"], tokens.shape[1]
+        span = start + torch.where(order[0] >= 0, order[0], n - 1)
+        at = torch.cat([torch.arange(start), span, torch.arange(start + n, ids.shape[2])])
+        out["position_ids"] = ids[:, :, at]
+    return out
+
+
+CASES: dict[str, Callable[[Tensors, dict[str, Any], str], Tensors]] = {"holov": holov, "scope": scope}

@@ -26,7 +26,7 @@ TEXT_READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "s
 # the CLIP of 4.57 takes all heads for its own: it cannot be split, patched or not
 SPLITS_TOWERS = int(transformers.__version__.split(".")[0]) >= 5
 TOWER_READERS = ("fastervlm", "flowcut", "globalcom2", "hiprune", "prumerge", "prumerge_plus", "skipspan", "tokencorr")
-TOWER_READERS += ("scope", "tokenpooling", "tome", "visionzip", "vispruner", "zooprune")
+TOWER_READERS += ("holov", "scope", "tokenpooling", "tome", "visionzip", "vispruner", "zooprune")
 """Reducers that read attention of the vision tower, or the projector, and nothing of decoder layers."""
 SPLIT = "whose weights are split over ranks"
 

@@ -325,6 +325,33 @@ def vispruner(part: Any, s: Signals) -> Selection:
     return Selection(torch.cat([important, rest]).sort().values[None])
 
 
+@plain("holov", matrices=0.1)
+def holov(part: Any, s: Signals) -> Selection:
+    """Score crop by crop with its full matrix, then hand out: shares, what is left, what does not fit."""
+    n, score, bands = s.shape[1], [], []
+    for crop in range(min(n, part.crops)):
+        size = n // part.crops + (crop < n % part.crops)
+        at = torch.arange(size) + (bands[-1][-1] + 1 if bands else 0)
+        unit, attention = _unit(s.features[0][at]), 1000 * s.cls_attn[0][at].double()
+        alike = (unit @ unit.T).double() * (1 - torch.eye(size))
+        if size > 1:
+            mean = alike.sum(1, keepdim=True) / (size - 1)
+            variance = (alike - mean).square().sum(1) / (size - 1)
+            attention = attention + part.beta * attention.mean() / (variance.mean() + 1e-6) * variance
+        score.append(float(attention.mean()))
+        bands.append(at)
+    order = sorted(range(len(bands)), key=lambda c: -score[c])
+    budget = [int(x / (sum(score) + 1e-6) * s.budget) for x in score]
+    for crop in order[: s.budget - sum(budget)]:
+        budget[crop] += 1
+    budget = [min(k, len(at)) for k, at in zip(budget, bands, strict=True)]
+    while sum(budget) < s.budget:
+        for crop in order:
+            budget[crop] += sum(budget) < s.budget and budget[crop] < len(bands[crop])
+    kept = [at[_best(s.cls_attn[0][at], k).index[0]] for at, k in zip(bands, budget, strict=True)]
+    return Selection(torch.cat(kept)[None])
+
+
 @plain("scope", matrices=2)
 def scope(part: Any, s: Signals) -> Selection:
     """Full matrix of cosines; every step sums up what each patch would add to the coverage."""
