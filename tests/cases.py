@@ -89,6 +89,16 @@ CASES: dict[str, Case] = {
     "transprune": Case({"keep": 10}, {"keep": 0.2, "iga": False}),
     "uniform": Case({"keep": 10}, {"keep": 0.2}),
     "visionzip": Case({"keep": 10}, {"keep": 0.2, "contextual": 1}),
+    "vscan": Case(
+        {"keep": 10, "window": 2},
+        {"keep": 0.2, "layers": (1,), "late": (2,)},
+        {"keep": 1.0, "layers": (), "late": ()},
+        presets={
+            "llava15-64": {"keep": 96, "layers": (16,), "late": (32,)},  # 64 on average
+            "llavanext-320": {"keep": 480, "layers": (16,), "late": (160,)},
+            "qwen25vl": {"keep": 0.167, "layers": (14,), "late": (0.333,)},
+        },
+    ),
     # rounds of removal
     "vispruner": Case({"keep": 10}, {"keep": 0.2, "important": 0.25}, waits=("nearest", "largest")),
     "zooprune": Case({"keep": 10, "directions": 4}, {"keep": 0.2, "directions": 2, "rank": 5}),

@@ -352,6 +352,29 @@ def holov(part: Any, s: Signals) -> Selection:
     return Selection(torch.cat(kept)[None])
 
 
+@plain("vscan", matrices=0.5)
+def vscan(part: Any, s: Signals) -> Selection:
+    """The best of every window, the best of the others, and each patch left out into its most similar one; later the best."""
+    if "next_last_attn" in s.taps:
+        return _best(s.next_last_attn[0], s.budget)
+    (rows, cols), side = s.layout.grids[0], part.window
+    down, across = max(1, rows // side), max(1, cols // side)
+    windows: dict[tuple[int, int], list[int]] = {}
+    for token in range(rows * cols):
+        place = min(token // cols // side, down - 1), min(token % cols // side, across - 1)
+        windows.setdefault(place, []).append(token)
+    each = int(s.budget * part.local_share) // (down * across)
+    kept: set[int] = set()
+    for tokens in windows.values():
+        kept |= set(sorted(tokens, key=lambda t: -float(s.low_attn[0, t]))[:each])
+    rest = sorted(set(range(rows * cols)) - kept, key=lambda t: -float(s.high_attn[0, t]))
+    index = torch.tensor(sorted(kept | set(rest[: s.budget - len(kept)])))
+    x = s.features[0]
+    owner = (_unit(x) @ _unit(x[index]).T).argmax(1)
+    owner[index] = torch.arange(len(index))
+    return Selection(index[None], _grouped(x, owner, len(index))[None])
+
+
 @plain("scope", matrices=2)
 def scope(part: Any, s: Signals) -> Selection:
     """Full matrix of cosines; every step sums up what each patch would add to the coverage."""
