@@ -61,6 +61,18 @@ CASES: dict[str, Case] = {
     "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}, waits=("ward",)),
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
     "holov": Case({"keep": 10}, {"keep": 0.2, "crops": 3}),
+    # overlaps count once
+    "ivcprune": Case(
+        {"keep": 10},
+        {"keep": 0.2, "layer": 1, "rule": "fill"},
+        count="at_most",
+        waits=("compacted", "reduce"),
+        presets={
+            "llava15": {"keep": 0.31, "layer": 16, "rule": "union"},
+            "qwen25vl-7b": {"keep": 0.5, "layer": 16, "rule": "fill"},
+            "qwen25vl-3b": {"keep": 0.5, "layer": 22, "rule": "fill"},
+        },
+    ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool

@@ -21,7 +21,19 @@ from vtc.engine import parallel
 from vtc.engine.patch import handle_of
 from vtc.errors import UnsupportedFeatureError
 
-TEXT_READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune", "vscan")
+TEXT_READERS = (
+    "aim",
+    "corematching",
+    "dart",
+    "fastv",
+    "ivcprune",
+    "ptp",
+    "pyramiddrop",
+    "sparsevlm",
+    "todre",
+    "transprune",
+    "vscan",
+)
 """Reducers that read attention, keys or neurons of decoder layers."""
 # the CLIP of 4.57 takes all heads for its own: it cannot be split, patched or not
 SPLITS_TOWERS = int(transformers.__version__.split(".")[0]) >= 5

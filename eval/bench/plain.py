@@ -375,6 +375,33 @@ def vscan(part: Any, s: Signals) -> Selection:
     return Selection(index[None], _grouped(x, owner, len(index))[None])
 
 
+@plain("ivcprune", matrices=0.1)
+def ivcprune(part: Any, s: Signals) -> Selection:
+    """Union of tokens chosen by position, by the text's values, and by those of the seeds as well."""
+    n, own, words, at = s.shape[1], s.image_values[0], s.word_values[0], s.text_places[0]
+    scale = s.budget / n / 0.31
+    seeds, coordinates, foreground = max(1, round(scale * 0.01 * n)), round(scale * 0.05 * n), round(scale * 0.2 * n)
+    behind = at > s.places[0].max()
+    asked = at > s.places[0].max() + 2
+    asked = asked if asked.any() else behind if behind.any() else at == at.max()
+
+    def rows(query: Tensor) -> Tensor:
+        logits = torch.einsum("rhd,nhd->hrn", query, torch.cat([own, words])) * own.shape[2] ** -0.5
+        return torch.softmax(logits, 2).mean(0)[:, :n]
+
+    def best(score: Tensor, count: int) -> set[int]:
+        return set(score.sort(descending=True, stable=True).indices[:count].tolist())
+
+    text = rows(words[asked])
+    seed = sorted(best(text.mean(0), seeds))
+    score = torch.cat([text, rows(own[seed])]).mean(0)
+    prior = best(s.cos_mean[0], coordinates) | best(s.sin_mean[0], coordinates) | set(seed)
+    ranked = score.sort(descending=True, stable=True).indices.tolist()
+    prior = set([i for i in ranked if i in prior][: s.budget])
+    more = [i for i in ranked[:foreground] if i not in prior]
+    return Selection(torch.tensor([sorted(prior | set(more[: s.budget - len(prior)]))]))
+
+
 @plain("scope", matrices=2)
 def scope(part: Any, s: Signals) -> Selection:
     """Full matrix of cosines; every step sums up what each patch would add to the coverage."""

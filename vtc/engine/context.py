@@ -102,6 +102,7 @@ class Context:
     per_layer: list[list[int]] = field(default_factory=list)  # [layer][instance] visual tokens
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+    positions: Tensor | None = None  # (B or 1, q) or (axes, B, q), as the model numbers the tokens; None: one after the other
     static: bool = False  # its keys come with empty slots behind them
     step: Step | None = None  # what the layer before was given
     peers: Peers | None = None  # the ranks that share the model; None: there is one rank

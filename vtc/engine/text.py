@@ -169,6 +169,7 @@ class TextSide:
         else:
             CURRENT.set(None)
             parallel.check_states(embeds, ctx.q, "the text model")
+            ctx.positions = call["positions"]
             ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
             call.set("embeds", self.reduce_inputs(ctx, embeds))
             if ctx.current is not None and self.family.between_layers is not None:

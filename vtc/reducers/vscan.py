@@ -273,9 +273,10 @@ class VScan(Schedule):
     Positions are renumbered.
 
     Towers without a class token are scored by the mean attention a patch receives, in the last layer in place of the penultimate
-    one, as the release does for Qwen2.5-VL. There windows have 4 x 4 tokens, and the local scan takes tokens by falling score, from
-    no window more than its share rounded up (``scan="quota"``); ranking inside the language model leaves the rotation of queries
-    and keys out. The same holds here for all towers that merge patches, and the latter for all models with multi-dimensional positions.
+    one, as the release does for Qwen2.5-VL. There windows have 4 x 4 tokens, the local scan takes tokens by falling score, from no
+    window more than its share rounded up (``scan="quota"``), and ranking inside the language model leaves the rotation of queries
+    and keys out. The former holds here for all towers that merge patches, the latter for all models with multi-dimensional
+    positions.
 
     Deviates: what equal windows cannot share evenly goes to the global scan, and no patch is taken twice, so that exactly ``keep``
     tokens stay; the release loses tokens there, and where attention underflows to zeros takes local picks again
