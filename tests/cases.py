@@ -60,12 +60,26 @@ CASES: dict[str, Case] = {
     # SciPy's clustering
     "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}, waits=("ward",)),
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
+    "holov": Case({"keep": 10}, {"keep": 0.2, "crops": 3}),
+    # overlaps count once
+    "ivcprune": Case(
+        {"keep": 10},
+        {"keep": 0.2, "layer": 1, "rule": "fill"},
+        count="at_most",
+        waits=("compacted", "reduce"),
+        presets={
+            "llava15": {"keep": 0.31, "layer": 16, "rule": "union"},
+            "qwen25vl-7b": {"keep": 0.5, "layer": 16, "rule": "fill"},
+            "qwen25vl-3b": {"keep": 0.5, "layer": 22, "rule": "fill"},
+        },
+    ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool
     "ptp": Case({"keep": 10}, {"keep": 0.2, "layer": 1, "region": "mean"}, waits=("weights", "add_newlines")),
     "pyramiddrop": Case({"keep": 8}, {"avg_tokens": 0.5}),
     "random": Case({"keep": 10}, {"keep": 0.2, "seed": 3}),
+    "scope": Case({"keep": 10}, {"keep": 0.2, "combine": "add"}),
     "script": Case({"keep": 10}, {"keep": 0.2, "rule": "joint"}),
     # as many as the class token attends to
     "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all", waits=("narrow",)),
@@ -87,6 +101,16 @@ CASES: dict[str, Case] = {
     "transprune": Case({"keep": 10}, {"keep": 0.2, "iga": False}),
     "uniform": Case({"keep": 10}, {"keep": 0.2}),
     "visionzip": Case({"keep": 10}, {"keep": 0.2, "contextual": 1}),
+    "vscan": Case(
+        {"keep": 10, "window": 2},
+        {"keep": 0.2, "layers": (1,), "late": (2,)},
+        {"keep": 1.0, "layers": (), "late": ()},
+        presets={
+            "llava15-64": {"keep": 96, "layers": (16,), "late": (32,)},  # 64 on average
+            "llavanext-320": {"keep": 480, "layers": (16,), "late": (160,)},
+            "qwen25vl": {"keep": 0.167, "layers": (14,), "late": (0.333,)},
+        },
+    ),
     # rounds of removal
     "vispruner": Case({"keep": 10}, {"keep": 0.2, "important": 0.25}, waits=("nearest", "largest")),
     "zooprune": Case({"keep": 10, "directions": 4}, {"keep": 0.2, "directions": 2, "rank": 5}),

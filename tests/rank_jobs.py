@@ -20,7 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import vtc
 from vtc.core import Reducer, Selection, Signals, Stage
 from vtc.engine import parallel
+from vtc.engine.patch import bind
 from vtc.errors import VtcError
+from vtc.families import family_of
 from vtc.pocket import load_pocket, pocket_path
 
 KEEP, WORDS = 48, 8
@@ -147,8 +149,12 @@ def spread_with_tower() -> dict[str, Any]:
     return everything(lambda: split(whole(), line(), tower=True))
 
 
-READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune")
-"""Reducers that read attention, keys or neurons of decoder layers."""
+@functools.cache
+def readers() -> list[str]:
+    """Reducers that read attention, keys or neurons of decoder layers."""
+    family = family_of(alone())
+    parts = {name: bind(vtc.create(name, keep=KEEP), family.facts).parts() for name in vtc.list_reducers()}
+    return [name for name, own in parts.items() if any(read.source == "text" for read in parallel.reads(family, own))]
 
 
 @functools.cache
@@ -162,7 +168,7 @@ def tiny(name: str, heads: int) -> nn.Module:
 def tried(model: nn.Module, name: str) -> dict[str, Any]:
     """The reducers that read the decoder, on a model of a family: two rows, one padded."""
     inputs = make_inputs(name, model, 2)
-    return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in READERS}
+    return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in readers()}
 
 
 def families_spread(names: tuple[str, ...], heads: int) -> dict[str, Any]:

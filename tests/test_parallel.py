@@ -13,7 +13,7 @@ import torch
 import transformers
 from models import build, make_inputs, where
 from pickers import BoundaryPicker
-from rank_jobs import KEEP, READERS, WORDS, Passing, Ran, alone, call, rows, unspread
+from rank_jobs import KEEP, WORDS, Passing, Ran, alone, call, readers, rows, unspread
 from torch import Tensor, nn
 
 import vtc
@@ -52,7 +52,7 @@ def check_refusal(got: Any, name: str, what: str, works: tuple[str, ...] = ()) -
     assert kind == "UnsupportedFeatureError", message
     assert f"'{name}' reads {what}" in message and SPLIT in message and "load the model whole" in message
     others = message.partition("use one of ")[2].split(", ")
-    assert "divprune" in others and name not in others and set(READERS) & set(others) == set(works), others
+    assert "divprune" in others and name not in others and set(readers()) & set(others) == set(works), others
 
 
 @pytest.mark.parametrize("job", [jobs.spread_by_transformers, *([jobs.spread_with_tower] if SPLITS_TOWERS else [])])
@@ -86,7 +86,7 @@ def test_more_ranks_than_key_heads_are_refused():
 def test_decoding_on_some_neurons_needs_whole_mlps():
     want = call(alone(), "corematching", keep=KEEP, neurons=0.4, words=WORDS)
     for split, whole in ranks.run(jobs.neurons_split):
-        check_refusal(split, "corematching", "the neurons of decoder layer 0", works=tuple(set(READERS) - {"corematching"}))
+        check_refusal(split, "corematching", "the neurons of decoder layer 0", works=tuple(set(readers()) - {"corematching"}))
         assert whole.same(want)
 
 

@@ -78,13 +78,14 @@ class Need:
         ``"row"``: one entry per sequence (text) or view (vision), ``(B, ...)``.
     substitute : Need or None
         Signal used instead, under the same name, where ``requires`` is not met. The substitution shows in the statistics.
-    of : {"attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"}
+    of : {"attention", "preview", "hidden", "rotation", "attention_update", "mlp_update", "neurons", "projection", "pixels"}
         What the measure is given; a tower offers ``"attention"`` and the last two, a language model all but these two.
 
         - ``"attention"``: q, k, v as the layer's attention uses them (:class:`vtc.signals.AttentionTap`);
         - ``"preview"``: the same for the tokens there *before* the reducers of this very layer act: the layer's norm and
           projections run once more, on the longer sequence, which methods that rank with the next layer's attention pay for;
         - ``"hidden"``: the states entering the layer, before its reducers act (:class:`vtc.signals.StateTap`);
+        - ``"rotation"``: cosines and sines of the positions of these tokens (:class:`vtc.signals.RotationTap`);
         - ``"attention_update"``, ``"mlp_update"``: what the layer's attention or MLP is given and what it returns;
         - ``"neurons"``: what the MLP's last projection is given;
         - ``"projection"``: what the projector is given, and the projector itself as a function
@@ -101,9 +102,9 @@ class Need:
     requires: str = "attention"
     axis: Literal["keys", "row"] = "keys"
     substitute: Need | None = None
-    of: Literal["attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"] = (
-        "attention"
-    )
+    of: Literal[
+        "attention", "preview", "hidden", "rotation", "attention_update", "mlp_update", "neurons", "projection", "pixels"
+    ] = "attention"
     uses: tuple[Need, ...] = ()
 
     @property

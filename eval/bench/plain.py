@@ -325,6 +325,96 @@ def vispruner(part: Any, s: Signals) -> Selection:
     return Selection(torch.cat([important, rest]).sort().values[None])
 
 
+@plain("holov", matrices=0.1)
+def holov(part: Any, s: Signals) -> Selection:
+    """Score crop by crop with its full matrix, then hand out: shares, what is left, what does not fit."""
+    n, score, bands = s.shape[1], [], []
+    for crop in range(min(n, part.crops)):
+        size = n // part.crops + (crop < n % part.crops)
+        at = torch.arange(size) + (bands[-1][-1] + 1 if bands else 0)
+        unit, attention = _unit(s.features[0][at]), 1000 * s.cls_attn[0][at].double()
+        alike = (unit @ unit.T).double() * (1 - torch.eye(size))
+        if size > 1:
+            mean = alike.sum(1, keepdim=True) / (size - 1)
+            variance = (alike - mean).square().sum(1) / (size - 1)
+            attention = attention + part.beta * attention.mean() / (variance.mean() + 1e-6) * variance
+        score.append(float(attention.mean()))
+        bands.append(at)
+    order = sorted(range(len(bands)), key=lambda c: -score[c])
+    budget = [int(x / (sum(score) + 1e-6) * s.budget) for x in score]
+    for crop in order[: s.budget - sum(budget)]:
+        budget[crop] += 1
+    budget = [min(k, len(at)) for k, at in zip(budget, bands, strict=True)]
+    while sum(budget) < s.budget:
+        for crop in order:
+            budget[crop] += sum(budget) < s.budget and budget[crop] < len(bands[crop])
+    kept = [at[_best(s.cls_attn[0][at], k).index[0]] for at, k in zip(bands, budget, strict=True)]
+    return Selection(torch.cat(kept)[None])
+
+
+@plain("vscan", matrices=0.5)
+def vscan(part: Any, s: Signals) -> Selection:
+    """The best of every window, the best of the others, and each patch left out into its most similar one; later the best."""
+    if "next_last_attn" in s.taps:
+        return _best(s.next_last_attn[0], s.budget)
+    (rows, cols), side = s.layout.grids[0], part.window
+    down, across = max(1, rows // side), max(1, cols // side)
+    windows: dict[tuple[int, int], list[int]] = {}
+    for token in range(rows * cols):
+        place = min(token // cols // side, down - 1), min(token % cols // side, across - 1)
+        windows.setdefault(place, []).append(token)
+    each = int(s.budget * part.local_share) // (down * across)
+    kept: set[int] = set()
+    for tokens in windows.values():
+        kept |= set(sorted(tokens, key=lambda t: -float(s.low_attn[0, t]))[:each])
+    rest = sorted(set(range(rows * cols)) - kept, key=lambda t: -float(s.high_attn[0, t]))
+    index = torch.tensor(sorted(kept | set(rest[: s.budget - len(kept)])))
+    x = s.features[0]
+    owner = (_unit(x) @ _unit(x[index]).T).argmax(1)
+    owner[index] = torch.arange(len(index))
+    return Selection(index[None], _grouped(x, owner, len(index))[None])
+
+
+@plain("ivcprune", matrices=0.1)
+def ivcprune(part: Any, s: Signals) -> Selection:
+    """Union of tokens chosen by position, by the text's values, and by those of the seeds as well."""
+    n, own, words, at = s.shape[1], s.image_values[0], s.word_values[0], s.text_places[0]
+    scale = s.budget / n / 0.31
+    seeds, coordinates, foreground = max(1, round(scale * 0.01 * n)), round(scale * 0.05 * n), round(scale * 0.2 * n)
+    behind = at > s.places[0].max()
+    asked = at > s.places[0].max() + 2
+    asked = asked if asked.any() else behind if behind.any() else at == at.max()
+
+    def rows(query: Tensor) -> Tensor:
+        logits = torch.einsum("rhd,nhd->hrn", query, torch.cat([own, words])) * own.shape[2] ** -0.5
+        return torch.softmax(logits, 2).mean(0)[:, :n]
+
+    def best(score: Tensor, count: int) -> set[int]:
+        return set(score.sort(descending=True, stable=True).indices[:count].tolist())
+
+    text = rows(words[asked])
+    seed = sorted(best(text.mean(0), seeds))
+    score = torch.cat([text, rows(own[seed])]).mean(0)
+    prior = best(s.cos_mean[0], coordinates) | best(s.sin_mean[0], coordinates) | set(seed)
+    ranked = score.sort(descending=True, stable=True).indices.tolist()
+    prior = set([i for i in ranked if i in prior][: s.budget])
+    more = [i for i in ranked[:foreground] if i not in prior]
+    return Selection(torch.tensor([sorted(prior | set(more[: s.budget - len(prior)]))]))
+
+
+@plain("scope", matrices=2)
+def scope(part: Any, s: Signals) -> Selection:
+    """Full matrix of cosines; every step sums up what each patch would add to the coverage."""
+    unit = _unit(s.features[0])
+    cosine, covered, picks = unit @ unit.T, torch.zeros(s.shape[1]), []
+    for _ in range(s.budget):
+        gain = (cosine - covered).clamp(min=0).sum(1) * s.cls_attn[0]
+        gain[picks] = -torch.inf
+        picks.append(int(gain.argmax()))
+        covered = torch.maximum(covered, cosine[picks[-1]])
+    return Selection(torch.tensor([sorted(picks)]))
+
+
 @plain("hiprune")
 def hiprune(part: Any, s: Signals) -> Selection:
     """Anchors, their neighbours one by one, then registers."""

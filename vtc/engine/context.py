@@ -135,7 +135,7 @@ class Context:
         self.tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = {}
         self.fired: set[int] = set()
         self.per_layer: list[list[int]] = []  # [layer][instance] visual tokens
-        self.positions: Tensor | None = None  # of the text model, where its layers need not be given them
+        self.positions: Tensor | None = None  # (B or 1, q) or (axes, B, q), as the text model was given them; None: one by one
         self.rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
         self.static = False  # its keys come with empty slots behind them
         self.windows: list[PrunedSlidingLayer] = []  # cache layers that were shortened and will throw tokens away

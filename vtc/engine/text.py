@@ -189,6 +189,8 @@ class TextSide:
             CURRENT.set(None)
         if self.untold:
             ctx.positions = self.counted(call, embeds if embeds is not None else call.beside("ids"))
+        elif ctx.visual is not None:
+            ctx.positions = call["positions"]
         if ctx.visual is not None:
             if ctx.peers is not None:
                 parallel.check_states(embeds, ctx.q, "the text model")
