@@ -47,6 +47,14 @@ CASES: dict[str, Case] = {
         {"keep": 10}, {"keep": 0.2, "dilate": False}, {"keep": 1.0, "threshold": float("-inf")}, "at_most", waits=("compacted",)
     ),
     "downsample": Case({"keep": 12}, {"keep": 5}, count="at_most"),
+    "dycoke": Case(
+        {"keep": 10},
+        {"keep": 0.2},
+        presets={
+            "release-k70": {"keep": 1.0, "ratio": 0.7, "official": True},
+            "k70": {"keep": 1.0, "ratio": 0.7},
+        },
+    ),
     "evs": Case({"keep": 10}, {"keep": 0.2}),
     "fastervlm": Case({"keep": 10}, {"keep": 0.2}),
     "fastv": Case({"keep": 10}, {"keep": 0.2, "layer": 1}),
@@ -54,6 +62,8 @@ CASES: dict[str, Case] = {
     "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most", waits=("add_newlines",)),
     # views drop by their own scores; padding may survive
     "flowcut": Case({"keep": 10}, {"keep": 0.2}, count="at_most", waits=("narrow", "slots_of", "only_patches")),
+    # whole frames
+    "frames": Case({"keep": 10}, {"keep": 0.2, "fill": True}, count="at_most"),
     # crops share the budget by their scores
     "globalcom2": Case({"keep": 10}, {"keep": 0.2}, waits=("quota",)),
     "gridpool": Case({"keep": 10}, {"keep": 0.2}, count="at_most"),
@@ -71,6 +81,7 @@ CASES: dict[str, Case] = {
     "skipspan": Case({"keep": 10}, {"keep": 0.2}, count="all", waits=("narrow",)),
     # as many as the words that match
     "sparsevlm": Case({"keep": 10}, {"keep": 0.2, "version": "2"}, waits=("raters",)),
+    "temporalpool": Case({"keep": 10}, {"keep": 0.2, "windows": "fixed", "norm": True}, count="at_most"),
     # all or none, as the text's attention says
     "todre": Case({"keep": 10}, {"keep": 0.2, "diversity": "kcenter"}, waits=("reduce",)),
     # as many as do not repeat each other
@@ -87,6 +98,7 @@ CASES: dict[str, Case] = {
     "transprune": Case({"keep": 10}, {"keep": 0.2, "iga": False}),
     "uniform": Case({"keep": 10}, {"keep": 0.2}),
     "visionzip": Case({"keep": 10}, {"keep": 0.2, "contextual": 1}),
+    "vidcom2": Case({"keep": 10}, {"keep": 0.2}, presets={"release-r25": {"keep": 0.25, "rule": "release"}}),
     # rounds of removal
     "vispruner": Case({"keep": 10}, {"keep": 0.2, "important": 0.25}, waits=("nearest", "largest")),
     "zooprune": Case({"keep": 10, "directions": 4}, {"keep": 0.2, "directions": 2, "rank": 5}),

@@ -130,6 +130,33 @@ def evs(part: Any, s: Signals) -> Selection:
     return uniform(part, s)
 
 
+@plain("frames")
+def frames(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("dycoke")
+def dycoke(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("temporalpool")
+def temporalpool(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("vidcom2")
+def vidcom2(part: Any, s: Signals) -> Selection:
+    """Keep what is least like the mean of the one frame, which is the clip's, too."""
+    x = s.features[0].double()
+    x = normalize(x[:, x.var(0).argsort()[: x.shape[1] // 2]], dim=1)
+    square = (x - x.mean(0)).square().sum(1)
+    return _best(-2 * sum(torch.exp(-square / (2 * w)) for w in (0.125, 0.25, 0.5, 1, 2)), s.budget)
+
+
 @plain("skipspan")
 def skipspan(part: Any, state: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Rank by CLS attention, once."""

@@ -50,6 +50,8 @@ class Instance:
         What reducers did to it.
     merges : list
         What merging reducers did to it, for pictures.
+    history : list of (str, int, int)
+        Name of every part asked so far, how many tokens it was shown, and how many it kept.
     """
 
     row: int
@@ -62,6 +64,7 @@ class Instance:
     patches: Tensor | None
     stages: list[StageStats]
     merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    history: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
