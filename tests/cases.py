@@ -70,6 +70,18 @@ CASES: dict[str, Case] = {
     # SciPy's clustering
     "hierpool": Case({"keep": 10}, {"keep": 0.2, "method": "kmeans"}, waits=("ward",)),
     "hiprune": Case({"keep": 10}, {"keep": 0.2, "alpha": 0.8}),
+    # static places of a clip are averaged first
+    "holitom": Case(
+        {"keep": 10},
+        {"keep": 0.2, "inner": 0.0},
+        {"keep": 1.0, "inner": 0.0},
+        "at_most",
+        presets={
+            "r10": {"keep": 0.1, "tau": 0.65},
+            "outer-r10": {"keep": 0.1, "tau": 0.65, "inner": 0.0},
+            "release-r25": {"keep": 0.25, "official": True},
+        },
+    ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool

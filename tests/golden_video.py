@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 import vtc
 from vtc.core import Layout, Signals
 from vtc.reducers import dycoke as dc
+from vtc.reducers import holitom as ht
 from vtc.reducers import vidcom2 as vc
+from vtc.video import density_scores, place_similarity
 
 Tensors = dict[str, Tensor]
 
@@ -94,4 +97,76 @@ def _steps(attention: Tensor, params: dict[str, Any]) -> Tensors:
     }
 
 
-CASES = {"vidcom2": vidcom2, "dycoke": dycoke}
+def holitom(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Windows alone, one clip, or the stage inside the decoder, by what the file brings."""
+    if "attn_last" in inputs:
+        return _halved(inputs, params)
+    if "tokens" not in inputs:
+        cut = ht.windows_of(inputs["similarity"] > params["tau"], params["max_window"])
+        return _cut(cut) | {"total": torch.tensor([cut.best[-1]])}
+    x = inputs["tokens"]
+    frames, n, width = x.shape
+    side = math.isqrt(n)
+    layout = clip(frames, side, side) if side * side == n else clip(frames, 1, n)
+    stage = ht.HoliTomOuter(
+        keep=float(params["r"]),
+        tau=params["tau"],
+        beta=None if params.get("no_beta") else params["beta"],
+        neighbours=params["K"],
+        longest=params["max_window"],
+        contextual=params["D"],
+        official=True,
+    )
+    signals = signals_of(x.flatten(0, 1), layout, len(layout), received_attn=inputs["attn"].flatten())
+    places = torch.arange(len(layout)).view(frames, n)
+    cut, same = stage.cut(signals, places)
+    out = _cut(cut) | {"similarity": place_similarity(x.flatten(0, 1), places)}
+    out["ratio"] = torch.tensor([ht.adjusted_ratio(params["r"], frames * n, cut.best[-1])])
+    pieces = ht.released_order(stage.pieces(signals))
+    for w, (s, e) in enumerate(cut.spans):
+        static = same[s:e].all(0) if e > s else torch.zeros(n, dtype=torch.bool)
+        own = static.nonzero()[:, 0]
+        if len(own):
+            mean = x[s : e + 1, own].mean(0)
+            count = next((len(p.index) for p in pieces if p.window == w and torch.equal(p.places, own)), 0)
+            out[f"static_all_pos.{w}"] = own
+            out[f"density.{w}"], out[f"score.{w}"] = density_scores(mean, min(params["K"], max(count, 1)))
+        mine = [p for p in pieces if p.window == w]
+        still = mine[: len(mine) - (e - s + 1)] if len(own) < n else mine
+        out[f"static_pos.{w}"] = torch.cat([p.index for p in still]) % n if still else own[:0]
+        moving = mine[len(still) :]
+        if moving:
+            out[f"dynamic_pos.{w}"] = torch.stack([p.index % n for p in moving])
+    if params["newline"] == "one_token":
+        out["tokens"] = torch.cat([p.features for p in pieces])
+        return out
+    chosen = stage.select(signals)
+    rows = chosen.index[0] // side  # of the whole clip
+    parts = []
+    for row in rows.unique():
+        parts += [chosen.features[0, rows == row], inputs["newline"][None]]
+    return out | {"tokens": torch.cat(parts)}
+
+
+def _cut(cut: ht.Windows) -> Tensors:
+    return {"windows": torch.tensor(cut.spans), "static_count": cut.gain, "dp": torch.tensor(cut.best)}
+
+
+def _halved(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    start, n, hidden = params["start"], params["n"], inputs["hidden"]
+    score = inputs["attn_last"].mean(0)[start : start + n]
+    stage = ht.HoliTomInner(keep=1.0, before=1, share=params["r"])
+    chosen = stage.select(signals_of(hidden[start : start + n], Layout.flat(n), n, last_attn=score))
+    index, owner = chosen.index[0], chosen.owner[0]
+    other = torch.ones(n, dtype=torch.bool).index_fill(0, index, False).nonzero()[:, 0]
+    before, after = torch.arange(start), torch.arange(start + n, len(hidden))
+    return {
+        "score": score,
+        "merged_from": other + start,
+        "merged_into": index[owner[other]] + start,
+        "keep": torch.cat([before, index + start, after]),
+        "hidden": torch.cat([hidden[before], chosen.features[0], hidden[after]]),
+    }
+
+
+CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom}

@@ -186,3 +186,32 @@ def similarity_before(signals: Signals) -> Tensor:
     before = previous(signals)
     cosine = (unit * take(unit, before.clamp(min=0))).sum(-1)
     return torch.where(before >= 0, cosine, -torch.inf)
+
+
+def density_scores(points: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+    """Return density and density-peak score of every point, ``(n,)`` float64 each.
+
+    Distances are Euclidean over the root of the width. The density is ``exp(-m)``, ``m`` the mean of the squares of the
+    ``neighbours`` smallest distances, the point's own 0 among them. The score is the density times the distance to the nearest
+    denser point; the densest one gets the largest distance of all. Of equally dense points the lower-numbered counts as denser.
+
+    Parameters
+    ----------
+    points : Tensor
+        ``(n, D)``: of one frame, since all pairs are compared.
+    neighbours : int
+        At most ``n``.
+    """
+    apart = distances(points, points)
+    near = apart.sort(1).values[:, : max(1, min(neighbours, len(points)))]
+    density = torch.exp(-near.square().mean(1)).round(decimals=12)
+    n = torch.arange(len(points), device=points.device)
+    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (n[None] < n[:, None]))
+    peak = torch.where(denser, apart, apart.max()).amin(1)
+    return density, (density * peak).round(decimals=12)
+
+
+def distances(a: Tensor, b: Tensor) -> Tensor:
+    """Return the Euclidean distances of ``a (n, D)`` and ``b (m, D)`` over the root of the width, ``(n, m)`` float64."""
+    exact = "donot_use_mm_for_euclid_dist"  # products lose what near neighbours differ by
+    return torch.cdist(a.double(), b.double(), compute_mode=exact) / a.shape[1] ** 0.5

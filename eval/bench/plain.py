@@ -148,6 +148,22 @@ def temporalpool(part: Any, s: Signals) -> Selection:
     return uniform(part, s)
 
 
+@plain("holitom", matrices=1)
+def holitom(part: Any, s: Signals) -> Selection:
+    """Keep what receives most attention; inside, halve the rest into the most similar ones, one by one."""
+    x = s.features[0]
+    if hasattr(part, "tau"):
+        index = _best(s.received_attn[0], s.budget).index
+        return Selection(index, x[index])
+    index = _best(s.last_attn[0], round(len(x) * (1 - part.share))).index
+    unit, out = _unit(x), x.clone()
+    for i in range(len(x)):
+        if i not in index:
+            to = index[0, (unit[index[0]] @ unit[i]).argmax()]
+            out[to] = (out[to] + out[i]) / 2
+    return Selection(index, out[index])
+
+
 @plain("vidcom2")
 def vidcom2(part: Any, s: Signals) -> Selection:
     """Keep what is least like the mean of the one frame, which is the clip's, too."""
