@@ -47,16 +47,17 @@ CASES: dict[str, Case] = {
         {"keep": 10}, {"keep": 0.2, "dilate": False}, {"keep": 1.0, "threshold": float("-inf")}, "at_most", waits=("compacted",)
     ),
     "downsample": Case({"keep": 12}, {"keep": 5}, count="at_most"),
-    "dycoke": Case(
-        {"keep": 10},
-        {"keep": 0.2},
-        presets={
-            "release-k70": {"keep": 1.0, "ratio": 0.7, "official": True},
-            "k70": {"keep": 1.0, "ratio": 0.7},
-        },
-    ),
+    "dycoke": Case({"keep": 10}, {"keep": 0.2}, presets={"release-k70": {"keep": 1.0, "ratio": 0.7, "official": True}}),
     "evs": Case({"keep": 10}, {"keep": 0.2}),
     "fastervlm": Case({"keep": 10}, {"keep": 0.2}),
+    # few frames of a still scene may keep tokens
+    "fastvid": Case(
+        {"keep": 10},
+        {"keep": 0.2, "version": "qwen", "tau": 0.84},
+        count="at_most",
+        presets={"qwen-r27": {"keep": 0.27, "version": "qwen", "tau": 0.84}}
+        | {"llavavideo-r10": {"keep": 0.1, "version": "llavavideo"}, "release-r10": {"keep": 0.1, "official": True}},
+    ),
     "fastv": Case({"keep": 10}, {"keep": 0.2, "layer": 1}),
     # newlines of rows that keep a token
     "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most", waits=("add_newlines",)),

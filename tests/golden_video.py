@@ -13,9 +13,11 @@ from torch import Tensor
 import vtc
 from vtc.core import Layout, Signals
 from vtc.reducers import dycoke as dc
+from vtc.reducers import fastvid as fv
 from vtc.reducers import holitom as ht
 from vtc.reducers import vidcom2 as vc
-from vtc.video import density_scores, place_similarity
+from vtc.signals import AttentionTap
+from vtc.video import density_scores, frame_similarity, place_similarity
 
 Tensors = dict[str, Tensor]
 
@@ -169,4 +171,93 @@ def _halved(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     }
 
 
-CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom}
+def fastvid(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """One of the signals, or one clip, by what the file brings."""
+    if "tokens" in inputs:
+        return _pooling_head(inputs, params)
+    if "cos" in inputs:
+        return _last_block(inputs, params)
+    version = {"qwen25": "qwen"}.get(params["v"], params["v"])
+    frames, n, start = params["F"], params["N"], params["start"]
+    reducer = vtc.create(
+        "fastvid",
+        keep=float(params["r"]),
+        version=version,
+        scenes=params["c"],
+        tau=params["tau"],
+        context=params["d"],
+        stride=params["p"],
+        beta=params["beta"],
+        ignore=params.get("ignore", 0.95),
+        official=True,
+    )
+    length = len(inputs["hidden"])
+    if version == "llavavideo":  # a newline ends every row
+        side = params["side"]
+        cell = torch.arange(frames * side * (side + 1)).view(frames, side, side + 1) + start
+        video, newline = cell[..., :-1].reshape(frames, n), cell[..., -1].reshape(frames, side)
+        last = int(cell.max()) + 1
+    else:
+        video, newline, last = torch.arange(frames * n).view(frames, n) + start, None, start + frames * n
+    x = inputs["hidden"][video.flatten()]
+    tokens = torch.arange(frames * n).view(frames, n)
+    chosen = reducer.reduce(x, tokens, inputs["attn"], inputs["global"], frames * n)
+    similarity = frame_similarity(inputs["global"])
+    plan = reducer.plan(similarity, n, frames * n)
+    salient = [k for seg in plan for k in seg.salient]
+    anchors = [k for seg in plan for k in seg.anchors]
+    out = {
+        "similarity": similarity,
+        "segment_sizes": torch.tensor([seg.stop - seg.start for seg in plan]),
+        "salient_per_frame": torch.tensor(salient),
+        "anchors_per_frame": torch.tensor(anchors),
+    }
+    best = [fv.top(inputs["attn"][t], k) for t, k in enumerate(salient)]
+    rest = [fv.others(b, n) for b in best]
+    scores = [density_scores(x[tokens[t, r]], reducer.neighbours) for t, r in enumerate(rest)]
+    if len({len(r) for r in rest}) == 1:
+        ordered = [a.argsort(descending=True, stable=True)[:k] for a, k in zip(inputs["attn"], salient, strict=True)]
+        out |= {"salient": torch.stack(ordered), "rest": torch.stack(rest)}
+        out |= {"density": torch.stack([d for d, _ in scores]), "score": torch.stack([s for _, s in scores])}
+    for t, (density, score) in enumerate(scores):
+        out |= {f"rest.{t}": rest[t], f"density.{t}": density, f"score.{t}": score}
+    kept = video.flatten()[chosen.index[0]]
+    rows = inputs["hidden"].clone()
+    rows[kept] = chosen.features[0]
+    here = torch.cat([torch.arange(start), kept, torch.arange(last, length)])
+    if newline is not None:
+        side = params["side"]
+        row = torch.zeros(frames * side, dtype=torch.bool).index_fill(0, chosen.index[0] // side, True)
+        here = torch.cat([here, newline.flatten()[row]])
+    here = here.sort().values
+    return out | {"keep": here, "hidden": rows[here]}
+
+
+def _pooling_head(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    state = {name[2:]: t for name, t in inputs.items() if name.startswith("w.")}
+    feature, attention = fv.pooling_head(inputs["tokens"], state, params["heads"], eps=params["eps"])
+    return {
+        "frame_global": feature,
+        "frame_attn": attention,
+        "attn_bilinear": fv.pooled_attention(attention, params["side"], bilinear=True),
+        "attn_average": fv.pooled_attention(attention, params["side"], bilinear=False),
+    }
+
+
+def _last_block(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    """The tap's keys and queries are rotated; tokens come in the tower's order."""
+    frames, cells = params["F"], params["gh"] * params["gw"]
+
+    def rotated(x: Tensor) -> Tensor:
+        low, high = x.chunk(2, -1)
+        return x * inputs["cos"][:, None] + torch.cat([-high, low], -1) * inputs["sin"][:, None]
+
+    query, key = (rotated(inputs[name]).view(frames, -1, params["heads"], params["head_dim"]).transpose(1, 2) for name in "qk")
+    values = fv.probe_keys(AttentionTap(query, key, key, params["head_dim"] ** -0.5))
+    values = values.unflatten(1, (cells, -1)).mean(2)
+    found = torch.stack([fv.probed(v) for v in values])
+    order = inputs["window_index"].argsort()
+    return {"attn_window_order": found, "attn": found.flatten()[order].view(frames, cells)}
+
+
+CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom, "fastvid": fastvid}

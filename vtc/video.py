@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vtc.core import Newlines, Reducer, Selection, Signals, Stage
+from vtc.core import Facts, Newlines, Reducer, Selection, Signals, Stage
 from vtc.errors import UnknownArgumentError, UnsupportedFeatureError
 from vtc.kernels import take, widened
 from vtc.views import each_view, joined, members, narrow, on_host
@@ -188,7 +188,7 @@ def similarity_before(signals: Signals) -> Tensor:
     return torch.where(before >= 0, cosine, -torch.inf)
 
 
-def density_scores(points: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
+def density_scores(points: Tensor, neighbours: int, *, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Return density and density-peak score of every point, ``(n,)`` float64 each.
 
     Distances are Euclidean over the root of the width. The density is ``exp(-m)``, ``m`` the mean of the squares of the
@@ -201,17 +201,33 @@ def density_scores(points: Tensor, neighbours: int) -> tuple[Tensor, Tensor]:
         ``(n, D)``: of one frame, since all pairs are compared.
     neighbours : int
         At most ``n``.
+    block : int
+        Rows of distances held at a time.
     """
-    apart = distances(points, points)
-    near = apart.sort(1).values[:, : max(1, min(neighbours, len(points)))]
-    density = torch.exp(-near.square().mean(1)).round(decimals=12)
-    n = torch.arange(len(points), device=points.device)
-    denser = (density[None] > density[:, None]) | ((density[None] == density[:, None]) & (n[None] < n[:, None]))
-    peak = torch.where(denser, apart, apart.max()).amin(1)
-    return density, (density * peak).round(decimals=12)
+    parts = points.split(block)
+    held = distances(points, points) if len(parts) == 1 else None  # else made twice: all pairs may not fit
+    near, largest = [], []
+    for part in parts:
+        apart = held if held is not None else distances(part, points)
+        near.append(apart.sort(1).values[:, : max(1, min(neighbours, len(points)))])
+        largest.append(apart.amax())
+    density = torch.exp(-torch.cat(near).square().mean(1)).round(decimals=12)
+    n, far, peak = torch.arange(len(points), device=points.device), torch.stack(largest).amax(), []
+    for part, mine, own in zip(parts, density.split(block), n.split(block), strict=True):
+        apart = held if held is not None else distances(part, points)
+        denser = (density[None] > mine[:, None]) | ((density[None] == mine[:, None]) & (n[None] < own[:, None]))
+        peak.append(torch.where(denser, apart, far).amin(1))
+    return density, (density * torch.cat(peak)).round(decimals=12)
 
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Return the Euclidean distances of ``a (n, D)`` and ``b (m, D)`` over the root of the width, ``(n, m)`` float64."""
     exact = "donot_use_mm_for_euclid_dist"  # products lose what near neighbours differ by
     return torch.cdist(a.double(), b.double(), compute_mode=exact) / a.shape[1] ** 0.5
+
+
+def used_layer(facts: Facts) -> int:
+    """Return the last used tower layer, or where it sees only windows the last one that does not."""
+    if facts.feature_layer not in facts.windowed:
+        return facts.feature_layer
+    return max((i for i in range(facts.encoder_layers) if i not in facts.windowed), default=facts.feature_layer)

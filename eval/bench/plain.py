@@ -164,6 +164,26 @@ def holitom(part: Any, s: Signals) -> Selection:
     return Selection(index, out[index])
 
 
+@plain("fastvid", matrices=4)
+def fastvid(part: Any, s: Signals) -> Selection:
+    """Keep the salient tokens of the one frame; merge the rest, and the peaks themselves, into density peaks."""
+    x = s.features[0]
+    key, query = s.probe_keys[0].double().unbind(1)
+    salient = _best(torch.softmax((key * query).sum(-1), 0).mean(1), s.budget - int(s.budget * part.context)).index[0]
+    rest = torch.tensor([i for i in range(len(x)) if i not in salient])
+    apart = torch.cdist(x[rest].double(), x[rest].double()) / x.shape[1] ** 0.5
+    density = torch.exp(-apart.sort(1).values[:, :4].square().mean(1))
+    peak = torch.where(density[None] > density[:, None], apart, apart.max()).amin(1)
+    peaks = rest[_best(density * peak, s.budget - len(salient)).index[0]]
+    to, out = (_unit(x[rest]) @ _unit(x[peaks]).T).argmax(1), x.clone()
+    for i, p in enumerate(peaks):
+        own = x[rest[to == i]]
+        weight = max(1 / (len(own) + 1), part.beta)
+        out[p] = weight * x[p] + (1 - weight) * own.mean(0)
+    index = torch.cat([salient, peaks]).sort().values[None]
+    return Selection(index, out[index])
+
+
 @plain("vidcom2")
 def vidcom2(part: Any, s: Signals) -> Selection:
     """Keep what is least like the mean of the one frame, which is the clip's, too."""

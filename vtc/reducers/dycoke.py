@@ -22,7 +22,6 @@ from vtc.video import THINNED, ClipReducer, check_number, cosines, spread, thinn
     licence="Apache-2.0",
     presets={
         "release-k70": {"keep": 1.0, "ratio": 0.7, "official": True},
-        "k70": {"keep": 1.0, "ratio": 0.7},
     },
 )
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from vtc.kernels import apportion, merge_scatter, pairwise_top1, topk_sorted, wi
 from vtc.registry import register
 from vtc.schedule import checked, place_cuts
 from vtc.signals import last_attn, received_attn
-from vtc.video import ClipReducer, check_number, density_scores, distances, place_similarity, whole_frames
+from vtc.video import ClipReducer, check_number, density_scores, distances, place_similarity, used_layer, whole_frames
 
 
 # ------------------------------------------------------------------------------------------------------------- segmentation
@@ -269,7 +269,7 @@ class HoliTomInner(Reducer):
     kind: ClassVar[str] = "merge"
     decides_itself: ClassVar[bool] = True
     default_positions: ClassVar[Positions] = "original"
-    default_newlines: ClassVar[Newlines] = "compete"
+    default_newlines: ClassVar[Newlines] = "all"
 
     before: int
     share: float = 0.5
@@ -350,13 +350,14 @@ class HoliTom(Schedule):
     **Inside.** Before decoder layer ``layer``, the share ``inner`` of the visual tokens that the last token attends to least is
     merged: one after the other, each halves into the kept token of highest cosine. ``inner=0`` leaves this out.
 
-    Deviates: the release gives every frame and window its share rounded by itself (up, and to the nearest), and so meets a budget
-    only roughly (``official=True``); here the budget is shared out by the largest remainder and met, or undercut where averaging
-    alone leaves less. The release lists a window's averaged tokens first (:func:`released_order`); here all are in raster order.
-    It breaks ties of density by noise; here the lower-numbered token counts as denser. Its clustering of moving places
-    (``contextual``) raises; here it does what it is meant to. Its inner part lets layer ``layer - 1`` see the future under SDPA;
-    here it stays causal. With no 28 layers ``layer`` is the same share of the depth. A picture counts as a clip of one frame, with
-    nothing static in it. Signals of towers with windows or without these layers are the nearest there are.
+    Deviates: the release gives every frame and window its share rounded by itself (up, and to the nearest), and so meets a
+    budget only roughly (``official=True``); here the budget is shared out by the largest remainder and met, or undercut where
+    averaging alone leaves less. The release lists a window's averaged tokens first (:func:`released_order`); here all are in
+    raster order. It breaks ties of density by noise; here the lower-numbered token counts as denser. Its clustering of moving
+    places (``contextual``) raises; here it does what it is meant to. Its inner part lets layer ``layer - 1`` see the future
+    under SDPA; here it stays causal, and newline tokens, which the release may merge away, stay. Where the model has no 28
+    layers, ``layer`` is the same share of its depth. A picture counts as a clip of one frame, with nothing static in it. In a
+    tower whose last layer attends within windows the attention is that of the last layer without.
 
     Parameters
     ----------
@@ -414,9 +415,7 @@ class HoliTom(Schedule):
         """Choose the layers, and the number of tokens for a layer average."""
         check_bounds(self.budget, facts)
         (layer,) = place_cuts((self.layer,), facts, "holitom", "layer") if self.inner else (facts.layers,)
-        used = facts.feature_layer if self.attention is None else self.attention
-        if self.attention is None and used in facts.windowed:
-            used = max((i for i in range(facts.encoder_layers) if i not in facts.windowed), default=used)
+        used = used_layer(facts) if self.attention is None else self.attention
         shared: dict[str, Any] = {k: getattr(self, k) for k in ("keep", "avg_tokens", "positions", "newlines", "per")}
         if self.avg_tokens is not None:
             weight = (layer + (facts.layers - layer) * (1 - self.inner)) / facts.layers
