@@ -63,6 +63,21 @@ CASES: dict[str, Case] = {
     "flexpool": Case({"keep": 10}, {"keep": 0.2, "place": "tower"}, count="at_most", waits=("add_newlines",)),
     # views drop by their own scores; padding may survive
     "flowcut": Case({"keep": 10}, {"keep": 0.2}, count="at_most", waits=("narrow", "slots_of", "only_patches")),
+    # as many as differ from what surrounds them and from the frame before
+    "sttm": Case(
+        {"keep": 10},
+        {"keep": 0.2, "layer": 0},
+        count="at_most",
+        presets={
+            f"{model}-{part}": {"keep": 1.0, "adaptive": True, "spatial": spatial, "temporal": temporal}
+            for model, part, spatial, temporal in (
+                ("llavavideo", "half", 0.85, 0.55),
+                ("llavavideo", "third", 0.8, 0.5),
+                ("qwen2vl", "half", 0.85, 0.6),
+                ("qwen2vl", "third", 0.8, 0.6),
+            )
+        },
+    ),
     # whole frames
     "frames": Case({"keep": 10}, {"keep": 0.2, "fill": True}, count="at_most"),
     # crops share the budget by their scores

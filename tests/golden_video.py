@@ -15,6 +15,7 @@ from vtc.core import Layout, Signals
 from vtc.reducers import dycoke as dc
 from vtc.reducers import fastvid as fv
 from vtc.reducers import holitom as ht
+from vtc.reducers import sttm as st
 from vtc.reducers import vidcom2 as vc
 from vtc.signals import AttentionTap
 from vtc.video import density_scores, frame_similarity, place_similarity
@@ -260,4 +261,44 @@ def _last_block(inputs: Tensors, params: dict[str, Any]) -> Tensors:
     return {"attn_window_order": found, "attn": found.flatten()[order].view(frames, cells)}
 
 
-CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom, "fastvid": fastvid}
+def sttm(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """Trees, links and tokens of one clip."""
+    x = inputs["features"].permute(0, 2, 3, 1)
+    frames, rows, cols = x.shape[:3]
+    layout, features = clip(frames, rows, cols), x.reshape(frames * rows * cols, -1)
+    weighted = params["weighted_average"]
+    reducer = vtc.create(
+        "sttm",
+        keep=1.0,
+        spatial=params["spatial_threshold"],
+        temporal=params["temporal_threshold"],
+        root=params["root_level"],
+        weighted=weighted,
+        adaptive=True,
+        official=True,
+    )
+    tokens = torch.arange(len(layout)).view(frames, -1)
+    least = reducer.measure(features, tokens, (rows, cols))
+    forest = st.grow(least, (rows, cols), frames, reducer.root, reducer.spatial, weighted=weighted)
+    links = st.link(features, tokens, forest)
+    stands = reducer.linked(features, tokens, forest)
+    chosen = reducer.select(signals_of(features, layout, len(layout)))
+    index = chosen.index[0]
+    rep = torch.unique(stands)
+    return {
+        "tree_boxes": forest.boxes,
+        "tree_features": torch.cat([st.node_features(features, tokens, forest, t)[1] for t in range(frames)]),
+        "tree_sizes": forest.size,
+        "tree_per_frame": forest.boxes[:, 0].bincount(minlength=frames),
+        "pairs_contained": links.pairs,
+        "pair_similarity": links.cosine,
+        "pairs_merged": links.pairs[links.cosine >= reducer.temporal],
+        "representative": stands,
+        "boxes": forest.boxes[rep],
+        "features_out": chosen.features[0],
+        "sizes": chosen.owner[0].bincount(minlength=len(index)),
+        "position_index": index,
+    }
+
+
+CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom, "fastvid": fastvid, "sttm": sttm}

@@ -184,6 +184,45 @@ def fastvid(part: Any, s: Signals) -> Selection:
     return Selection(index, out[index])
 
 
+@plain("sttm")
+def sttm(part: Any, s: Signals) -> Selection:
+    """Grow the quadtree of the one frame top-down, with the highest threshold that leaves few enough leaves."""
+    rows, cols = s.layout.grids[0]
+    grids = [s.features[0].double().view(rows, cols, -1)]
+    spans = [([(i, i + 1) for i in range(rows)], [(i, i + 1) for i in range(cols)])]
+    children = []
+
+    def pairs(n: int) -> list[list[int]]:
+        return [[i, i + 1] for i in range(0, n, 2)] if n % 2 == 0 else [[0], *([i, i + 1] for i in range(1, n, 2))]
+
+    while min(grids[0].shape[:2]) > 2:
+        fine = grids[0]
+        down, across = pairs(fine.shape[0]), pairs(fine.shape[1])
+        grids.insert(0, torch.stack([torch.stack([fine[y][:, x].mean((0, 1)) for x in across]) for y in down]))
+        children.insert(0, (down, across))
+        spans.insert(0, tuple([(own[k[0]][0], own[k[-1]][1]) for k in ks] for own, ks in zip(spans[0], (down, across))))  # noqa: B905
+
+    def leaves(level: int, i: int, j: int, bound: float) -> list[tuple[int, int, int]]:
+        if level == len(grids) - 1:
+            return [(level, i, j)]
+        below = [(y, x) for y in children[level][0][i] for x in children[level][1][j]]
+        cosine = [torch.cosine_similarity(grids[level][i, j], grids[level + 1][y, x], dim=0) for y, x in below]
+        if min(cosine) >= bound:
+            return [(level, i, j)]
+        return [leaf for y, x in below for leaf in leaves(level + 1, y, x, bound)]
+
+    root = min(part.root, len(grids) - 1)
+    for step in range(384, -1, -1):
+        bound = part.spatial + step / 128 - 2
+        found = [n for i in range(len(spans[root][0])) for j in range(len(spans[root][1])) for n in leaves(root, i, j, bound)]
+        if len(found) <= s.budget:
+            break
+    index = torch.tensor([spans[level][0][i][0] * cols + spans[level][1][j][0] for level, i, j in found])
+    order = index.argsort()
+    values = torch.stack([grids[level][i, j] for level, i, j in found])[order]
+    return Selection(index[order][None], values[None].to(s.features.dtype))
+
+
 @plain("vidcom2")
 def vidcom2(part: Any, s: Signals) -> Selection:
     """Keep what is least like the mean of the one frame, which is the clip's, too."""
