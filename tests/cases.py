@@ -78,6 +78,13 @@ CASES: dict[str, Case] = {
             )
         },
     ),
+    # as many as resemble the frame before
+    "framefusion": Case(
+        {"keep": 10},
+        {"keep": 0.2, "queries": 4},
+        count="at_most",
+        presets={"release": {"avg_tokens": 0.3}, "qwen2vl": {"avg_tokens": 0.3, "similar": 0.5, "queries": 4}},
+    ),
     # whole frames
     "frames": Case({"keep": 10}, {"keep": 0.2, "fill": True}, count="at_most"),
     # crops share the budget by their scores

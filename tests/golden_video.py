@@ -12,8 +12,11 @@ from torch import Tensor
 
 import vtc
 from vtc.core import Layout, Signals
+from vtc.errors import BudgetError
+from vtc.kernels import merge_scatter, topk_sorted
 from vtc.reducers import dycoke as dc
 from vtc.reducers import fastvid as fv
+from vtc.reducers import framefusion as ff
 from vtc.reducers import holitom as ht
 from vtc.reducers import sttm as st
 from vtc.reducers import vidcom2 as vc
@@ -301,4 +304,110 @@ def sttm(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
     }
 
 
-CASES = {"vidcom2": vidcom2, "dycoke": dycoke, "holitom": holitom, "fastvid": fastvid, "sttm": sttm}
+def framefusion(inputs: Tensors, params: dict[str, Any], _case: str) -> Tensors:
+    """The budget's table, one call, or the whole schedule, by what the file brings."""
+    if "sparsity" in inputs:
+        return {"ratio": torch.tensor([_sparsity(row, c, params) for row, c in zip(inputs["sparsity"], inputs["cost"])])}  # noqa: B905
+    if "q" in inputs:
+        return _pruned(inputs, params)
+    if "w" in inputs:
+        return _cascade(inputs, params)
+    rule = ff.Rule(params["similarity_lower_bound"], params["ratio_lower_bound"], params["cost"], ff.RELEASED_LAYERS)
+    before = tuple(params["sparsity_before"])
+    at, patch = torch.arange(len(inputs["hidden"])), inputs["patch_type"]
+    video = at[patch >= 0]
+    order, similarity = ff.neighbours(inputs["hidden"][video], patch[video])
+    _, share, allowed = ff.to_merge(similarity, rule, before)
+    keep, hidden, state = _merge(inputs["hidden"], patch, rule, ff.State(before))
+    return {
+        "order": video[order],
+        "similarity": similarity,
+        "ratio": torch.tensor([share]),
+        "upper": torch.tensor([allowed]),
+        "keep": keep,
+        "hidden": hidden,
+        "patch_type": patch[keep],
+        "finish": torch.tensor([int(state.merged), int(state.pruned)]),
+        "sparsity": torch.tensor(state.shares),
+    }
+
+
+def _sparsity(row: Tensor, cost: Tensor, params: dict[str, Any]) -> float:
+    try:
+        return ff.sparsity([float(x) for x in row if x >= 0], float(cost), params["num_layers"], strict=True)
+    except BudgetError:
+        return -1.0
+
+
+def _merge(hidden: Tensor, patch: Tensor, rule: ff.Rule, state: ff.State) -> tuple[Tensor, Tensor, ff.State]:
+    """One merging call on a whole sequence: what is kept, its states, and how far the clip has come."""
+    at = torch.arange(len(hidden))
+    video = at[patch >= 0]
+    x = hidden[video]
+    order, similarity = ff.neighbours(x, patch[video])
+    gone, share, allowed = ff.to_merge(similarity, rule, state.shares)
+    left, owner = ff.runs(order, gone)
+    rows = hidden.clone()
+    rows[video[left]] = merge_scatter(x[None], owner[None], len(left))[0]
+    keep = torch.cat([at[patch < 0], video[left]]).sort().values
+    if share < allowed:
+        return keep, rows[keep], ff.State((*state.shares, share), share < rule.dry, False)
+    return keep, rows[keep], ff.State(state.shares, True, True)
+
+
+def _attention(query: Tensor, key: Tensor, queries: int) -> Tensor:
+    """The reducer's measure on ``(H, q, d)`` queries, the last of ``(H, S, d)`` keys."""
+    last = torch.tensor([query.shape[1] - 1])
+    tap = AttentionTap(query[None], key[None], key[None], query.shape[-1] ** -0.5, None, True, last)
+    return ff.TailAttention(queries)(tap)[0]
+
+
+def _pruned(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    start, n = params["start"], params["n"]
+    rule = ff.Rule(0.6, 0.1, params["cost"], ff.RELEASED_LAYERS)
+    score = _attention(inputs["q"], inputs["k"], params["num_queries"])[start : start + n]
+    kept = topk_sorted(score[None], rule.kept(params["sparsity"], n))[0] + start
+    return {
+        "score": score,
+        "ratio": torch.tensor([rule.allowed(params["sparsity"], n)]),
+        "keep": torch.cat([torch.arange(start), kept, torch.arange(start + n, params["S"])]),
+    }
+
+
+def _cascade(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    depth = params["num_layers_in_cost"]
+    rule = ff.Rule(params["similarity_lower_bound"], params["ratio_lower_bound"], params["cost"], depth)
+    x, patch, at = inputs["hidden"], inputs["patch_type"], torch.arange(len(inputs["hidden"]))
+    state, lens, out = ff.State(), [], {}
+    for call in range(params["layers"] + 1):
+        if call:
+            x = x + params["step"] * torch.tanh(x @ inputs["w"][call - 1])
+        if not state.merged:
+            shown = int((patch >= 0).sum())
+            keep, x, after = _merge(x, patch, rule, state)
+            assert rule.after(state, shown, len(patch) - len(keep)) == after, "told from the numbers alone"
+            state = after
+        elif not state.pruned and call:
+            heads = x.view(len(x), params["heads"], -1).transpose(0, 1)
+            video = (patch >= 0).nonzero()[:, 0]
+            score = _attention(heads, heads, params["num_queries"])[video]
+            best = video[topk_sorted(score[None], rule.kept(state.shares, len(video)))[0]]
+            keep = torch.cat([(patch < 0).nonzero()[:, 0], best]).sort().values
+            x, state = x[keep], ff.State(state.shares, True, True)
+        else:
+            keep = torch.arange(len(x))
+        patch, at = patch[keep], at[keep]
+        lens.append(len(at))
+        out[f"keep.{call}"] = at
+    done = torch.tensor([int(state.merged), int(state.pruned)])
+    return out | {"lens": torch.tensor(lens), "hidden": x, "sparsity": torch.tensor(state.shares), "finish": done}
+
+
+CASES = {
+    "vidcom2": vidcom2,
+    "dycoke": dycoke,
+    "holitom": holitom,
+    "fastvid": fastvid,
+    "sttm": sttm,
+    "framefusion": framefusion,
+}

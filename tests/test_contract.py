@@ -283,7 +283,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(
         ("deep_attn", "object_attn", "low_attn", "high_attn", "sensitivity", "key_norm", "overlap", "importance"), ()
     ),
-    **dict.fromkeys(("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention"), ()),
+    **dict.fromkeys(
+        ("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention", "tail_attn"), ()
+    ),
     **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
     **dict.fromkeys(("all_keys", "keys", "wide_keys", "values", "text_values", "final_states"), (6,)),
     **dict.fromkeys(("last_logits", "last_value_logits", "text_blocks"), (2,)),

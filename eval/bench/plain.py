@@ -184,6 +184,14 @@ def fastvid(part: Any, s: Signals) -> Selection:
     return Selection(index, out[index])
 
 
+@plain("framefusion")
+def framefusion(part: Any, s: Signals) -> Selection:
+    """Merge nothing of one frame; prune once by the last token's attention."""
+    if part.number != 1:
+        return Selection(torch.arange(s.shape[1])[None])
+    return _best(s.tail_attn[0], part.budget.tokens(s.slots))
+
+
 @plain("sttm")
 def sttm(part: Any, s: Signals) -> Selection:
     """Grow the quadtree of the one frame top-down, with the highest threshold that leaves few enough leaves."""

@@ -91,7 +91,7 @@ class VidCom2(ClipReducer):
             total = sum(map(len, frames))
             share = amount if isinstance(amount, float) else signals.budget / total
             scale = scales(found.clip, frames, share)
-            size = torch.tensor([len(f) for f in frames], device=scale.device)
+            size = torch.tensor([len(f) for f in frames]).to(scale.device, non_blocking=True)
             quota = budgets(scale, size)
             score = found.clip + found.frame
             chosen = topk_per_group(-score[None], found.group[None], quota[None])[0]
@@ -144,7 +144,7 @@ def likeness(features: Tensor, frames: list[Tensor]) -> Likeness:
     for at in inside.split(BLOCK):
         unit[at] = torch.nn.functional.normalize(features[at][:, channels].double(), dim=-1, eps=1e-12)
     centres = unit.new_zeros(len(frames) + 1, len(channels)).index_add_(0, group, unit)
-    size = torch.tensor([*map(len, frames), 1], device=features.device, dtype=torch.float64)
+    size = torch.tensor([*map(len, frames), 1], dtype=torch.float64).to(features.device, non_blocking=True)
     whole = centres[:-1].sum(0) / len(inside)
     centres = centres / size[:, None]
     far = unit.new_full((n,), torch.inf)
