@@ -297,11 +297,14 @@ SHAPES: dict[str, tuple[int, ...]] = {
         ),
         (),
     ),
-    **dict.fromkeys(("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention"), ()),
+    **dict.fromkeys(
+        ("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention", "tail_attn"), ()
+    ),
     **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
     **dict.fromkeys(("all_keys", "keys", "wide_keys", "values", "text_values", "final_states"), (6,)),
     **dict.fromkeys(("last_logits", "last_value_logits", "text_blocks"), (2,)),
     "image_values": (2, 3),
+    "probe_keys": (2, 2, 3),
 }
 OFFERED = ("clip_cosine", "clip_dot")
 """Signals that callers may provide to methods that look at the text."""

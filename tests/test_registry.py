@@ -370,7 +370,7 @@ def within(name: str, *packages: str) -> bool:
 
 
 # pure helpers that reducers share
-HELPERS = ("vtc.signals", "vtc.views", "vtc.schedule")
+HELPERS = ("vtc.signals", "vtc.views", "vtc.video", "vtc.schedule")
 # the one function on plain tensors that patches use, too
 VECTORS = "vtc.retrieval"
 STANDARD = tuple(sys.stdlib_module_names)
@@ -378,6 +378,7 @@ STANDARD = tuple(sys.stdlib_module_names)
 LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vtc.reducers": (("vtc.core", "vtc.kernels", "vtc.registry", "vtc.errors", *HELPERS), ("torch", "safetensors")),
     **{helper: (("vtc.core", "vtc.kernels", "vtc.errors"), ("torch",)) for helper in HELPERS},
+    "vtc.video": (("vtc.core", "vtc.kernels", "vtc.errors", "vtc.views"), ("torch",)),
     "vtc.core": (("vtc.errors", "vtc.kernels"), ("torch",)),
     "vtc.families": (("vtc.core", "vtc.errors", "vtc.families"), ("torch", "transformers")),
     "vtc.engine": (

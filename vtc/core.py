@@ -271,6 +271,8 @@ class Signals:
         One integer per image, an exact function of its pixels: seeds for reproducible per-image randomness.
     listed : Tensor or None
         ``(N,)`` on the CPU: the entries of every image, where the engine knows them (read :attr:`known`).
+    history : tuple
+        Per image, for every earlier stage of the same method in this forward: how many tokens it was shown and how many it kept.
     """
 
     features: Tensor
@@ -284,6 +286,7 @@ class Signals:
     text_mask: Tensor | None = None
     fingerprint: tuple[int, ...] = ()
     listed: Tensor | None = None
+    history: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def known(self) -> Tensor | None:

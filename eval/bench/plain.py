@@ -130,6 +130,116 @@ def evs(part: Any, s: Signals) -> Selection:
     return uniform(part, s)
 
 
+@plain("frames")
+def frames(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("dycoke")
+def dycoke(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("temporalpool")
+def temporalpool(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("holitom", matrices=1)
+def holitom(part: Any, s: Signals) -> Selection:
+    """Keep what receives most attention; inside, halve the rest into the most similar ones, one by one."""
+    x = s.features[0]
+    if hasattr(part, "tau"):
+        index = _best(s.received_attn[0], s.budget).index
+        return Selection(index, x[index])
+    index = _best(s.last_attn[0], round(len(x) * (1 - part.share))).index
+    unit, out = _unit(x), x.clone()
+    for i in range(len(x)):
+        if i not in index:
+            to = index[0, (unit[index[0]] @ unit[i]).argmax()]
+            out[to] = (out[to] + out[i]) / 2
+    return Selection(index, out[index])
+
+
+@plain("fastvid", matrices=4)
+def fastvid(part: Any, s: Signals) -> Selection:
+    """Keep the salient tokens of the one frame; merge the rest, and the peaks themselves, into density peaks."""
+    x = s.features[0]
+    key, query = s.probe_keys[0].double().unbind(1)
+    salient = _best(torch.softmax((key * query).sum(-1), 0).mean(1), s.budget - int(s.budget * part.context)).index[0]
+    rest = torch.tensor([i for i in range(len(x)) if i not in salient])
+    apart = torch.cdist(x[rest].double(), x[rest].double()) / x.shape[1] ** 0.5
+    density = torch.exp(-apart.sort(1).values[:, :4].square().mean(1))
+    peak = torch.where(density[None] > density[:, None], apart, apart.max()).amin(1)
+    peaks = rest[_best(density * peak, s.budget - len(salient)).index[0]]
+    to, out = (_unit(x[rest]) @ _unit(x[peaks]).T).argmax(1), x.clone()
+    for i, p in enumerate(peaks):
+        own = x[rest[to == i]]
+        weight = max(1 / (len(own) + 1), part.beta)
+        out[p] = weight * x[p] + (1 - weight) * own.mean(0)
+    index = torch.cat([salient, peaks]).sort().values[None]
+    return Selection(index, out[index])
+
+
+@plain("framefusion")
+def framefusion(part: Any, s: Signals) -> Selection:
+    """Merge nothing of one frame; prune once by the last token's attention."""
+    if part.number != 1:
+        return Selection(torch.arange(s.shape[1])[None])
+    return _best(s.tail_attn[0], part.budget.tokens(s.slots))
+
+
+@plain("sttm")
+def sttm(part: Any, s: Signals) -> Selection:
+    """Grow the quadtree of the one frame top-down, with the highest threshold that leaves few enough leaves."""
+    rows, cols = s.layout.grids[0]
+    grids = [s.features[0].double().view(rows, cols, -1)]
+    spans = [([(i, i + 1) for i in range(rows)], [(i, i + 1) for i in range(cols)])]
+    children = []
+
+    def pairs(n: int) -> list[list[int]]:
+        return [[i, i + 1] for i in range(0, n, 2)] if n % 2 == 0 else [[0], *([i, i + 1] for i in range(1, n, 2))]
+
+    while min(grids[0].shape[:2]) > 2:
+        fine = grids[0]
+        down, across = pairs(fine.shape[0]), pairs(fine.shape[1])
+        grids.insert(0, torch.stack([torch.stack([fine[y][:, x].mean((0, 1)) for x in across]) for y in down]))
+        children.insert(0, (down, across))
+        spans.insert(0, tuple([(own[k[0]][0], own[k[-1]][1]) for k in ks] for own, ks in zip(spans[0], (down, across))))  # noqa: B905
+
+    def leaves(level: int, i: int, j: int, bound: float) -> list[tuple[int, int, int]]:
+        if level == len(grids) - 1:
+            return [(level, i, j)]
+        below = [(y, x) for y in children[level][0][i] for x in children[level][1][j]]
+        cosine = [torch.cosine_similarity(grids[level][i, j], grids[level + 1][y, x], dim=0) for y, x in below]
+        if min(cosine) >= bound:
+            return [(level, i, j)]
+        return [leaf for y, x in below for leaf in leaves(level + 1, y, x, bound)]
+
+    root = min(part.root, len(grids) - 1)
+    for step in range(384, -1, -1):
+        bound = part.spatial + step / 128 - 2
+        found = [n for i in range(len(spans[root][0])) for j in range(len(spans[root][1])) for n in leaves(root, i, j, bound)]
+        if len(found) <= s.budget:
+            break
+    index = torch.tensor([spans[level][0][i][0] * cols + spans[level][1][j][0] for level, i, j in found])
+    order = index.argsort()
+    values = torch.stack([grids[level][i, j] for level, i, j in found])[order]
+    return Selection(index[order][None], values[None].to(s.features.dtype))
+
+
+@plain("vidcom2")
+def vidcom2(part: Any, s: Signals) -> Selection:
+    """Keep what is least like the mean of the one frame, which is the clip's, too."""
+    x = s.features[0].double()
+    x = normalize(x[:, x.var(0).argsort()[: x.shape[1] // 2]], dim=1)
+    square = (x - x.mean(0)).square().sum(1)
+    return _best(-2 * sum(torch.exp(-square / (2 * w)) for w in (0.125, 0.25, 0.5, 1, 2)), s.budget)
+
+
 @plain("skipspan")
 def skipspan(part: Any, state: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Rank by CLS attention, once."""

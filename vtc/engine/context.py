@@ -53,6 +53,8 @@ class Instance:
         What reducers did to it.
     merges : list
         What merging reducers did to it, for pictures.
+    history : list of (str, int, int)
+        Name of every part asked so far, how many tokens it was shown, and how many it kept.
     """
 
     row: int
@@ -65,6 +67,7 @@ class Instance:
     patches: Tensor | None
     stages: list[StageStats]
     merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    history: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
