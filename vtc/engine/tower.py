@@ -12,6 +12,7 @@ import contextvars
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -195,7 +196,7 @@ class TowerSide:
         lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
         record.video = video
-        if lengths != record.lengths and (len(lengths) == len(record.lengths) or sum(lengths) != sum(record.lengths)):
+        if not agree(lengths, record.lengths):
             raise UnsupportedFeatureError(
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
@@ -582,6 +583,12 @@ def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     rows = (2 * torch.arange(grid[0]) + 1) * small[0] // (2 * grid[0])
     cols = (2 * torch.arange(grid[1]) + 1) * small[1] // (2 * grid[1])
     return (rows[:, None] * small[1] + cols[None]).flatten()
+
+
+def agree(packed: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a model packed its images as expected: one by one, or several together (those of a row, the frames of a clip)."""
+    ours, theirs = set(accumulate(expected)), {end for end in accumulate(packed) if end}
+    return sum(packed) == sum(expected) and (theirs <= ours or ours <= theirs)
 
 
 def fingerprints(call: VisionCall) -> list[int]:
