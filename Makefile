@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 OUT ?= results/store/demo
 WORKERS ?= 2
 
-.PHONY: demo test lint format install lock newest drift browser clean
+.PHONY: demo test lint format install lock newest drift released rows browser clean
 
 demo: $(VENV)/.demo  ## sweep configs/demo.yaml on the embedded model, print the table, write the report
 	HF_HUB_OFFLINE=1 $(BIN)/vtc sweep configs/demo.yaml --out $(OUT)
@@ -65,6 +65,12 @@ $(VENV)/.uv: $(BIN)/python
 	$(BIN)/python -m pip install --quiet uv
 	touch $@
 
+released: $(VENV)/.dev  ## what vtc does with every checkpoint of tests/released.json: renews results/released.md (half an hour)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python tests/released.py
+
+rows: $(VENV)/.dev  ## every reducer, family and padding side: rows of a batch get what they get alone
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VTC_EVERY_FAMILY=1 $(BIN)/pytest -n $(WORKERS) tests/test_rows.py
+
 browser:  ## Chromium for the report's tests in a real browser (Debian's package; needs root)
 	command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y --no-install-recommends chromium; }
 
@@ -81,6 +87,14 @@ cpus: $(VENV)/.dev  ## the tests that compare numbers, as other CPUs compute the
 	failed=0; for cpu in $(CPUS); do echo "$$cpu"; \
 	env HF_HUB_OFFLINE=1 $$cpu $(BIN)/pytest -n $(WORKERS) -k "not compiles_within" $(NUMBERS) || failed=1; done; exit $$failed
 
-.PHONY: mutants-table
+.PHONY: oracle mutants mutants-table
+N ?= 1000
+oracle: $(VENV)/.dev  ## N compositions and conversations drawn at random, against the slow reference (a third of a second each)
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 VTC_ORACLE=$(N) $(BIN)/pytest -n $(WORKERS) -p no:cacheprovider tests/test_compositions.py
+
 mutants-table: $(VENV)/.dev  ## put known bugs in, one by one, in a copy, and say which the tests notice (minutes)
 	$(BIN)/python tests/mutants
+
+COUNT ?= 150
+mutants: $(VENV)/.dev  ## change the code at random, COUNT times, and say in results/mutants.md what no test notices (goes on where it was)
+	$(BIN)/python tests/mutants/sample.py --count $(COUNT)

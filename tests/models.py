@@ -175,6 +175,8 @@ def image_features(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
     make = base.get_video_features if case.video else base.get_image_features
     names = inspect.signature(make).parameters
     call: dict[str, Any] = {k: v for k, v in inputs.items() if k in names}
+    if "image_sizes" in inputs and "kwargs" in names:  # 4.57's LLaVA hands them to its tower
+        call["image_sizes"] = inputs["image_sizes"]
     if "pixel_values_videos" in inputs and "pixel_values_videos" not in names:  # 4.57
         call["pixel_values"] = inputs["pixel_values_videos"]
     for key in ("vision_feature_layer", "vision_feature_select_strategy"):  # 4.57 has no default here

@@ -20,7 +20,9 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import vtc
 from vtc.core import Reducer, Selection, Signals, Stage
 from vtc.engine import parallel
+from vtc.engine.patch import bind
 from vtc.errors import VtcError
+from vtc.families import family_of
 from vtc.pocket import load_pocket, pocket_path
 
 KEEP, WORDS = 48, 8
@@ -147,10 +149,12 @@ def spread_with_tower() -> dict[str, Any]:
     return everything(lambda: split(whole(), line(), tower=True))
 
 
-SHAPES = ("llava_next", "qwen2_5_vl", "internvl", "gemma3")
-"""Tiny models with grouped keys (four query heads, two key heads), AnyRes crops, packed towers, tiles, windows."""
-READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune")
-"""Reducers that read attention, keys or neurons of decoder layers."""
+@functools.cache
+def readers() -> list[str]:
+    """Reducers that read attention, keys or neurons of decoder layers."""
+    family = family_of(alone())
+    parts = {name: bind(vtc.create(name, keep=KEEP), family.facts).parts() for name in vtc.list_reducers()}
+    return [name for name, own in parts.items() if any(read.source == "text" for read in parallel.reads(family, own))]
 
 
 @functools.cache
@@ -164,13 +168,13 @@ def tiny(name: str, heads: int) -> nn.Module:
 def tried(model: nn.Module, name: str) -> dict[str, Any]:
     """The reducers that read the decoder, on a model of a family: two rows, one padded."""
     inputs = make_inputs(name, model, 2)
-    return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in READERS}
+    return {r: told(lambda r=r: call(model, r, inputs, keep=0.4, words=4)) for r in readers()}
 
 
-def families_spread(heads: int) -> dict[str, Any]:
+def families_spread(names: tuple[str, ...], heads: int) -> dict[str, Any]:
     """Tiny models of several families, whose decoders torch splits over all ranks."""
     size = distributed.get_world_size()
-    return {name: tried(split(copy.deepcopy(tiny(name, heads)), line(size)), name) for name in SHAPES}
+    return {name: tried(split(copy.deepcopy(tiny(name, heads)), line(size)), name) for name in names}
 
 
 def spread_embeddings() -> list[Any]:

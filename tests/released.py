@@ -23,10 +23,12 @@ import transformers
 
 import vtc
 from vtc.core import Stage
+from vtc.counts import count, image_processor
 from vtc.errors import UnverifiableError, VtcError
 from vtc.inspect import examine, load_config
 from vtc.verify import check
 from vtc.verify.reference import Plan
+from vtc.verify.twin import shrink
 
 ROOT = Path(__file__).resolve().parent
 RESULTS = ROOT.parent / "results"
@@ -63,19 +65,22 @@ def structure(name: str) -> dict[str, Any]:
     """Return what ``vtc check`` says of a checkpoint: family, counts for :data:`SIZES`, or the reason against it."""
     with folder_of(name) as folder, _quiet():
         try:
-            report = examine(folder)
+            report = examine(folder, SIZES[0])
             if report.retriever:
                 return {"family": report.family.name, "retriever": True}
-            counts = [examine(folder, size).count for size in SIZES]
+            counts = [report.count]
+            if report.count.tokens is not None and not report.family.probed:
+                fixed = report.family.unit == "image" and report.family.facts.tokens or report.family.example
+                processor = None if fixed else image_processor(folder)
+                counts += [count(report.family, size, processor) for size in SIZES[1:]]
         except VtcError as error:
             return {"refused": re.sub(r" \(supported: .*?\)", "", str(error).replace(folder, name))}
     facts = report.family.facts
-    known = counts[0].tokens is not None
     return {
         "family": facts.family,
         "adapter": not report.family.probed,
         "stages": [stage.value for stage in Stage if not facts.stages[stage]],
-        "counts": [c.tokens for c in counts] if known else counts[0].why.replace(folder, name),
+        "counts": [c.tokens for c in counts] if len(counts) == len(SIZES) else counts[0].why.replace(folder, name),
     }
 
 
@@ -83,7 +88,14 @@ def small_copy(name: str) -> dict[str, str]:
     """Run the reducers of :data:`REDUCERS` at half of the tokens on a small copy; return what came out, by reducer."""
     with folder_of(name) as folder:
         config = load_config(folder)
-        return compared(config)
+    with _quiet():
+        same = json.dumps(shrink(config).to_dict(), sort_keys=True, default=str)
+    if same not in _copies:  # checkpoints of several sizes often have one small copy
+        _copies[same] = compared(config)
+    return _copies[same]
+
+
+_copies: dict[str, dict[str, str]] = {}
 
 
 def compared(config: Any) -> dict[str, str]:
@@ -105,32 +117,31 @@ def compared(config: Any) -> dict[str, str]:
 
 
 def _one(bench: Any, reducer: str) -> str:
-    for name in ("batch", "single"):
-        prompt, plain, got = bench.prompts[name], bench.plain[name], check._Observed()
-        try:
-            with vtc.patch(bench.twin.model, reducer, keep=0.5) as handle:
-                (part,) = handle.reducer.parts()
-                check._generate(bench.twin.model, bench.family, prompt, got)
-                kept = [(k.row, k.mask) for k in handle.stats.kept]
-        except check._REFUSALS as error:
-            return f"refused: {error}".partition("; these reducers work here")[0]
-        gone = torch.zeros_like(prompt.real)
-        for (row, mask), (where, columns) in zip(kept, prompt.images, strict=True):
-            if row != where or len(mask) != len(columns) or not 0 < int(mask.sum()) <= -(-len(mask) // 2):
-                return f"{prompt.name}: {int(mask.sum())} of {len(columns)} tokens kept"
-            gone[row, columns] = ~mask
-        hide = dict.fromkeys(range(part.layer, bench.family.facts.layers), gone)
-        write = {0: functools.partial(_written, got.embeds, prompt.kinds > 0)} if part.layer == 0 else {}
-        compact = hide if part.position_policy == "compact" else {}
-        wanted = bench.reference(name, Plan(hide=hide, compact=compact, write=write), got.tokens)[:, : bench.steps[name]]
-        error = float((got.logits[:, : wanted.shape[1]] - wanted).abs().max())
-        effect = float((wanted[:, 0] - plain.logits[:, 0]).abs().max())
-        limit = max(_LIMIT * max(1.0, float(wanted.abs().max())), bench.limits[name])
-        if not error <= limit or effect < 50 * limit:
-            return f"{prompt.name}: off by {error:.1e} where dropping changes {effect:.1e}"
-        layers = got.cache.layers
-        if max(layer.keys.shape[-2] for layer in layers[part.layer :]) > int((prompt.real & ~gone).sum(1).max()) + check.STEPS:
-            return f"{prompt.name}: the KV cache holds what was dropped"
+    prompt, plain, got = bench.prompts["batch"], bench.plain["batch"], check._Observed()
+    try:
+        with vtc.patch(bench.twin.model, reducer, keep=0.5) as handle:
+            (part,) = handle.reducer.parts()
+            check._generate(bench.twin.model, bench.family, prompt, got)
+            kept = [(k.row, k.mask) for k in handle.stats.kept]
+    except check._REFUSALS as error:
+        return f"refused: {error}".partition("; these reducers work here")[0]
+    gone = torch.zeros_like(prompt.real)
+    for (row, mask), (where, columns) in zip(kept, prompt.images, strict=True):
+        if row != where or len(mask) != len(columns) or not 0 < int(mask.sum()) <= -(-len(mask) // 2):
+            return f"{int(mask.sum())} of {len(columns)} tokens kept"
+        gone[row, columns] = ~mask
+    hide = dict.fromkeys(range(part.layer, bench.family.facts.layers), gone)
+    write = {0: functools.partial(_written, got.embeds, prompt.kinds > 0)} if part.layer == 0 else {}
+    compact = hide if part.position_policy == "compact" else {}
+    wanted = bench.reference("batch", Plan(hide=hide, compact=compact, write=write), got.tokens)[:, : bench.steps["batch"]]
+    error = float((got.logits[:, : wanted.shape[1]] - wanted).abs().max())
+    effect = float((wanted[:, 0] - plain.logits[:, 0]).abs().max())
+    limit = max(_LIMIT * max(1.0, float(wanted.abs().max())), bench.limits["batch"])
+    if not error <= limit or effect < 50 * limit:
+        return f"off by {error:.1e} where dropping changes {effect:.1e}"
+    layers = got.cache.layers
+    if max(layer.keys.shape[-2] for layer in layers[part.layer :]) > int((prompt.real & ~gone).sum(1).max()) + check.STEPS:
+        return "the KV cache holds what was dropped"
     return "ok"
 
 

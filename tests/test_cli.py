@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_list_filters_by_pattern_and_stage(call):
     assert names("--stage", "decoder") == [n for n, e in registry.entries().items() if "decoder" in e.stages]
     row = json.loads(call("list", "--json", "fastv")[1])[0]
     assert row["needs"] == ["last_attn"] and row["positions"] == "original" and row["kind"] == "score"
+
+
+def test_list_filters_by_what_reducers_look_at(call):
+    names = lambda *a: {row["name"] for row in json.loads(call("list", "--json", *a)[1])}  # noqa: E731
+    asking = names("--text-aware")
+    assert {"fastv", "cdpruner", "sparsevlm", "pyramiddrop"} <= asking
+    assert not asking & {"visionzip", "divprune", "uniform", "fastervlm", "tome"}
+    without = names("--no-attention")
+    assert {"divprune", "cdpruner", "uniform", "downsample", "hierpool"} <= without
+    assert not without & {"fastv", "visionzip", "pyramiddrop", "tome", "dart"}
+    assert names("--text-aware", "--no-attention") == asking & without
+
+
+def test_list_has_four_columns_unless_asked_for_all(call):
+    assert call("list")[1].split("\n")[0].split() == ["name", "stages", "paper", "summary"]
+    heading = call("list", "--all")[1].split("\n")[0].split()
+    assert heading == ["name", "stages", "kind", "needs", "positions", "paper", "summary"]
 
 
 @pytest.mark.parametrize(
@@ -261,6 +279,56 @@ def test_options_are_read_as_json():
     assert [type(cli._amount("keep", t)) for t in ("64", "0.5", "1.0")] == [int, float, float]
 
 
+@pytest.mark.parametrize(
+    ("text", "means"),
+    [("64", 64), ("0.25", 0.25), ("25%", 0.25), (" 25 % ", 0.25), ("1", 1), ("100%", 1.0), (64, 64), (0.25, 0.25)],
+)
+def test_a_budget_means_the_same_wherever_it_is_given(text, means):
+    from vtc.eval.lmms.model import build
+    from vtc.eval.sweepfile import parse_sweep
+
+    def same(amount):
+        return amount == means and type(amount) is type(means)
+
+    assert same(vtc.create("fastv", keep=text).keep) and same(vtc.create("fastv", avg_tokens=text).avg_tokens)
+    assert same(cli._reducer(["fastv"], str(text), "", None).keep)
+    assert same(build({"pretrained": "pocket", "reducer": "fastv", "keep": text}).reducer.keep)
+    (budget,) = parse_sweep(f"model: pocket\nreducers: [fastv]\nbudgets: [{text}]\ndata: {{scenes: {{n: 9}}}}").budgets
+    assert same(budget.keep)
+
+
+@pytest.mark.parametrize("text", ["x", "25%%", "%", "1/4", "quarter", ""])
+def test_a_budget_that_is_no_number_says_how_to_write_one(text):
+    with pytest.raises(vtc.BudgetError, match="is not a number: use tokens, as in 64, or a share, as in 0.25 or 25%"):
+        vtc.create("fastv", keep=text)
+
+
+@pytest.mark.parametrize("keep", ["0", "0%", "101%", "-3"])
+def test_refused_budgets_are_called_by_their_option(call, picture, keep):
+    for arguments in (("check", "pocket", "fastv"), ("run", picture, QUESTION)):
+        code, _, err = call(*arguments, f"--keep={keep}")
+        assert code == 1 and err.startswith("error: --keep ") and "keep=" not in err and err.count("\n") == 1
+
+
+def test_run_takes_image_and_question_by_place_and_has_defaults(call, picture, tmp_path):
+    target = tmp_path / "new" / "folder" / "kept.png"
+    code, out, err = call("run", picture, QUESTION, "--runs", "1", "--max-new-tokens", "1", "--show", str(target))
+    assert code == 0 and "visionzip(keep=0.25) on pocket" in out and target.exists()
+    assert err == "note: 'pocket' knows generated scenes only; for photos give --model\n"
+    code, out, err = call("run", "results/scene.png", QUESTION, "--runs", "1", "--max-new-tokens", "1")
+    assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("arguments", [(), ("a.png",), ("a.png", "x", "y"), ("a.png", "x", "--prompt", "y")])
+def test_run_without_both_or_with_more_is_wrong_usage(call, arguments):
+    code, out, err = call("run", *arguments)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("error: ") and "(see vtc run --help)" in err
+
+
+def test_check_tries_the_share_that_run_takes(call):
+    assert "yes, fastv(keep=0.25) runs on pocket: 196 visual tokens -> 49" in call("check", "pocket", "fastv")[1]
+
+
 # ------------------------------------------------------------------------------------------------------------- doctor
 def test_doctor_is_content_here(call):
     code, out, _ = call("doctor", "--json")
@@ -417,7 +485,22 @@ def test_wrong_usage_exits_with_2(call, arguments):
 
 
 def test_version(call):
-    assert call("--version")[:2] == (0, vtc.__version__ + "\n")
+    assert call("--version")[:2] == call("-V")[:2] == (0, vtc.__version__ + "\n")
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(("list",), 0), (("--help",), 0), (("check", "pocket", "fastv"), 0)])
+def test_a_reader_that_has_had_enough_changes_no_exit_code(arguments, code):
+    """As in `vtc ... | head -1`, and nothing is said about it."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run([sys.executable, "-m", "vtc", *arguments], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (code, "")
+
+
+def test_shells_can_complete_the_commands(call):
+    code, out, _ = call("--show-completion", "bash")
+    assert code == 0 and "_VTC_COMPLETE" in out
 
 
 def test_python_m_vtc_is_quick():

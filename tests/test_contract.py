@@ -128,9 +128,11 @@ def test_tokens_and_statistics(reducer: str, family: str, impl: str, batch: int,
 
 
 def newlines_kept(layout: Layout, entries: Tensor, part: Reducer) -> int:
-    """Newline tokens that come on top of the budget."""
+    """Newline tokens that come on top of the budget; a later stage may drop them again."""
     if part.newline_policy not in ("all", "with_row"):
         return 0
+    if part.newline_policy == "all":
+        return int((layout.kind == Kind.NEWLINE).sum())
     return int((layout.kind.to(entries.device)[entries] == Kind.NEWLINE).sum())
 
 
@@ -281,16 +283,32 @@ def first_token_logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 SHAPES: dict[str, tuple[int, ...]] = {
     **dict.fromkeys(("cls_attn", "cls_logits", "cls_value_affinity", "mean_query_attn", "received_attn", "wide_cls_attn"), ()),
     **dict.fromkeys(
-        ("deep_attn", "object_attn", "low_attn", "high_attn", "sensitivity", "key_norm", "overlap", "importance"), ()
+        (
+            "deep_attn",
+            "object_attn",
+            "low_attn",
+            "high_attn",
+            "sensitivity",
+            "key_norm",
+            "overlap",
+            "importance",
+            "cos_mean",
+            "sin_mean",
+        ),
+        (),
     ),
-    **dict.fromkeys(("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention"), ()),
+    **dict.fromkeys(
+        ("last_attn", "next_last_attn", "next_question_attn", "peak_text_attn", "rater_attention", "tail_attn"), ()
+    ),
     **{f"{place}_transition_{n}": () for place in ("attention", "mlp") for n in range(4)},
     **dict.fromkeys(("all_keys", "keys", "wide_keys", "values", "text_values", "final_states"), (6,)),
     **dict.fromkeys(("last_logits", "last_value_logits", "text_blocks"), (2,)),
+    "image_values": (2, 3),
+    "probe_keys": (2, 2, 3),
 }
 OFFERED = ("clip_cosine", "clip_dot")
 """Signals that callers may provide to methods that look at the text."""
-ROWS = {"modality_mass": (2,), "text_pivots": (4, 6)}
+ROWS = {"modality_mass": (2,), "text_pivots": (4, 6), "word_values": (4, 2, 3)}
 """Shape of a signal with one entry per sequence, after the batch."""
 
 

@@ -1,4 +1,4 @@
-"""README stays true: generated blocks equal what the registry and the result files say, the first example runs, files exist."""
+"""The pages stay true: generated blocks equal what registry and result files say, files exist. test_readme.py has the README."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from pathlib import Path
 
 import pytest
 
-import vtc
 from vtc import docs
 from vtc.docs import render
 from vtc.registry import Entry, entries
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+PAGES = [
+    name
+    for name in ("README.md", *sorted(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md")))
+    if "<!-- vtc:begin " in (ROOT / name).read_text(encoding="utf-8")
+]
 
 
-@pytest.mark.parametrize(
-    "name", ["README.md", "docs/reducers.md", "docs/families.md", "docs/kernels.md", "docs/parallel.md", "docs/upstream.md"]
-)
+@pytest.mark.parametrize("name", PAGES)
 def test_generated_blocks_are_fresh(name):
     text = (ROOT / name).read_text()
     assert "<!-- vtc:begin " in text
@@ -26,45 +27,42 @@ def test_generated_blocks_are_fresh(name):
 
 
 def test_blocks_are_filled():
-    for name in entries():
-        assert f"| `{name}` |" in README
-    assert "| none |" in README or "`none`" in README  # the demo's table
-
-
-def test_the_first_example_runs():
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
-    assert "load_pocket" in code
-    _, processor = vtc.load_pocket()
-    from vtc.pocket.scenes import scene_questions
-
-    question = scene_questions("test", n=1)[0]
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.prompt}]}]
-    text = processor.apply_chat_template(chat, add_generation_prompt=True)
-    inputs = processor(images=[question.image], text=[text], return_tensors="pt")
-    scope = {"inputs": inputs}
-    exec(compile(code, "README.md", "exec"), scope)  # noqa: S102
-    assert (
-        scope["handle"].stats.last.images[0].tokens_per_layer
-        == [196, 196, 49, 49, 49, 49][: len(scope["model"].model.language_model.layers)]
+    assert {"README.md", "docs/families.md", "docs/how.md", "docs/kernels.md", "docs/reducers.md", "docs/results.md"} <= set(
+        PAGES
     )
+    methods = (ROOT / "docs/reducers.md").read_text(encoding="utf-8")
+    for name in entries():
+        assert f"| `{name}` |" in methods
+    for name in ("README.md", "docs/results.md"):
+        assert "\n| none |" in (ROOT / name).read_text(encoding="utf-8")  # the demo's table
 
 
-def test_every_file_named_exists():
-    for name in re.findall(r"`((?:configs|results|tests|kernels|eval|vtc)/[\w./-]*)`", README):
-        assert (ROOT / name).exists(), name
-    for target in re.findall(r"\]\(((?!http)[^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+def test_every_page_names_files_that_exist():
+    for page in (ROOT / "docs").glob("*.md"):
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page.name, target)
 
 
-def test_commands_named_exist():
-    from typer.main import get_command
+def test_an_excerpt_says_what_its_source_says():
+    """Row by row, of the columns chosen; the marks of the best of all rows are left out where not all rows are shown."""
+    source = (ROOT / "results/demo.md").read_text(encoding="utf-8")
+    rows = [[c.strip() for c in line.strip("| ").split(" | ")] for line in source.splitlines() if line.startswith("| ")]
+    shown = [line.strip("| ").split(" | ") for line in docs.demo_excerpt(ROOT).splitlines() if line.startswith("| ")]
+    places = [rows[0].index(column) for column in shown[0]]
+    assert [row[0].split()[0] for row in shown[1:]] == list(docs.SHORT)
+    for row in shown[1:]:
+        full = next(r for r in rows if r[:2] == row[:2])
+        assert row == [re.sub(r"(?<!\\)\*\*|(?<!\w)_|_(?!\w)", "", full[i]) for i in places]
 
-    from vtc.cli import app, load_plugins
 
-    load_plugins(app)
-    known = set(get_command(app).commands)
-    for name in re.findall(r"^vtc (\w+)", README, re.MULTILINE):
-        assert name in known, name
+def test_the_speed_excerpt_names_the_model_that_was_measured():
+    from vtc.eval.bench.model import MODELS
+
+    sizes = MODELS["wide-and-flat"].config["text_config"]
+    said = f"{sizes['num_hidden_layers']} decoder layers of width {sizes['hidden_size']}"
+    text = docs.speed_excerpt(ROOT)
+    assert f"`wide-and-flat` of `vtc bench model`: random weights, {said}" in text
+    assert text.count("\n| ") == 6 and "| visionzip | 144 | " in text
 
 
 # --------------------------------------------------------------------------------------------------- one entry per reducer

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import fake_executor
@@ -186,6 +187,42 @@ def test_pictures_are_of_a_few_formats_whatever_their_name(tmp_path, monkeypatch
         (tmp_path / kind).write_bytes(data)
         with pytest.raises(InputFileError, match="is not an image that vtc reads"):
             doors.open_image(tmp_path / kind)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "ppm"])
+def test_sixteen_bits_are_scaled_not_cut_off(tmp_path, kind):
+    """Pillow's own conversion makes everything above 255 white."""
+    grey = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    Image.fromarray(grey).save(tmp_path / f"a.{kind}")
+    read = np.asarray(doors.open_image(tmp_path / f"a.{kind}"))
+    assert np.abs(read - grey[..., None] / 257).max() <= 0.5 and read.shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize(("values", "said"), [(np.float32, "fractions"), (np.int32, "32-bit whole numbers")])
+def test_pixels_of_which_none_is_known_to_be_white_are_refused(tmp_path, values, said):
+    """Pillow's own conversion makes fractions black."""
+    Image.fromarray(np.full((8, 8), 0.5 if values is np.float32 else 70_000, values)).save(tmp_path / "a.tiff")
+    with pytest.raises(InputFileError, match=f"a.tiff' holds {said} of which none is known to be white: save it with 8 or 16"):
+        doors.open_image(tmp_path / "a.tiff")
+
+
+def test_pictures_of_a_task_go_through_the_same_door(tmp_path):
+    """As lmms-eval hands them over: open, 16-bit ones among them, and turned on the side by their camera."""
+    pytest.importorskip("lmms_eval")
+    from vtc.eval.lmms.model import _image
+
+    Image.fromarray(np.full((4, 8), 257 * 100, np.uint16)).save(tmp_path / "a.png")
+    turned = Image.new("RGB", (8, 4))
+    turned.putpixel((0, 0), (255, 255, 255))
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "b.png", exif=exif)
+    for name in ("a.png", "b.png"):
+        with Image.open(tmp_path / name) as image:
+            seen = _image(image)
+        assert np.array_equal(np.asarray(seen), np.asarray(_image(str(tmp_path / name))))
+    assert seen.size == (4, 8) and seen.getpixel((3, 0)) == (255, 255, 255)
+    assert np.asarray(_image(str(tmp_path / "a.png"))).tolist() == [[[100] * 3] * 8] * 4
 
 
 def test_bombs_pipes_and_endless_sides_are_refused(tmp_path, monkeypatch):

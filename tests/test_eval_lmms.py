@@ -229,6 +229,97 @@ def test_batches_hold_any_number_of_images():
         assert torch.equal(single[0, alone["input_ids"].shape[1] :], output[row, together["input_ids"].shape[1] :])
 
 
+def comparing(kind):
+    """A processor that compares pictures and prompts row by row, with the embedded model's words."""
+    extra = {"boi_token": "<boi>", "eoi_token": "<eoi>", "image_token": "<soft>"} if kind == "gemma3" else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(POCKET, extra_special_tokens=extra)
+    mark = "<boi>" if kind == "gemma3" else "<image>"
+    template = (
+        "{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% else %}" + mark + " "
+        "{% endif %}{% endfor %}{% endfor %}"
+    )
+    if kind == "gemma3":
+        images = transformers.Gemma3ImageProcessor(size={"height": 28, "width": 28})
+        return transformers.Gemma3Processor(images, tokenizer, chat_template=template, image_seq_length=4)
+    images = transformers.Idefics3ImageProcessor(size={"longest_edge": 28}, max_image_size={"longest_edge": 28})
+    return transformers.Idefics3Processor(images, tokenizer, chat_template=template, image_seq_len=4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "idefics3"])
+def test_a_batch_may_hold_a_question_without_a_picture(kind, pocket):
+    from vtc.eval.lmms.model import ChatModel
+
+    lm = ChatModel(pocket[0], comparing(kind))
+
+    def ask(*colors):
+        pictures = [{"type": "image", "url": Image.new("RGB", (28, 28), color)} for color in colors]
+        return [{"role": "user", "content": [*pictures, {"type": "text", "text": "what color is it ?"}]}]
+
+    asked = [ask("red"), ask(), ask("green", "blue")]
+    together, alone = lm._inputs(asked), [lm._inputs([one]) for one in asked]
+    for row, one in enumerate(alone):
+        real = together["attention_mask"][row].bool()
+        assert torch.equal(together["input_ids"][row, real], one["input_ids"][0])
+    assert "pixel_values" not in alone[1]
+    size = together["pixel_values"].shape[-3:]
+    pixels = together["pixel_values"].reshape(-1, *size)
+    pixels = pixels[pixels.flatten(1).any(1)]  # where rows are padded to the same number of pictures, by zeros
+    assert torch.equal(pixels, torch.cat([alone[row]["pixel_values"].reshape(-1, *size) for row in (0, 2)]))
+
+
+# ------------------------------------------------------------------------------------------------------- stop strings
+@pytest.mark.parametrize(
+    ("until", "answer"),
+    [
+        (["ASSISTANT:", "Q:"], "a red one\n\nand "),
+        ("Q:", "a red one\n\nand "),
+        (["red", "a "], ""),
+        (["\n\n"], "a red one\n\nand Q: ASSISTANT: more"),
+        ([""], "a red one\n\nand Q: ASSISTANT: more"),
+        ([], "a red one\n\nand Q: ASSISTANT: more"),
+        (None, "a red one\n\nand Q: ASSISTANT: more"),
+    ],
+)
+def test_an_answer_ends_where_the_first_stop_string_begins(until, answer):
+    from vtc.eval.lmms.model import _stops, before
+
+    assert before("a red one\n\nand Q: ASSISTANT: more", _stops({"until": until})) == answer
+
+
+@pytest.mark.parametrize("until", [3, [3], {"a": 1}])
+def test_stop_strings_that_are_none_are_refused(until):
+    from vtc.eval.lmms.model import _stops
+
+    with pytest.raises(ConfigError, match="until=.* of this task is neither a text nor a list"):
+        _stops({"until": until})
+
+
+def test_the_stop_strings_of_a_task_end_its_answers(pocket):
+    """A word, and a special token that decoding leaves out."""
+    from vtc.eval.lmms.model import ChatModel, _Chat
+
+    model, processor = pocket
+    lm = ChatModel(model, processor, batch_size=2)
+    said = torch.tensor([[processor.tokenizer.convert_tokens_to_ids(w) for w in ("green", "red", "<image>", "blue")]])
+    model.generate = lambda input_ids, **_: torch.cat([input_ids, said.expand(len(input_ids), -1)], 1)
+    lm.task_dict = {"t": {"test": scene_questions("test", 2)}}
+
+    def to_messages(question):
+        shown = [{"type": "image", "url": question.image}, {"type": "text", "text": question.prompt}]
+        return [{"role": "user", "content": shown}]
+
+    def answers(until):
+        requests = [types.SimpleNamespace(args=("", to_messages, {"until": until}, n, "t", "test")) for n in (0, 1)]
+        return [a.split() for a in _Chat.generate_until(lm, requests)]
+
+    try:
+        assert answers(["blue", "<image>"]) == [["green", "red"]] * 2
+        assert answers("red") == [["green"]] * 2
+        assert answers(None) == [["green", "red", "blue"]] * 2
+    finally:
+        del model.generate
+
+
 # --------------------------------------------------------------------------------------------------------------- video
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):

@@ -13,7 +13,7 @@ import torch
 import transformers
 from models import build, make_inputs, where
 from pickers import BoundaryPicker
-from rank_jobs import KEEP, READERS, WORDS, Passing, Ran, alone, call, rows, unspread
+from rank_jobs import KEEP, WORDS, Passing, Ran, alone, call, readers, rows, unspread
 from torch import Tensor, nn
 
 import vtc
@@ -23,6 +23,8 @@ from vtc.errors import UnsupportedFeatureError
 
 # the CLIP of 4.57 takes all heads for its own: it cannot be split, patched or not
 SPLITS_TOWERS = int(transformers.__version__.split(".")[0]) >= 5
+SHAPES = ("llava_next", "qwen2_5_vl", "internvl", "gemma3")
+"""Tiny models with grouped keys (four query heads, two key heads), AnyRes crops, packed towers, tiles, windows."""
 SPLIT = "whose weights are split over ranks"
 
 
@@ -50,7 +52,7 @@ def check_refusal(got: Any, name: str, what: str, works: tuple[str, ...] = ()) -
     assert kind == "UnsupportedFeatureError", message
     assert f"'{name}' reads {what}" in message and SPLIT in message and "load the model whole" in message
     others = message.partition("use one of ")[2].split(", ")
-    assert "divprune" in others and name not in others and set(READERS) & set(others) == set(works), others
+    assert "divprune" in others and name not in others and set(readers()) & set(others) == set(works), others
 
 
 @pytest.mark.parametrize("job", [jobs.spread_by_transformers, *([jobs.spread_with_tower] if SPLITS_TOWERS else [])])
@@ -66,8 +68,8 @@ def test_every_reducer_under_tensor_parallelism(job):
 @pytest.mark.parametrize(("size", "heads"), [(2, 4), (4, 8)])
 def test_reducers_that_read_the_decoder_on_other_families(size, heads):
     """Grouped keys, crops, packed towers, tiles and windows; float64, so that every choice is the single process's."""
-    found = ranks.run(jobs.families_spread, heads, ranks=size)
-    for name in jobs.SHAPES:
+    found = ranks.run(jobs.families_spread, SHAPES, heads, ranks=size)
+    for name in SHAPES:
         wanted = jobs.tried(jobs.tiny(name, heads), name)
         for reducer, want in wanted.items():
             for rank in found:
@@ -84,7 +86,7 @@ def test_more_ranks_than_key_heads_are_refused():
 def test_decoding_on_some_neurons_needs_whole_mlps():
     want = call(alone(), "corematching", keep=KEEP, neurons=0.4, words=WORDS)
     for split, whole in ranks.run(jobs.neurons_split):
-        check_refusal(split, "corematching", "the neurons of decoder layer 0", works=tuple(set(READERS) - {"corematching"}))
+        check_refusal(split, "corematching", "the neurons of decoder layer 0", works=tuple(set(readers()) - {"corematching"}))
         assert whole.same(want)
 
 

@@ -106,10 +106,13 @@ BUDGETS: dict[str, set[int | float]] = {
     "globalcom2": {0.75, 0.5, 0.25, 0.1, 640, 320, 160},
     "hierpool": {1 / 2, 1 / 3, 1 / 4},
     "hiprune": {192, 128, 64, 640, 320, 160, 0.334, 0.223, 0.112},
+    "holov": {192, 128, 64},
+    "ivcprune": {0.31, 0.5},
     "prumerge": {1.0, 73, 32},
     "prumerge_plus": {1.0, 145, 144},
     "ptp": {0.5},
     "pyramiddrop": {0.125},
+    "scope": {192, 128, 64, 640, 320, 160},
     "script": {192, 128, 64, 32, 640, 320, 160},
     "sparsevlm": {192, 128, 96, 64},
     "todre": {0.25, 0.1, 720, 288, 1.0},
@@ -117,6 +120,7 @@ BUDGETS: dict[str, set[int | float]] = {
     "transprune": {0.125, 0.0625},
     "visionzip": {192, 128, 64, 640, 320, 160},
     "vispruner": {192, 128, 64, 32, 640, 320, 160},
+    "vscan": {96, 480, 0.167},
     "zooprune": {192, 128, 64, 640, 320, 160, 0.2, 0.1},
 }
 
@@ -366,7 +370,7 @@ def within(name: str, *packages: str) -> bool:
 
 
 # pure helpers that reducers share
-HELPERS = ("vtc.signals", "vtc.views", "vtc.schedule")
+HELPERS = ("vtc.signals", "vtc.views", "vtc.video", "vtc.schedule")
 # the one function on plain tensors that patches use, too
 VECTORS = "vtc.retrieval"
 STANDARD = tuple(sys.stdlib_module_names)
@@ -374,6 +378,7 @@ STANDARD = tuple(sys.stdlib_module_names)
 LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "vtc.reducers": (("vtc.core", "vtc.kernels", "vtc.registry", "vtc.errors", *HELPERS), ("torch", "safetensors")),
     **{helper: (("vtc.core", "vtc.kernels", "vtc.errors"), ("torch",)) for helper in HELPERS},
+    "vtc.video": (("vtc.core", "vtc.kernels", "vtc.errors", "vtc.views"), ("torch",)),
     "vtc.core": (("vtc.errors", "vtc.kernels"), ("torch",)),
     "vtc.families": (("vtc.core", "vtc.errors", "vtc.families"), ("torch", "transformers")),
     "vtc.engine": (

@@ -7,14 +7,16 @@ application.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import importlib.metadata
 import inspect as pyinspect
 import json
 import os
+import re
 import sys
-from collections.abc import Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, TextIO, cast
 
 import typer
 from rich.console import Console
@@ -23,13 +25,16 @@ from rich.table import Table
 from rich.text import Text
 
 from vtc._version import __version__
-from vtc.core import Stage
+from vtc.core import Stage, amount
 from vtc.doors import short
 from vtc.errors import BudgetError, InputFileError, UnknownArgumentError, UnknownReducerError, VtcError, did_you_mean
 from vtc.registry import plugin_failed
 
 COMMANDS = "vtc.commands"
 """Entry point group of further commands."""
+
+REDUCER, SHARE = "visionzip", "25%"
+"""What ``vtc run`` and ``vtc check`` take where no reducer or budget is named."""
 
 LONGEST_SIDE = 16_384
 """Largest side of a picture whose tokens ``vtc check`` counts."""
@@ -38,7 +43,6 @@ app = typer.Typer(
     name="vtc",
     help="Visual-token reducers for Hugging Face vision-language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -60,7 +64,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", help="Print the version.", callback=_version, is_eager=True)
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors (works after the command, too).")] = False,
 ) -> None:
     """Visual-token reducers for Hugging Face vision-language models."""
@@ -71,10 +77,15 @@ def _root(
 def list_(
     pattern: Annotated[str, typer.Argument(help="Part of a name, or a wildcard such as 'd*'.")] = "",
     stage: Annotated[str, typer.Option(help="Only reducers acting at this stage: " + ", ".join(s.value for s in Stage))] = "",
+    text_aware: Annotated[bool, typer.Option("--text-aware", help="Only reducers that look at the question.")] = False,
+    no_attention: Annotated[
+        bool, typer.Option("--no-attention", help="Only reducers that read nothing of an attention.")
+    ] = False,
+    everything: Annotated[bool, typer.Option("--all", "-a", help="All columns: kind, signals and positions, too.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the reducers: where they act, what they look at, where they come from."""
-    from vtc.inspect import needs_of, positions_of
+    """List the reducers: where they act, where they come from, what they do."""
+    from vtc import inspect as look
     from vtc.registry import entries
 
     stages = [s.value for s in Stage]
@@ -82,17 +93,21 @@ def list_(
         raise UnknownArgumentError(f"there is no stage '{stage}'{did_you_mean(stage, stages)} (stages: {', '.join(stages)})")
     glob = pattern if any(c in pattern for c in "*?[") else f"*{pattern}*"
     chosen = [e for e in entries().values() if fnmatch.fnmatch(e.name, glob) and (not stage or stage in e.stages)]
+    chosen = [e for e in chosen if not text_aware or look.text_aware(e.name)]
+    chosen = [e for e in chosen if not no_attention or not look.reads_attention(e.name)]
     if not chosen:
+        asked = [f"'{pattern}'"] * bool(pattern) + [f"--stage {stage}"] * bool(stage)
+        asked += ["--text-aware"] * text_aware + ["--no-attention"] * no_attention
         raise UnknownReducerError(
-            f"no reducer matches '{pattern or stage}'{did_you_mean(pattern, entries())} (`vtc list` shows all)"
+            f"no reducer matches {' '.join(asked)}{did_you_mean(pattern, entries())} (`vtc list` shows all)"
         )
     rows = [
         {
             "name": e.name,
             "stages": list(e.stages),
             "kind": e.cls.kind,
-            "needs": needs_of(e.name),
-            "positions": positions_of(e.name),
+            "needs": look.needs_of(e.name),
+            "positions": look.positions_of(e.name),
             "paper": e.paper,
             "summary": e.summary,
         }
@@ -101,20 +116,14 @@ def list_(
     if as_json:
         _json(rows)
         return
-    table = Table("name", "stages", "kind", "needs", "positions", "paper", "summary", box=None, pad_edge=False)
+    columns = ["name", "stages", *(["kind", "needs", "positions"] if everything else []), "paper", "summary"]
+    table = Table(*columns, box=None, pad_edge=False)
     for row in rows:
-        table.add_row(
-            Text(row["name"], "bold"),
-            ", ".join(row["stages"]),
-            row["kind"],
-            ", ".join(row["needs"]) or "-",
-            row["positions"],
-            row["paper"],
-            row["summary"],
-        )
+        cells = {k: ", ".join(v) or "-" if isinstance(v, list) else v for k, v in row.items()}
+        table.add_row(Text(row["name"], "bold"), *(cells[column] for column in columns[1:]))
     console = _console()
     console.print(table)
-    console.print(f"\n{len(rows)} reducers; details: vtc info NAME", style="dim")
+    console.print(f"\n{len(rows)} reducers; details: vtc info NAME{'' if everything else ', more columns: --all'}", style="dim")
 
 
 # --------------------------------------------------------------------------------------------------------------- info
@@ -167,7 +176,7 @@ def info(name: Annotated[str, typer.Argument(help="A reducer, or reducer.preset.
 def check(
     model: Annotated[str, typer.Argument(help="A folder, 'pocket', or a hub id in the local cache; only its config is read.")],
     reducer: Annotated[str, typer.Argument(help="A reducer or reducer.preset to try.")] = "",
-    keep: Annotated[str, typer.Option(help="Tokens per image (int) or share (float); default 0.5.")] = "",
+    keep: Annotated[str, typer.Option(help=f"Tokens per image or share of them: 64, 0.25 or 25%; by default {SHARE}.")] = "",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
     image_size: Annotated[str, typer.Option(help="WxH: count the visual tokens of an image of this size.")] = "",
     prove: Annotated[
@@ -183,7 +192,7 @@ def check(
     from vtc.inspect import examine, label, load_config
 
     size = _size(image_size) if image_size else None
-    wanted = _reducer([reducer], keep, "", option, share=0.5) if reducer else None
+    wanted = _reducer([reducer], keep, "", option) if reducer else None
     _quiet()
     report = examine(model, size, trust_remote_code=trust)
     bound = None
@@ -197,7 +206,8 @@ def check(
             if report.retriever:
                 bound = check_vector_reducer(wanted)
             else:
-                bound = bind(wanted, report.family.facts)
+                with _option_names():
+                    bound = bind(wanted, report.family.facts)
                 check_implementation(report.family.text.config)
         except VtcError as refusal:
             error = refusal
@@ -308,10 +318,15 @@ def _add_reducers(grid: Table, data: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------------------- run
 @app.command()
 def run(
-    image: Annotated[str, typer.Option(help="Image file.")],
-    prompt: Annotated[str, typer.Option(help="Question about it.")],
-    reducer: Annotated[list[str], typer.Option(help="A reducer or reducer.preset; several compose (different stages).")],
-    keep: Annotated[str, typer.Option(help="Tokens per image (int) or share of them (float in (0, 1]).")] = "",
+    image: Annotated[str | None, typer.Argument(help="Image file.", metavar="IMAGE")] = None,
+    question: Annotated[str | None, typer.Argument(help="Question about it.", metavar="QUESTION")] = None,
+    image_option: Annotated[str | None, typer.Option("--image", hidden=True)] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", hidden=True)] = None,
+    reducer: Annotated[
+        list[str] | None,
+        typer.Option(help=f"A reducer or reducer.preset, {REDUCER} by default; several compose (different stages)."),
+    ] = None,
+    keep: Annotated[str, typer.Option(help=f"Tokens per image or share of them: 64, 0.25 or 25%; by default {SHARE}.")] = "",
     avg_tokens: Annotated[str, typer.Option(help="Instead of --keep: average tokens over the decoder layers.")] = "",
     model: Annotated[str, typer.Option(help="A folder, 'pocket', or a hub id in the local cache.")] = "pocket",
     option: Annotated[list[str] | None, typer.Option("--option", "-o", help="Option of the reducer, name=value.")] = None,
@@ -327,15 +342,19 @@ def run(
     from vtc.doors import open_image
     from vtc.inspect import label, load_model, save_picture, writable_picture
 
-    wanted = _reducer(reducer, keep, avg_tokens, option)
-    picture = open_image(image)
+    file, asked = _image_and_question([image, question], image_option, prompt)
+    wanted = _reducer(reducer or [REDUCER], keep, avg_tokens, option)
+    picture = open_image(file)
     target = writable_picture(show) if show else None
     _quiet()
     loaded, processor = load_model(model, device, dtype, trust_remote_code=trust)
     from vtc.trial import trial
 
-    outcome = trial(loaded, processor, picture, prompt, wanted, max_new_tokens=max_new_tokens, runs=runs)
+    with _option_names():
+        outcome = trial(loaded, processor, picture, asked, wanted, max_new_tokens=max_new_tokens, runs=runs)
     data = {"model": model, "reducer": label(wanted), **outcome.to_dict()}
+    if note := _foreign(model, picture.size):
+        data["note"] = note
     if target is not None:
         save_picture(outcome.picture(caption=_caption(data)), target)
         data["picture"] = str(target)
@@ -343,6 +362,28 @@ def run(
         _json(data)
         return
     _print_run(data)
+
+
+def _image_and_question(positional: Sequence[str | None], image: str | None, prompt: str | None) -> tuple[str, str]:
+    """Return what is given by place or by name; what is missing or too much is wrong usage."""
+    rest = [value for value in positional if value is not None]
+    given = [image if image is not None else rest.pop(0) if rest else None]
+    given.append(prompt if prompt is not None else rest.pop(0) if rest else None)
+    if rest or None in given:
+        raise typer.BadParameter('give an image and a question, as in vtc run photo.jpg "what is this?"')
+    return given[0], given[1]  # type: ignore[return-value]
+
+
+def _foreign(model: str, size: tuple[int, int]) -> str:
+    """Return a remark where an embedded model is shown a picture that is none of those it knows, by its size; else ``""``."""
+    from vtc.pocket import POCKET_MODELS
+    from vtc.pocket.objects import IMAGE_SIZE
+
+    sides = (IMAGE_SIZE, 2 * IMAGE_SIZE)  # the larger ones are those of the model that sees several crops
+    known = {(64, 64), *((width, height) for width in sides for height in sides)}  # easy-VQA's, and the generator's
+    if model not in POCKET_MODELS or size in known:
+        return ""
+    return f"'{model}' knows generated scenes only; for photos give --model"
 
 
 def _caption(data: dict[str, Any]) -> str:
@@ -375,6 +416,8 @@ def _print_run(data: dict[str, Any]) -> None:
         line = f"{stage['reducer']} at {stage['stage']}{layer}: {stage['before']} -> {stage['after']} tokens{note}"
         console.print(Text(line, "dim"))
     console.print(Text(data["conditions"]["text"], "dim"))
+    if "note" in data:
+        _say(f"note: {data['note']}", "yellow")
     if "picture" in data:
         console.print(Text(f"picture: {data['picture']}"))
 
@@ -408,10 +451,8 @@ def doctor(as_json: Json = False) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ parsing
-def _reducer(
-    names: Sequence[str], keep: str, avg_tokens: str, options: Sequence[str] | None, share: float | None = None
-) -> Any:
-    """Make the reducer the options describe; ``share`` is the budget if none is given and no preset brings one."""
+def _reducer(names: Sequence[str], keep: str, avg_tokens: str, options: Sequence[str] | None) -> Any:
+    """Make the reducer the options describe; :data:`SHARE` counts only where no preset brings a budget."""
     from vtc.registry import info as entry_of
     from vtc.registry import resolve
 
@@ -421,16 +462,26 @@ def _reducer(
         if not sign or not key:
             raise UnknownArgumentError(f"--option {short(text)!r} is not name=value: write for example --option layer=3")
         given[key.strip()] = _value(value.strip())
+    if avg_tokens:
+        given["avg_tokens"] = _amount("avg-tokens", avg_tokens)
     if keep:
         given["keep"] = _amount("keep", keep)
-    if avg_tokens:
-        given["avg_tokens"] = _amount("avg_tokens", avg_tokens)
-    if share is not None and not {"keep", "avg_tokens"} & set(given):
-        base, _, preset = names[0].partition(".")
-        brought = entry_of(base).presets.get(preset, {})
-        if not {"keep", "avg_tokens"} & set(brought):
-            given["keep"] = share
-    return resolve(names[0] if len(names) == 1 else list(names), **given)
+    elif not {"keep", "avg_tokens"} & set(given):
+        presets = [entry_of(base).presets.get(preset, {}) for base, _, preset in (name.partition(".") for name in names)]
+        if not any({"keep", "avg_tokens"} & set(brought) for brought in presets):
+            given["keep"] = amount(SHARE)
+    with _option_names():
+        return resolve(names[0] if len(names) == 1 else list(names), **given)
+
+
+@contextlib.contextmanager
+def _option_names() -> Iterator[None]:
+    """Let a refused budget be called by the name of its option."""
+    try:
+        yield
+    except BudgetError as error:
+        said = re.sub(r"\b(keep|avg_tokens)=", lambda m: f"--{m[1].replace('_', '-')} ", str(error))
+        raise BudgetError(said) from error
 
 
 def _value(text: str) -> Any:
@@ -443,13 +494,11 @@ def _value(text: str) -> Any:
 
 
 def _amount(name: str, text: str) -> int | float:
-    """Read a budget: an int is a number of tokens, a float a share."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    raise BudgetError(f"{name}={short(text)!r} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+    """Read a budget: a number of tokens or a share."""
+    value = amount(text)
+    if isinstance(value, str):
+        raise BudgetError(f"--{name} {short(text)!r} is not a number: write tokens, as in 64, or a share, as in 0.25 or 25%")
+    return value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -499,6 +548,36 @@ def load_plugins(target: typer.Typer) -> None:
             _say(f"warning: {plugin_failed('the commands', point, error)}", "yellow")
 
 
+class _Patient:
+    """A standard stream whose reader may have had enough: what is written after that goes nowhere, the command goes on.
+
+    The exit code of ``vtc check MODEL --verify | head -1`` thus is the verdict, and no traceback follows the first line.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def _unless_closed(self, name: str, *args: Any) -> Any:
+        try:
+            return getattr(self._stream, name)(*args)
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())  # what is left in the stream's buffer, too
+            os.close(nowhere)
+            return len(args[0]) if args else None
+
+    def write(self, text: str) -> int:
+        """Write text."""
+        return self._unless_closed("write", text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        self._unless_closed("flush")
+
+
 def _open_streams() -> None:
     """Make standard input and output usable: nothing of ours takes the number of a closed one, no character ends a command."""
     for name in ("stdin", "stdout", "stderr"):
@@ -535,10 +614,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv : sequence of str, optional
         Arguments without the program's name; those of the process if not given.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Patient(stream)) for stream in streams)
+    try:
+        code = _main(list(sys.argv[1:] if argv is None else argv))
+    finally:
+        sys.stdout, sys.stderr = streams
+    sys.exit(code)
+
+
+def _main(arguments: list[str]) -> int | str | None:
+    """Run the command line and return the exit code."""
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    _open_streams()
     if not getattr(app, "_vtc_plugins", False):
         app._vtc_plugins = True  # type: ignore[attr-defined]
         load_plugins(app)
@@ -546,7 +635,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _refuse_undecodable(arguments)
         try:
-            typer.main.get_command(app).main(args=arguments, prog_name="vtc")
+            code = typer.main.get_command(app).main(args=arguments, prog_name="vtc", standalone_mode=False)
+            code = code if isinstance(code, int) else 0
         except SystemExit as stop:
             code = stop.code
         try:
@@ -560,9 +650,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = 1
     except KeyboardInterrupt:
         code = 130
+    except typer.Abort:  # the end of an input that was asked for
+        code = 1
     except Exception as error:
+        if hasattr(
+            error, "format_message"
+        ):  # wrong usage; the class is click's in some releases of typer, and its own in others
+            command = getattr(getattr(error, "ctx", None), "command_path", "vtc")
+            said = short(error.format_message().removeprefix("Invalid value: "), 1200).rstrip(".")
+            _say(f"error: {said} (see {command} --help)", "red")
+            return int(error.exit_code)  # type: ignore[attr-defined]
         if debug:
             raise
         _say(f"error: {_reason(error)}", "red")
         code = 1
-    sys.exit(code)
+    return code

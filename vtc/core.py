@@ -78,13 +78,14 @@ class Need:
         ``"row"``: one entry per sequence (text) or view (vision), ``(B, ...)``.
     substitute : Need or None
         Signal used instead, under the same name, where ``requires`` is not met. The substitution shows in the statistics.
-    of : {"attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"}
+    of : {"attention", "preview", "hidden", "rotation", "attention_update", "mlp_update", "neurons", "projection", "pixels"}
         What the measure is given; a tower offers ``"attention"`` and the last two, a language model all but these two.
 
         - ``"attention"``: q, k, v as the layer's attention uses them (:class:`vtc.signals.AttentionTap`);
         - ``"preview"``: the same for the tokens there *before* the reducers of this very layer act: the layer's norm and
           projections run once more, on the longer sequence, which methods that rank with the next layer's attention pay for;
         - ``"hidden"``: the states entering the layer, before its reducers act (:class:`vtc.signals.StateTap`);
+        - ``"rotation"``: cosines and sines of the positions of these tokens (:class:`vtc.signals.RotationTap`);
         - ``"attention_update"``, ``"mlp_update"``: what the layer's attention or MLP is given and what it returns;
         - ``"neurons"``: what the MLP's last projection is given;
         - ``"projection"``: what the projector is given, and the projector itself as a function
@@ -101,9 +102,9 @@ class Need:
     requires: str = "attention"
     axis: Literal["keys", "row"] = "keys"
     substitute: Need | None = None
-    of: Literal["attention", "preview", "hidden", "attention_update", "mlp_update", "neurons", "projection", "pixels"] = (
-        "attention"
-    )
+    of: Literal[
+        "attention", "preview", "hidden", "rotation", "attention_update", "mlp_update", "neurons", "projection", "pixels"
+    ] = "attention"
     uses: tuple[Need, ...] = ()
 
     @property
@@ -270,6 +271,8 @@ class Signals:
         One integer per image, an exact function of its pixels: seeds for reproducible per-image randomness.
     listed : Tensor or None
         ``(N,)`` on the CPU: the entries of every image, where the engine knows them (read :attr:`known`).
+    history : tuple
+        Per image, for every earlier stage of the same method in this forward: how many tokens it was shown and how many it kept.
     """
 
     features: Tensor
@@ -283,6 +286,7 @@ class Signals:
     text_mask: Tensor | None = None
     fingerprint: tuple[int, ...] = ()
     listed: Tensor | None = None
+    history: tuple[tuple[tuple[int, int], ...], ...] = ()
 
     @property
     def known(self) -> Tensor | None:
@@ -464,10 +468,26 @@ class Budget:
         return max(1, min(int(target), n))
 
 
+def amount(value: Any) -> Any:
+    """Return a budget as a number where it came as text: ``"64"`` is a number of tokens, ``"0.25"`` and ``"25%"`` are shares.
+
+    Anything else comes back as it is, for :func:`check_amount` to refuse.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    try:
+        if text.endswith("%"):
+            return float(text[:-1]) / 100
+        return int(text) if text.lstrip("+-").isdecimal() else float(text)
+    except ValueError:
+        return value
+
+
 def check_amount(name: str, value: Any) -> None:
     """Raise :class:`BudgetError` unless ``value`` is a positive int or a float in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise BudgetError(f"{name}={shown(value)} is not a number: use a positive int (tokens) or a float in (0, 1] (share)")
+        raise BudgetError(f"{name}={shown(value)} is not a number: use tokens, as in 64, or a share, as in 0.25 or 25%")
     if isinstance(value, float) and not 0.0 < value <= 1.0:  # NaN fails both comparisons
         raise BudgetError(f"{name}={shown(value)} is out of range: a float is a share in (0, 1], an int is a number of tokens")
     if isinstance(value, int) and value < 1:

@@ -1,8 +1,8 @@
 """Documentation that is generated: what the registry and the reducers' docstrings say, and results from files.
 
-A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->`` in README.md or docs/reducers.md. Run
-``python -m vtc.docs README.md docs/reducers.md`` after adding a method or refreshing results; a test compares the blocks with what
-this module renders. ``vtc info NAME`` prints the same entry (:class:`Sheet`) in the terminal.
+A block stands between ``<!-- vtc:begin NAME -->`` and ``<!-- vtc:end NAME -->`` in README.md or a page of docs/. Run
+``python -m vtc.docs README.md docs/*.md`` after adding a method or refreshing results; a test compares the blocks with what this
+module renders. ``vtc info NAME`` prints the same entry (:class:`Sheet`) in the terminal.
 """
 
 from __future__ import annotations
@@ -267,12 +267,68 @@ BLOCKS: dict[str, Callable[[], str]] = {
 """Renderers by block name; any other name is a file below the root."""
 
 
+SHORT = ("none", "random", "uniform", "fastv", "divprune", "visionzip")
+"""Rows of the demo's table that the README shows."""
+
+
+def demo_excerpt(root: Path) -> str:
+    """Return six rows of results/demo.md at a quarter of the tokens, the columns anyone asks for first, and what they stand for."""
+    lines = (root / "results/demo.md").read_text(encoding="utf-8").splitlines()
+    table = [[cell.strip() for cell in line.strip("| ").split(" | ")] for line in lines if line.startswith("| ")]
+    columns = ("reducer", "keep", "accuracy %", "of full %", "to none", "GFLOPs", "KV MB", "speed-up")
+    at = [table[0].index(column) for column in columns]
+    rows = {row[0].split()[0]: [row[i] for i in at] for row in table[1:] if row[1] in ("all", "49")}
+    marked = {name: [re.sub(r"[*_]{1,2}([\d.]+)[*_]{1,2}", r"\1", cell) for cell in row] for name, row in rows.items()}
+    out = [f"| {' | '.join(columns)} |", "|:--" + "|--:" * (len(columns) - 1) + "|"]
+    out += [f"| {' | '.join(marked[name])} |" for name in SHORT]
+    model = next(line for line in lines if line.startswith("Model "))
+    machine = next(line for line in lines if line.startswith("Run on "))
+    said = (
+        "accuracy: \\[95 % interval\\]; to none: difference to the unreduced model in points, \\* stands after correction for all "
+        "comparisons of the whole table; speed-up: of the prefill."
+    )
+    return "\n".join([*out, "", model, said, machine])
+
+
+def speed_excerpt(root: Path) -> str:
+    """Return what ``vtc bench`` measured of the model of real width on a CPU, and under which conditions."""
+    import csv
+
+    with open(root / "results/model.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["model"] == "wide-and-flat" and row["device_type"] == "cpu"]
+    full = next(row for row in rows if row["reducer"] == "none")
+    out = ["| reducer | keep | prefill | time to first token | what its FLOPs allow | KV MB |", "|:--|--:|--:|--:|--:|--:|"]
+    for row in rows:
+        if row["reducer"] in SHORT[3:]:
+            times = " | ".join(f"{float(row[key]):.2f}×" for key in ("speedup_prefill", "speedup_ttft", "bound_ttft"))
+            out.append(f"| {row['reducer']} | {row['keep']} | {times} | {float(row['kv_mb']):.1f} |")
+    out += [
+        "",
+        f"{full['visual_tokens']} visual tokens in a prompt of {full['prompt_tokens']}; unreduced: prefill "
+        f"{float(full['unreduced_prefill_ms']):.0f} ms, first token {float(full['unreduced_ttft_ms']):.0f} ms, "
+        f"{float(full['unreduced_kv_mb']):.1f} MB. Model `wide-and-flat` of `vtc bench model`: random weights, 3 decoder layers of "
+        f"width 1024, {full['dtype']}, {full['device']}, {full['threads']} thread, torch {full['torch']}, transformers "
+        f"{full['transformers']}, commit {full['commit'][:10]}.",
+    ]
+    return "\n".join(out)
+
+
+EXCERPTS: dict[str, Callable[[Path], str]] = {"demo": demo_excerpt, "speed": speed_excerpt}
+"""Renderers of parts of result files, by block name; they are given the root."""
+
+
 def render(text: str, root: Path) -> str:
-    """Return ``text`` with every generated block renewed; blocks that are not in :data:`BLOCKS` are files below ``root``."""
+    """Return ``text`` with every generated block renewed.
+
+    Blocks that are neither in :data:`BLOCKS` nor in :data:`EXCERPTS` are files below ``root``.
+    """
 
     def fill(match: re.Match[str]) -> str:
         name = match["name"]
-        body = BLOCKS[name]() if name in BLOCKS else (root / name).read_text().strip()
+        if name in BLOCKS:
+            body = BLOCKS[name]()
+        else:
+            body = EXCERPTS[name](root) if name in EXCERPTS else (root / name).read_text().strip()
         return f"{match[1]}{body}\n{match[3]}"
 
     return _BLOCK.sub(fill, text)

@@ -160,10 +160,10 @@ def open_image(path: str | os.PathLike[str]) -> Image:
     Raises
     ------
     InputFileError
-        It does not exist, is none of :data:`PICTURE_FORMATS`, is damaged, or has more pixels or longer sides than any picture that
-        a vision tower is shown.
+        It does not exist, is none of :data:`PICTURE_FORMATS`, is damaged, has more pixels or longer sides than any picture that a
+        vision tower is shown, or pixels whose white nobody knows (:func:`as_rgb`).
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     shown = short(path)
     try:
@@ -178,7 +178,7 @@ def open_image(path: str | os.PathLike[str]) -> Image:
                     raise InputFileError(
                         f"the image '{shown}' is {width}x{height} pixels: one side may be at most {PICTURE_RATIO} times the other"
                     )
-                return ImageOps.exif_transpose(image).convert("RGB")
+                return as_rgb(image, f"the image '{shown}'")
     except (FileNotFoundError, NotADirectoryError):
         raise InputFileError(f"there is no image file '{shown}': check the path") from None
     except (InputFileError, MemoryError):
@@ -192,6 +192,29 @@ def open_image(path: str | os.PathLike[str]) -> Image:
     except Exception as error:  # noqa: BLE001  on damaged files Pillow's readers raise whatever they stumble over
         reason = short(error) or type(error).__name__
         raise InputFileError(f"the image '{shown}' is damaged ({reason}): get the file again or save it anew") from None
+
+
+def as_rgb(image: Image, what: str = "a picture") -> Image:
+    """Return a picture as RGB with 8 bits, turned as its EXIF data say; 16 bits are scaled, not cut off.
+
+    Raises
+    ------
+    InputFileError
+        Its pixels are fractions or 32-bit numbers: which of them is white, the file does not say. ``what`` names the picture.
+    """
+    import numpy as np
+    from PIL import Image as pillow  # noqa: N813
+    from PIL import ImageOps
+
+    kind = image.format  # a turned copy has none
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        wide = np.asarray(image).astype(np.int64)
+        image = pillow.fromarray(((wide + 128) // 257).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        held = "32-bit whole numbers" if image.mode == "I" else "fractions"
+        raise InputFileError(f"{what} holds {held} of which none is known to be white: save it with 8 or 16 bits per colour")
+    return image.convert("RGB")
 
 
 # ---------------------------------------------------------------------------------------------------------- questions

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vtc import doors
-from vtc.core import Compose, EncoderReducer, Facts, Reducer, Stage
+from vtc.core import Compose, EncoderReducer, Facts, Need, Reducer, Stage
 from vtc.doors import open_image as open_image  # the command line's, and of whoever imported it from here
-from vtc.errors import InputFileError, UnsupportedModelError, VtcError
+from vtc.errors import InputFileError, UnsupportedModelError, VtcError, short
 
 if TYPE_CHECKING:
     import torch
@@ -44,17 +44,36 @@ NOMINAL = Facts(
 """LLaVA-1.5-7B: the model a reducer is described on when none is at hand."""
 
 
-def needs_of(name: str) -> list[str]:
-    """Return the names of the signals a reducer taps on a LLaVA-1.5 at its default options; empty if it looks at features only."""
+def _parts_needs(name: str) -> Iterator[tuple[Reducer, list[Need]]]:
+    """Yield the parts of a reducer on a LLaVA-1.5 at its default options, each with what it taps."""
     from vtc.registry import create
 
-    names: list[str] = []
     for part in create(name, keep=0.5).bind(NOMINAL).parts():
-        names += [n.name for n in part.needs]
-        if isinstance(part, EncoderReducer):
-            names += [n.name for layer in range(NOMINAL.feature_layer) for n in part.encoder_needs(layer)]
+        inner = (
+            [n for layer in range(NOMINAL.feature_layer) for n in part.encoder_needs(layer)]
+            if isinstance(part, EncoderReducer)
+            else []
+        )
+        yield part, [*part.needs, *inner]
+
+
+def needs_of(name: str) -> list[str]:
+    """Return the names of the signals a reducer taps on a LLaVA-1.5 at its default options; empty if it looks at features only."""
+    names: list[str] = []
+    for part, needs in _parts_needs(name):
+        names += [n.name for n in needs]
         names += [extra for extra in ("text", "cls") if getattr(part, f"wants_{extra}")]
     return list(dict.fromkeys(names))
+
+
+def text_aware(name: str) -> bool:
+    """Whether what a reducer keeps depends on the words of the prompt: it reads them, or signals of the language model."""
+    return any(part.wants_text or any(n.source == "text" for n in needs) for part, needs in _parts_needs(name))
+
+
+def reads_attention(name: str) -> bool:
+    """Whether a reducer reads anything of an attention: weights, queries, keys or values."""
+    return any(n.of in ("attention", "preview") for _, needs in _parts_needs(name) for n in needs)
 
 
 def positions_of(name: str) -> str:
@@ -539,12 +558,12 @@ def reason_against(reducer: str | Reducer, facts: Facts) -> str:
 
 # ------------------------------------------------------------------------------------------------------------- images
 def writable_picture(path: str | Path) -> Path:
-    """Return ``path`` if a picture can be written there, so that a long run does not fail at its end.
+    """Return ``path`` if a picture can be written there, so that a long run does not fail at its end; its folder is made.
 
     Raises
     ------
     InputFileError
-        The folder does not exist, or Pillow does not write files with this ending.
+        The folder cannot be made, or Pillow does not write files with this ending.
     """
     from PIL import Image
 
@@ -552,8 +571,14 @@ def writable_picture(path: str | Path) -> Path:
     Image.init()
     if Image.registered_extensions().get(target.suffix.lower()) not in Image.SAVE:
         raise InputFileError(f"'{path}' does not end like a picture: use a name such as {target.stem or 'kept'}.png")
-    if target.is_dir() or not target.resolve().parent.is_dir():
-        raise InputFileError(f"'{path}' cannot be written, its folder does not exist: create the folder or choose another name")
+    try:
+        target.resolve().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputFileError(
+            f"'{short(path)}' cannot be written, its folder cannot be made ({error.strerror}): choose another name"
+        ) from None
+    if target.is_dir():
+        raise InputFileError(f"'{short(path)}' cannot be written, it is a folder: choose another name")
     return target
 
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from vtc.core import Compose, Reducer, Schedule
+from vtc.core import Compose, Reducer, Schedule, amount
 from vtc.errors import DuplicateReducerError, UnknownArgumentError, UnknownReducerError, did_you_mean, short, shown
 
 ENTRY_POINT_GROUP = "vtc.reducers"
@@ -193,8 +193,10 @@ def _checked(reducer: str, name: str, value: Any, hint: Any) -> Any:
     UnknownArgumentError
         It is of another type than the option, NaN, or larger than 64 bits hold.
     """
-    if name in ("keep", "avg_tokens") and not isinstance(value, int):
-        return value  # budgets have their own sentences
+    if name in ("keep", "avg_tokens"):
+        value = amount(value)
+        if not isinstance(value, int):
+            return value  # budgets have their own sentences
     if isinstance(value, (list, tuple)) and _is_tuple(hint):
         value = tuple(value)
     if str(value) in (choices := _choices(hint)):

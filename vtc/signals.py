@@ -134,6 +134,21 @@ class StateTap(_Prompt):
     text: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class RotationTap:
+    """Rotary cosines and sines of the tokens that enter a decoder layer.
+
+    Attributes
+    ----------
+    cos, sin : Tensor
+        ``(A, B or 1, Q, d)`` float32 at least: for each of the ``A`` axes positions have (1, or 3 under M-RoPE), all frequencies at
+        a token's position on this axis.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
 def question_of(visual: Tensor, valid: Tensor) -> Tensor:
     """``(B, Q)`` bool: the text behind the row's last visual token.
 

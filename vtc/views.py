@@ -146,9 +146,12 @@ def each_view(
     rows : frozenset of str
         Taps with one entry per image instead of one per token.
     """
-    batch, n = signals.shape
-    device = signals.features.device
-    parts = [_one_image(signals, b, own, choose, floor, always, rows) for b, own in enumerate(members(signals))]
+    return joined(signals, [_one_image(signals, b, own, choose, floor, always, rows) for b, own in enumerate(members(signals))])
+
+
+def joined(signals: Signals, parts: list[Selection]) -> Selection:
+    """Join the selections of single images (batch 1, without ``valid``), which may keep different numbers."""
+    n, device = signals.shape[1], signals.features.device
     count = [len(p.index[0]) for p in parts]
     longest = max(count)
     valid = None
@@ -276,6 +279,7 @@ def narrow(signals: Signals, image: int, tokens: Tensor, budget: int, view: int,
         text_mask=signals.text_mask[at] if signals.text_mask is not None else None,
         fingerprint=signals.fingerprint[at] if signals.fingerprint else (),
         listed=known,
+        history=signals.history[at] if signals.history else (),
     )
 
 

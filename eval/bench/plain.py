@@ -130,6 +130,116 @@ def evs(part: Any, s: Signals) -> Selection:
     return uniform(part, s)
 
 
+@plain("frames")
+def frames(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("dycoke")
+def dycoke(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("temporalpool")
+def temporalpool(part: Any, s: Signals) -> Selection:
+    """Thin the one frame evenly."""
+    return uniform(part, s)
+
+
+@plain("holitom", matrices=1)
+def holitom(part: Any, s: Signals) -> Selection:
+    """Keep what receives most attention; inside, halve the rest into the most similar ones, one by one."""
+    x = s.features[0]
+    if hasattr(part, "tau"):
+        index = _best(s.received_attn[0], s.budget).index
+        return Selection(index, x[index])
+    index = _best(s.last_attn[0], round(len(x) * (1 - part.share))).index
+    unit, out = _unit(x), x.clone()
+    for i in range(len(x)):
+        if i not in index:
+            to = index[0, (unit[index[0]] @ unit[i]).argmax()]
+            out[to] = (out[to] + out[i]) / 2
+    return Selection(index, out[index])
+
+
+@plain("fastvid", matrices=4)
+def fastvid(part: Any, s: Signals) -> Selection:
+    """Keep the salient tokens of the one frame; merge the rest, and the peaks themselves, into density peaks."""
+    x = s.features[0]
+    key, query = s.probe_keys[0].double().unbind(1)
+    salient = _best(torch.softmax((key * query).sum(-1), 0).mean(1), s.budget - int(s.budget * part.context)).index[0]
+    rest = torch.tensor([i for i in range(len(x)) if i not in salient])
+    apart = torch.cdist(x[rest].double(), x[rest].double()) / x.shape[1] ** 0.5
+    density = torch.exp(-apart.sort(1).values[:, :4].square().mean(1))
+    peak = torch.where(density[None] > density[:, None], apart, apart.max()).amin(1)
+    peaks = rest[_best(density * peak, s.budget - len(salient)).index[0]]
+    to, out = (_unit(x[rest]) @ _unit(x[peaks]).T).argmax(1), x.clone()
+    for i, p in enumerate(peaks):
+        own = x[rest[to == i]]
+        weight = max(1 / (len(own) + 1), part.beta)
+        out[p] = weight * x[p] + (1 - weight) * own.mean(0)
+    index = torch.cat([salient, peaks]).sort().values[None]
+    return Selection(index, out[index])
+
+
+@plain("framefusion")
+def framefusion(part: Any, s: Signals) -> Selection:
+    """Merge nothing of one frame; prune once by the last token's attention."""
+    if part.number != 1:
+        return Selection(torch.arange(s.shape[1])[None])
+    return _best(s.tail_attn[0], part.budget.tokens(s.slots))
+
+
+@plain("sttm")
+def sttm(part: Any, s: Signals) -> Selection:
+    """Grow the quadtree of the one frame top-down, with the highest threshold that leaves few enough leaves."""
+    rows, cols = s.layout.grids[0]
+    grids = [s.features[0].double().view(rows, cols, -1)]
+    spans = [([(i, i + 1) for i in range(rows)], [(i, i + 1) for i in range(cols)])]
+    children = []
+
+    def pairs(n: int) -> list[list[int]]:
+        return [[i, i + 1] for i in range(0, n, 2)] if n % 2 == 0 else [[0], *([i, i + 1] for i in range(1, n, 2))]
+
+    while min(grids[0].shape[:2]) > 2:
+        fine = grids[0]
+        down, across = pairs(fine.shape[0]), pairs(fine.shape[1])
+        grids.insert(0, torch.stack([torch.stack([fine[y][:, x].mean((0, 1)) for x in across]) for y in down]))
+        children.insert(0, (down, across))
+        spans.insert(0, tuple([(own[k[0]][0], own[k[-1]][1]) for k in ks] for own, ks in zip(spans[0], (down, across))))  # noqa: B905
+
+    def leaves(level: int, i: int, j: int, bound: float) -> list[tuple[int, int, int]]:
+        if level == len(grids) - 1:
+            return [(level, i, j)]
+        below = [(y, x) for y in children[level][0][i] for x in children[level][1][j]]
+        cosine = [torch.cosine_similarity(grids[level][i, j], grids[level + 1][y, x], dim=0) for y, x in below]
+        if min(cosine) >= bound:
+            return [(level, i, j)]
+        return [leaf for y, x in below for leaf in leaves(level + 1, y, x, bound)]
+
+    root = min(part.root, len(grids) - 1)
+    for step in range(384, -1, -1):
+        bound = part.spatial + step / 128 - 2
+        found = [n for i in range(len(spans[root][0])) for j in range(len(spans[root][1])) for n in leaves(root, i, j, bound)]
+        if len(found) <= s.budget:
+            break
+    index = torch.tensor([spans[level][0][i][0] * cols + spans[level][1][j][0] for level, i, j in found])
+    order = index.argsort()
+    values = torch.stack([grids[level][i, j] for level, i, j in found])[order]
+    return Selection(index[order][None], values[None].to(s.features.dtype))
+
+
+@plain("vidcom2")
+def vidcom2(part: Any, s: Signals) -> Selection:
+    """Keep what is least like the mean of the one frame, which is the clip's, too."""
+    x = s.features[0].double()
+    x = normalize(x[:, x.var(0).argsort()[: x.shape[1] // 2]], dim=1)
+    square = (x - x.mean(0)).square().sum(1)
+    return _best(-2 * sum(torch.exp(-square / (2 * w)) for w in (0.125, 0.25, 0.5, 1, 2)), s.budget)
+
+
 @plain("skipspan")
 def skipspan(part: Any, state: Any) -> tuple[dict[str, Tensor], Tensor]:
     """Rank by CLS attention, once."""
@@ -323,6 +433,96 @@ def vispruner(part: Any, s: Signals) -> Selection:
         gone = min(8, len(rest) - (s.budget - count))
         rest = torch.cat([even[best.sort(descending=True, stable=True).indices[gone:]], odd])
     return Selection(torch.cat([important, rest]).sort().values[None])
+
+
+@plain("holov", matrices=0.1)
+def holov(part: Any, s: Signals) -> Selection:
+    """Score crop by crop with its full matrix, then hand out: shares, what is left, what does not fit."""
+    n, score, bands = s.shape[1], [], []
+    for crop in range(min(n, part.crops)):
+        size = n // part.crops + (crop < n % part.crops)
+        at = torch.arange(size) + (bands[-1][-1] + 1 if bands else 0)
+        unit, attention = _unit(s.features[0][at]), 1000 * s.cls_attn[0][at].double()
+        alike = (unit @ unit.T).double() * (1 - torch.eye(size))
+        if size > 1:
+            mean = alike.sum(1, keepdim=True) / (size - 1)
+            variance = (alike - mean).square().sum(1) / (size - 1)
+            attention = attention + part.beta * attention.mean() / (variance.mean() + 1e-6) * variance
+        score.append(float(attention.mean()))
+        bands.append(at)
+    order = sorted(range(len(bands)), key=lambda c: -score[c])
+    budget = [int(x / (sum(score) + 1e-6) * s.budget) for x in score]
+    for crop in order[: s.budget - sum(budget)]:
+        budget[crop] += 1
+    budget = [min(k, len(at)) for k, at in zip(budget, bands, strict=True)]
+    while sum(budget) < s.budget:
+        for crop in order:
+            budget[crop] += sum(budget) < s.budget and budget[crop] < len(bands[crop])
+    kept = [at[_best(s.cls_attn[0][at], k).index[0]] for at, k in zip(bands, budget, strict=True)]
+    return Selection(torch.cat(kept)[None])
+
+
+@plain("vscan", matrices=0.5)
+def vscan(part: Any, s: Signals) -> Selection:
+    """The best of every window, the best of the others, and each patch left out into its most similar one; later the best."""
+    if "next_last_attn" in s.taps:
+        return _best(s.next_last_attn[0], s.budget)
+    (rows, cols), side = s.layout.grids[0], part.window
+    down, across = max(1, rows // side), max(1, cols // side)
+    windows: dict[tuple[int, int], list[int]] = {}
+    for token in range(rows * cols):
+        place = min(token // cols // side, down - 1), min(token % cols // side, across - 1)
+        windows.setdefault(place, []).append(token)
+    each = int(s.budget * part.local_share) // (down * across)
+    kept: set[int] = set()
+    for tokens in windows.values():
+        kept |= set(sorted(tokens, key=lambda t: -float(s.low_attn[0, t]))[:each])
+    rest = sorted(set(range(rows * cols)) - kept, key=lambda t: -float(s.high_attn[0, t]))
+    index = torch.tensor(sorted(kept | set(rest[: s.budget - len(kept)])))
+    x = s.features[0]
+    owner = (_unit(x) @ _unit(x[index]).T).argmax(1)
+    owner[index] = torch.arange(len(index))
+    return Selection(index[None], _grouped(x, owner, len(index))[None])
+
+
+@plain("ivcprune", matrices=0.1)
+def ivcprune(part: Any, s: Signals) -> Selection:
+    """Union of tokens chosen by position, by the text's values, and by those of the seeds as well."""
+    n, own, words, at = s.shape[1], s.image_values[0], s.word_values[0], s.text_places[0]
+    scale = s.budget / n / 0.31
+    seeds, coordinates, foreground = max(1, round(scale * 0.01 * n)), round(scale * 0.05 * n), round(scale * 0.2 * n)
+    behind = at > s.places[0].max()
+    asked = at > s.places[0].max() + 2
+    asked = asked if asked.any() else behind if behind.any() else at == at.max()
+
+    def rows(query: Tensor) -> Tensor:
+        logits = torch.einsum("rhd,nhd->hrn", query, torch.cat([own, words])) * own.shape[2] ** -0.5
+        return torch.softmax(logits, 2).mean(0)[:, :n]
+
+    def best(score: Tensor, count: int) -> set[int]:
+        return set(score.sort(descending=True, stable=True).indices[:count].tolist())
+
+    text = rows(words[asked])
+    seed = sorted(best(text.mean(0), seeds))
+    score = torch.cat([text, rows(own[seed])]).mean(0)
+    prior = best(s.cos_mean[0], coordinates) | best(s.sin_mean[0], coordinates) | set(seed)
+    ranked = score.sort(descending=True, stable=True).indices.tolist()
+    prior = set([i for i in ranked if i in prior][: s.budget])
+    more = [i for i in ranked[:foreground] if i not in prior]
+    return Selection(torch.tensor([sorted(prior | set(more[: s.budget - len(prior)]))]))
+
+
+@plain("scope", matrices=2)
+def scope(part: Any, s: Signals) -> Selection:
+    """Full matrix of cosines; every step sums up what each patch would add to the coverage."""
+    unit = _unit(s.features[0])
+    cosine, covered, picks = unit @ unit.T, torch.zeros(s.shape[1]), []
+    for _ in range(s.budget):
+        gain = (cosine - covered).clamp(min=0).sum(1) * s.cls_attn[0]
+        gain[picks] = -torch.inf
+        picks.append(int(gain.argmax()))
+        covered = torch.maximum(covered, cosine[picks[-1]])
+    return Selection(torch.tensor([sorted(picks)]))
 
 
 @plain("hiprune")

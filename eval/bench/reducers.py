@@ -28,7 +28,7 @@ from vtc.eval.bench.common import JsonOption, commit_name, milliseconds, peak_of
 from vtc.eval.bench.plain import PLAIN, Plain
 from vtc.eval.env import machine, versions
 from vtc.registry import create, entries, info
-from vtc.signals import AttentionTap, PixelTap, ProjectionTap, StateTap
+from vtc.signals import AttentionTap, PixelTap, ProjectionTap, RotationTap, StateTap
 
 SIZES: dict[int, tuple[int, int, int]] = {576: (24, 24, 64), 2880: (48, 60, 160), 7290: (81, 90, 640), 50000: (200, 250, 1024)}
 """Tokens to rows, columns, and the budget measured with."""
@@ -140,6 +140,9 @@ class Maker:
             angle = at[:, None] * 10000 ** (-torch.arange(0, size, 2) / size)
             rope = (torch.cat([angle, angle], 1).cos()[None], torch.cat([angle, angle], 1).sin()[None])
             return AttentionTap(query, key, value, size**-0.5, None, True, last, visual, valid, given=given, rope=rope)
+        if need.of == "rotation":
+            angle = at[:, None] * 10000 ** (-torch.arange(0, size, 2) / size)
+            return RotationTap(*(torch.cat([t, t], 1)[None, None] for t in (angle.cos(), angle.sin())))
         hidden, before = self.normal(1, length, width), self.normal(1, length, width)
         return StateTap(hidden, last, visual, valid, lambda x: x, before, given)
 

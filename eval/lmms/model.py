@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import vtc
 from vtc.core import Reducer
-from vtc.doors import open_image
+from vtc.doors import as_rgb, open_image
 from vtc.engine import upstream
-from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean
+from vtc.errors import ConfigError, UnknownArgumentError, VtcError, did_you_mean, shown
 from vtc.eval import env
 from vtc.eval.lmms.benchmarks import known_tasks
 from vtc.eval.lmms.locks import require_locks
@@ -263,7 +263,7 @@ class _Chat(lmms):
             seconds += time.perf_counter() - start
             new = output[:, inputs[upstream.IDS].shape[1] :]
             tokens += new.numel() if self._pad is None else int((new != self._pad).sum())
-            answers += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            answers += self._answers(new, _stops(chunk[0][2]))
             bar.update(len(chunk))
             if self.progress is not None:
                 self.progress(len(answers), len(requests))
@@ -290,6 +290,13 @@ class _Chat(lmms):
             kwargs |= {k: asked[k] for k in ("temperature", "top_p", "top_k") if asked.get(k) is not None}
         return kwargs if self._pad is None else {**kwargs, "pad_token_id": self._pad}
 
+    def _answers(self, new: torch.Tensor, stops: Sequence[str]) -> list[str]:
+        """Text of the generated tokens ``(B, n)``, each up to the first of the ``stops``; one may be a special token, not shown."""
+        marks = [self.tokenizer.convert_tokens_to_ids(s) for s in stops if s in self.tokenizer.all_special_tokens]
+        ended = torch.isin(new, new.new_tensor(marks)).cumsum(1) > 0
+        said = [row[~past] for row, past in zip(new, ended, strict=True)]
+        return [before(text, stops) for text in self.tokenizer.batch_decode(said, skip_special_tokens=True)]
+
     def _inputs(self, conversations: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Prompts, images and videos of a batch as arguments of ``generate``."""
         images, videos, prompts = [], [], []
@@ -308,8 +315,9 @@ class _Chat(lmms):
                     content.append({"type": "text", "text": part["text"]} if kind == "text" else {"type": kind})
                 turns.append({"role": message["role"], "content": content})
             prompts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
-            images += [shown] if shown else []
-        extra: dict[str, Any] = {"images": images} if images else {}
+            images.append(shown)
+        # one list per row, empty where there is no picture: some processors compare them with the prompts row by row
+        extra: dict[str, Any] = {"images": images} if any(images) else {}
         if videos:
             frames, times = zip(*videos, strict=True)
             extra |= {"videos": list(frames), "video_metadata": list(times), "do_sample_frames": False}
@@ -346,8 +354,26 @@ def _batch_size(given: Any) -> int:
     return size
 
 
+def _stops(asked: Mapping[str, Any]) -> list[str]:
+    """Return the strings a task's answers end at.
+
+    A paragraph's end is none of them: lmms-eval puts it where a task names nothing, and its own classes for current models, too,
+    leave it out.
+    """
+    given = asked.get("until")
+    stops = [given] if isinstance(given, str) else [] if given is None else given
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(s, str) for s in stops):
+        raise ConfigError(f"until={shown(given)} of this task is neither a text nor a list of them: mend its generation_kwargs")
+    return [s for s in stops if s not in ("", "\n\n")]
+
+
+def before(text: str, stops: Sequence[str]) -> str:
+    """Return ``text`` up to the first place where one of ``stops`` begins."""
+    return text[: min((at for s in stops if (at := text.find(s)) >= 0), default=len(text))]
+
+
 def _image(source: Any) -> Any:
-    return open_image(source) if isinstance(source, str) else source.convert("RGB")
+    return open_image(source) if isinstance(source, str) else as_rgb(source)
 
 
 def _video(source: Any, frames: int) -> tuple[Any, Any]:

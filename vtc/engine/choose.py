@@ -43,6 +43,7 @@ class Chooser:
                 n = len(candidates)
                 note = SHORT if asked > n or part.budget.exceeds(n) else ""
                 it.stages.append(StageStats(part.name, part.stage.value, layer, n, n, asked, note))
+                it.history.append((part.name, n, n))
                 continue
             if part.newline_policy != "compete":
                 candidates = it.only_patches()
@@ -65,6 +66,7 @@ class Chooser:
                 text_mask=None if mask is None else mask[group.rows],
                 fingerprint=tuple(it.record.fingerprint[it.image] for it in members) if part.wants_fingerprint else (),
                 listed=group.layout.patches if all(shown[id(it)] is every for it in members) else None,
+                history=tuple(tuple(h[1:] for h in it.history if h[0] == part.name) for it in members),
             )
             with explained(ctx.answers):
                 signals.check(where_of(part, layer), ctx.answers)
@@ -81,6 +83,7 @@ class Chooser:
                     writes.append((it.row, group.places(ctx.current)[j][at], values))
                 if selection.owner is not None:
                     it.merges.append((shown[id(it)], selection.index[j], selection.owner[j]))
+                it.history.append((part.name, n, len(at)))
                 before, kept = len(it.entries), at if n == len(it.layout) else shown[id(it)][at]
                 it.entries = add_newlines(it.layout, kept, it.entries, part.newline_policy) if len(at) else kept
                 it.patches = kept if part.newline_policy != "compete" or not it.layout.has_newlines else None

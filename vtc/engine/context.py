@@ -23,6 +23,9 @@ from vtc.stats import Clock, StageStats
 CURRENT: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_context", default=None)
 """Of the multimodal forward that runs, until its text model takes it."""
 
+LABELS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("vtc_labels", default=None)
+"""Those the whole model was given, while its base runs."""
+
 
 @dataclass(eq=False)
 class Instance:
@@ -50,6 +53,8 @@ class Instance:
         What reducers did to it.
     merges : list
         What merging reducers did to it, for pictures.
+    history : list of (str, int, int)
+        Name of every part asked so far, how many tokens it was shown, and how many it kept.
     """
 
     row: int
@@ -62,6 +67,7 @@ class Instance:
     patches: Tensor | None
     stages: list[StageStats]
     merges: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    history: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
@@ -89,6 +95,8 @@ class Context:
         Tokens of each row in this forward.
     visual, real : Tensor or None
         ``(B, q)`` bool: new visual tokens (``None``: there are none), and what is not padding.
+    asked : Tensor or None
+        ``(B, q)`` bool, the part of ``real`` that is the prompt; ``None``: all of it.
     padded : bool
         Whether ``real`` is not True everywhere.
     bare : bool
@@ -108,6 +116,7 @@ class Context:
         q: int = 0,
         visual: Tensor | None = None,
         real: Tensor | None = None,
+        asked: Tensor | None = None,
         padded: bool = False,
         bare: bool = False,
         places: dict[bool, Tensor] | None = None,
@@ -116,7 +125,7 @@ class Context:
         clock: Clock | None = None,
         peers: Peers | None = None,
     ) -> None:
-        self.q, self.visual, self.real, self.padded, self.bare = q, visual, real, padded, bare
+        self.q, self.visual, self.real, self.asked, self.padded, self.bare = q, visual, real, asked, padded, bare
         self.places, self.text, self.held = places or {}, text or [], held or []
         self.clock, self.peers = clock, peers
         self.longest: tuple[int, int] | None = None  # the most text tokens, and the most of a question, in any row
@@ -129,7 +138,7 @@ class Context:
         self.tapped: dict[tuple[str, str, int], tuple[Tensor, Segment | None, int]] = {}
         self.fired: set[int] = set()
         self.per_layer: list[list[int]] = []  # [layer][instance] visual tokens
-        self.positions: Tensor | None = None  # of the text model, where its layers need not be given them
+        self.positions: Tensor | None = None  # (B or 1, q) or (axes, B, q), as the text model was given them; None: one by one
         self.rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
         self.static = False  # its keys come with empty slots behind them
         self.windows: list[PrunedSlidingLayer] = []  # cache layers that were shortened and will throw tokens away

@@ -20,8 +20,8 @@ from vtc.engine.undo import Undo
 from vtc.engine.upstream import Call
 from vtc.errors import NotReducedError, UnsupportedFeatureError
 from vtc.families.base import Family
-from vtc.kernels import take
-from vtc.signals import AttentionTap, StateTap
+from vtc.kernels import take, widened
+from vtc.signals import AttentionTap, RotationTap, StateTap
 
 _INSIDE: contextvars.ContextVar[Context | None] = contextvars.ContextVar("vtc_inside", default=None)  # modules get no kwargs
 
@@ -66,7 +66,13 @@ class TextTaps:
         for other in need.uses:
             self.want(other)
         layer = need.layer if need.layer >= 0 else self.facts.layers + need.layer
-        place = self.needs if need.of == "attention" else self.looks if need.of in ("preview", "hidden") else self.inside
+        place = (
+            self.needs
+            if need.of == "attention"
+            else self.looks
+            if need.of in ("preview", "hidden", "rotation")
+            else self.inside
+        )
         if need not in place.setdefault(layer, []):
             place[layer].append(need)
 
@@ -156,11 +162,34 @@ class TextTaps:
             for need in self.looks[i]:
                 if need.of == "hidden":
                     tap: Any = state
+                elif need.of == "rotation":
+                    tap = self.rotation(ctx, i, call, hidden, seg)
+                    ctx.tapped[need.key] = (need.measure(tap), seg, 0)
+                    continue
                 else:
                     if ahead is None:
                         ahead = self.preview(ctx, i, layer, call, hidden, seg)
                     tap = ahead
                 ctx.tapped[need.key] = (need.measure(replace(tap, given=self.given(ctx, need, seg))), seg, 0)
+
+    def rotation(self, ctx: Context, i: int, call: Call, hidden: Tensor, seg: Segment | None) -> RotationTap:
+        """Return cosines and sines at the positions of the tokens of ``seg``, in float32 whatever the model's type."""
+        text, positions = self.family.text, ctx.positions
+        if positions is None:
+            held = getattr(call["kv"], "layers", ())
+            past = held[i].get_seq_length() if i < len(held) else 0
+            positions = torch.arange(past, past + ctx.q, device=hidden.device)[None]
+        axes = positions[-3:] if positions.dim() == 3 else positions[None]  # (a fourth, in front, numbers the text)
+        axes = axes.expand(-1, hidden.shape[0], -1).to(hidden.device)
+        if seg is not None:
+            axes = take(axes, seg.rows, 2)
+            axes = axes if seg.delta is None else axes - seg.delta.to(axes.device)
+        rotary, kind = upstream.rotary_of(text, call.names.rotary[0]), upstream.layer_type(text.config, i)
+        like, made = widened(hidden[:1, :1]), []
+        for axis in axes.clamp(min=0):
+            table = upstream.rotate_at(rotary, like, axis if positions.dim() == 2 else axis.expand(3, -1, -1), kind)
+            made.append(tuple(t[0] if t.dim() == 4 else t for t in table))  # 4.57: one table for each axis, all the same here
+        return RotationTap(*(torch.stack(tables) for tables in zip(*made, strict=True)))
 
     def preview(self, ctx: Context, i: int, layer: nn.Module, call: Call, hidden: Tensor, seg: Segment | None) -> AttentionTap:
         """Return q, k, v of layer ``i`` for ``hidden``: its forward runs up to the attention, and without the KV cache."""
@@ -249,15 +278,19 @@ class TextTaps:
 
 
 def tokens_of(ctx: Context, seg: Segment | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds."""
+    """Return ``visual (B, P)``, ``valid (B, P)`` and ``last (B,)`` of the tokens a layer holds.
+
+    Tokens of an answer are to the reducers what padding is: not valid, and none of them is the last.
+    """
     if seg is None:
-        visual, valid = ctx.visual, ctx.real
+        visual, valid = ctx.visual, ctx.real if ctx.asked is None else ctx.asked
     else:
         valid = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
         visual = ctx.visual.gather(1, seg.rows)
         visual = visual if seg.valid is None else visual & valid
+        valid = valid if ctx.asked is None else valid & ctx.asked.gather(1, seg.rows)
     held = valid.shape[1]
-    if ctx.padded and seg is None:
+    if ctx.asked is not None or (ctx.padded and seg is None):
         index = torch.arange(held, device=valid.device)
         return visual, valid, torch.where(valid, index, -1).max(1).values
     return visual, valid, torch.full_like(valid[:, 0], held - 1, dtype=torch.long)  # a segment's padding is on the left

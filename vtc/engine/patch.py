@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import json
 import sys
 import warnings
@@ -19,6 +20,7 @@ from vtc import _window
 from vtc.core import Compose, Facts, Need, Reducer, Stage, Usual
 from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
+from vtc.engine.context import LABELS
 from vtc.engine.handle import ATTRIBUTE, BaseHandle
 from vtc.engine.neurons import NeuronSide
 from vtc.engine.retriever import RetrieverHandle
@@ -26,7 +28,7 @@ from vtc.engine.text import TextSide
 from vtc.engine.tower import MADE, TowerSide
 from vtc.engine.undo import sweep
 from vtc.engine.vit import VitHandle, bind_vit
-from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError
+from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError, shown
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
@@ -52,6 +54,8 @@ class Handle(BaseHandle):
         undo.step(_forget_graphs)
         for side in (self.tower, self.text, self.neurons):
             side.install(undo)
+        undo.pre_hook(model, self.note_labels, with_kwargs=True)
+        undo.hook(model, self.forget_labels, always_call=True)
         for name, guard in {
             upstream.GENERATE: self.guard_generate,
             **dict.fromkeys(upstream.BATCHING, self.refuse_batching),
@@ -66,6 +70,51 @@ class Handle(BaseHandle):
         super().check_idle()
         if self.text.running:
             raise PatchError("the model is running: patch and unpatch between calls, not during one")
+
+    # --------------------------------------------------------------------------------------------------------- answers
+    @property
+    def prompt_length(self) -> int | tuple[int, ...] | None:
+        """How many tokens of each row are the prompt, where a call brings prompt and answer together.
+
+        Reducers that look at the question or at the last token then see what they see in ``generate``: answer tokens decide
+        nothing, and a forward over prompt and answer gives the logits of generating it. Padding and placeholders count. Give a
+        number for all rows, or one for each; it holds until it is set again. ``None``, the default: ``labels`` say it, if the call
+        has them and they are masked (-100) between a row's last picture and its answer.
+        """
+        lengths = self.text.prompt_length
+        return lengths if lengths is None or len(lengths) > 1 else lengths[0]
+
+    @prompt_length.setter
+    def prompt_length(self, value: int | Sequence[int] | torch.Tensor | None) -> None:
+        if value is not None:
+            given = torch.as_tensor(value)
+            if (
+                given.dtype.is_floating_point
+                or given.dtype == torch.bool
+                or given.dim() > 1
+                or not given.numel()
+                or (given < 1).any()
+            ):
+                raise UnknownArgumentError(
+                    f"prompt_length={shown(value)}: give the number of prompt tokens, or one for each row, or None"
+                )
+            value = tuple(given.reshape(-1).tolist())
+        self.text.prompt_length = value
+
+    def note_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the labels of a call of the whole model for its base, which is not given them."""
+        labels = kwargs.get(upstream.LABELS)
+        if labels is None and len(args) > 1:
+            names = list(inspect.signature(module.forward).parameters)
+            labels = args[names.index(upstream.LABELS)] if upstream.LABELS in names[: len(args)] else None
+        if labels is not None:
+            LABELS.set(labels)
+
+    @staticmethod
+    def forget_labels(*_: Any) -> None:
+        """Leave none behind, also where the forward raised."""
+        if LABELS.get() is not None:
+            LABELS.set(None)
 
     # --------------------------------------------------------------------------------------------------------- export
     def export(self, path: str | Path) -> Path:

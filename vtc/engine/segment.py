@@ -30,6 +30,8 @@ class Segment:
         ``(B,)`` the same for tokens that come later.
     kept : Tensor
         ``(B, q)`` bool, the same tokens as a table.
+    gaps : bool
+        Whether positions keep gaps where tokens were dropped.
     """
 
     rows: Tensor
@@ -37,6 +39,7 @@ class Segment:
     delta: Tensor | None
     shift: Tensor | None
     kept: Tensor = field(repr=False)
+    gaps: bool = True
 
     @functools.cached_property
     def rank(self) -> Tensor:
@@ -101,7 +104,7 @@ def cut(keep: Tensor, counts: list[int], real: Tensor | None, prev: Segment | No
         delta, shift = gone.cumsum(1).gather(1, rows), gone.sum(1)
     elif prev is not None and prev.delta is not None:
         delta, shift = prev.delta.gather(1, relative), prev.shift
-    return Segment(rows, valid, delta, shift, keep), relative
+    return Segment(rows, valid, delta, shift, keep, gaps=not compact), relative
 
 
 def remap_mask(

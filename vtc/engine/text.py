@@ -19,14 +19,14 @@ from vtc.core import Reducer, Stage, settle
 from vtc.engine import parallel, upstream
 from vtc.engine.cache import Pruned, PrunedSlidingLayer, check_cache, held_by, learn_fronts, promised, pruned_layer
 from vtc.engine.choose import Chooser, find_instances, keep_table, write
-from vtc.engine.context import CURRENT, Context, Step
+from vtc.engine.context import CURRENT, LABELS, Context, Step
 from vtc.engine.listen import TextTaps
 from vtc.engine.rope import positions_for, rope_of, rotate
 from vtc.engine.segment import Segment, cut, remap_mask
 from vtc.engine.tower import MADE, TowerSide, VisionRecord
 from vtc.engine.undo import Undo
 from vtc.engine.upstream import CONTEXT, AnyCache, Call, FixedLayer, ModelNames
-from vtc.errors import NotReducedError, UnsupportedFeatureError
+from vtc.errors import NotReducedError, UnknownArgumentError, UnsupportedFeatureError
 from vtc.families.base import Family
 from vtc.kernels import take
 from vtc.signals import question_of
@@ -53,6 +53,7 @@ class TextSide:
         self.taps = TextTaps(family, parts)
         self.chooser = Chooser(self.taps, parts)
         self.token_ids = {False: family.image_token_ids, True: family.video_token_ids}
+        self.prompt_length: tuple[int, ...] | None = None  # of each row, or one for all
 
     # ----------------------------------------------------------------------------------------------------- installing
     def install(self, undo: Undo) -> None:
@@ -106,10 +107,12 @@ class TextSide:
         if not bool(image.any()):
             return
         real = self.real_tokens(call, image.shape)
+        asked = prompt_of(image & real, real, self.prompt_length)
         text, held = (real & ~image).sum(1).tolist(), real.sum(1).tolist()
         ctx = Context(
             visual=image & real,
             real=real,
+            asked=asked,
             q=image.shape[1],
             padded=sum(held) < real.numel(),
             bare=bool((image | ~real)[:, 0].any()),
@@ -120,7 +123,7 @@ class TextSide:
             peers=parallel.Peers() if several else None,
         )
         if self.taps.needs or self.taps.looks or self.taps.inside:
-            ctx.longest = max(text), int(question_of(ctx.visual, real).sum(1).max())
+            ctx.longest = max(text), int(question_of(ctx.visual, real if asked is None else asked).sum(1).max())
         for video in given:
             features = upstream.encoded(call, video)
             if features is not None:  # made by generate before this forward
@@ -186,10 +189,14 @@ class TextSide:
             CURRENT.set(None)
         if self.untold:
             ctx.positions = self.counted(call, embeds if embeds is not None else call.beside("ids"))
+        elif ctx.visual is not None:
+            ctx.positions = call["positions"]
         if ctx.visual is not None:
             if ctx.peers is not None:
                 parallel.check_states(embeds, ctx.q, "the text model")
-            ctx.visual, ctx.real = torch.stack([ctx.visual, ctx.real]).to(embeds.device, non_blocking=True)
+            sets = [ctx.visual, ctx.real] if ctx.asked is None else [ctx.visual, ctx.real, ctx.asked]
+            ctx.visual, ctx.real, *asked = torch.stack(sets).to(embeds.device, non_blocking=True)
+            ctx.asked = asked[0] if asked else None
             call.set("embeds", self.reduce_inputs(ctx, embeds))
             if ctx.current is not None and self.family.between_layers is not None:
                 call.kwargs = {**call.kwargs, **shorten_between(ctx, call.kwargs, *self.family.between_layers)}
@@ -505,7 +512,8 @@ class TextSide:
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
-        if isinstance(mask, Tensor) and window is None and mask.shape[-1] != total:
+        # longer ones are cut by the attention itself: PaliGemma of 4.57 makes them one token longer
+        if isinstance(mask, Tensor) and window is None and mask.shape[-1] < total:
             raise UnsupportedFeatureError(
                 f"an attention mask covers {mask.shape[-1]} tokens where there are {total}: pass one for all tokens, those in the "
                 "KV cache included"
@@ -551,7 +559,9 @@ class TextSide:
                     compact = compact or part.position_policy == "compact"
                 if ctx.peers is not None:
                     self.compare(ctx, self.decoder[i])
-                ctx.keep[i] = self.shorten(ctx, compact) if ctx.alive() != ctx.held else (ctx.current, None)
+                # gaps are closed even if this layer drops nothing: it may in another row, and a row does not depend on others
+                closes = compact and ctx.current is not None and ctx.current.gaps
+                ctx.keep[i] = self.shorten(ctx, compact) if closes or ctx.alive() != ctx.held else (ctx.current, None)
             elif i not in ctx.keep:
                 ctx.keep[i] = (ctx.current, None)
             if len(ctx.per_layer) == i:
@@ -581,3 +591,46 @@ def shorten_between(ctx: Context, kwargs: dict[str, Any], rows: str, values: str
     dropped = seg.inverse.flatten()[every.to(seg.rows.device, non_blocking=True)] < 0
     kept = torch.argsort(dropped.to(torch.int8), stable=True)[: sum(len(it.entries) for it in ctx.instances)]
     return {rows: short, values: [v[kept.to(v.device)] for v in kwargs[values]]}
+
+
+def prompt_of(visual: Tensor, real: Tensor, lengths: tuple[int, ...] | None) -> Tensor | None:
+    """Boolean ``(B, q)``: the part of ``real`` in front of the answer, which alone decides what stays; ``None``: all of it.
+
+    Parameters
+    ----------
+    visual, real : Tensor
+        ``(B, q)`` bool, on the CPU: visual tokens, tokens that are no padding.
+    lengths : tuple of int or None
+        Where each row's answer starts (padding in front counted), or one place for all. ``None``: by the labels of the call. They
+        mark an answer where they are masked behind the row's last visual token and unmasked further on; a row whose labels follow
+        the picture at once (those of a whole text) is prompt throughout.
+
+    Raises
+    ------
+    UnknownArgumentError
+        The lengths are not those of the rows, or an answer starts in front of a visual token.
+    """
+    rows, q = real.shape
+    at = torch.arange(q)
+    behind = torch.where(visual, at, -1).max(1).values + 1  # the first place behind the pictures
+    labels = LABELS.get()
+    if lengths is not None:
+        if len(lengths) not in (1, rows):
+            raise UnknownArgumentError(
+                f"prompt_length has {len(lengths)} numbers and the batch {rows} rows: give one for each row"
+            )
+        start = torch.tensor(lengths).expand(rows)
+        short = (start < behind).nonzero()
+        if len(short):
+            raise UnknownArgumentError(
+                f"prompt_length={int(start[short[0]])} of row {int(short[0])} ends in front of its last visual token, at "
+                f"{int(behind[short[0]]) - 1}: count placeholders and padding in front, too"
+            )
+    elif labels is not None and labels.shape == real.shape:
+        answer = (labels.cpu() != upstream.MASKED) & real & (at >= behind[:, None])
+        first = torch.where(answer.any(1), answer.to(torch.int8).argmax(1), q)
+        start = torch.where(first > behind, first, q)  # nothing masked behind the picture: no prompt is marked
+    else:
+        return None
+    asked = real & (at < start[:, None])
+    return None if torch.equal(asked, real) else asked

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -195,7 +196,7 @@ class TowerSide:
         lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
         record.video = video
-        if lengths != record.lengths and (len(lengths) == len(record.lengths) or sum(lengths) != sum(record.lengths)):
+        if not (_refines(lengths, record.lengths) or _refines(record.lengths, lengths)):  # one entry a row, image or view
             raise UnsupportedFeatureError(
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
@@ -599,6 +600,11 @@ def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     rows = (2 * torch.arange(grid[0]) + 1) * small[0] // (2 * grid[0])
     cols = (2 * torch.arange(grid[1]) + 1) * small[1] // (2 * grid[1])
     return (rows[:, None] * small[1] + cols[None]).flatten()
+
+
+def _refines(fine: Sequence[int], coarse: Sequence[int]) -> bool:
+    """Whether parts of these lengths, one after the other, are those of ``coarse``, each cut into some."""
+    return sum(fine) == sum(coarse) and set(itertools.accumulate(coarse)) <= {0, *itertools.accumulate(fine)}
 
 
 def fingerprints(call: VisionCall) -> list[int]:

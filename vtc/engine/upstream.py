@@ -772,6 +772,12 @@ def checkpointed(layer: nn.Module) -> bool:
     return layer.training and any(getattr(layer, name, False) for name in _CHECKPOINTING)
 
 
+# ----------------------------------------------------------------------------------------------------------- supervision
+LABELS = "labels"
+"""What a whole model takes beside its prompt and answer: the answer's tokens, and :data:`MASKED` where none is to be predicted."""
+MASKED = -100
+
+
 # ----------------------------------------------------------------------------------------------------------- generation
 GENERATE = "generate"
 BATCHING = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vtc.core import Facts, Layout, Newlines, Positions, Reducer, Selection, Signals, Stage
-from vtc.kernels import compacted, take, topk_per_group, topk_sorted, widened
+from vtc.kernels import compacted, topk_per_group, topk_sorted
 from vtc.registry import register
+from vtc.video import similarity_before, spread
 from vtc.views import frame_quotas, members, shares_of_views
 
 NO_FRAME = "no earlier frame to compare with: tokens spread evenly"
@@ -69,17 +70,7 @@ class Evs(Reducer):
 
     def dissimilarity(self, signals: Signals) -> Tensor:
         """Return ``(B, N)``: one minus the cosine with the frame before, infinite where there is no token to compare with."""
-        unit = torch.nn.functional.normalize(widened(signals.features), dim=-1)
-        rows, cols = (max(size) for size in zip(*signals.layout.grids, strict=True))
-        frame = signals.of("view")
-        place = (frame * rows + signals.of("row")) * cols + signals.of("col")
-        at = torch.where(frame >= 0, place, signals.layout.views * rows * cols)
-        where = at.new_full((at.shape[0], signals.layout.views * rows * cols + 1), -1)
-        where = where.scatter(1, at, torch.arange(at.shape[1], device=at.device).expand_as(at))
-        before = where.gather(1, (place - rows * cols).clamp(min=0))
-        known = (frame > 0) & (before >= 0)
-        other = take(unit, before.clamp(min=0))
-        return torch.where(known, 1 - (unit * other).sum(-1), torch.inf)
+        return 1 - similarity_before(signals)
 
     def select(self, signals: Signals) -> Selection:
         """Keep the first frame and the most dissimilar tokens."""
@@ -101,11 +92,6 @@ class Evs(Reducer):
                 score[row, own[0]] = 0.0
                 score[row, spread(own[0], shares[0])] = 1.0
             return Selection(compacted(topk_per_group(score, frame, quota), signals.budget)[0])
-
-
-def spread(tokens: Tensor, k: int) -> Tensor:
-    """Return ``k`` of the ``tokens (n,)`` at even distances, in order."""
-    return tokens[(2 * torch.arange(k, device=tokens.device) + 1) * len(tokens) // (2 * k)]
 
 
 def media_positions(grid: tuple[int, int, int], kept: Tensor, *, seconds: int = 1, rate: float = 2.0) -> Tensor:

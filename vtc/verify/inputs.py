@@ -300,6 +300,8 @@ class _Feeding:
     def features(self, pixels: Mapping[str, Any]) -> list[Tensor]:
         """What the model makes of pictures: one tensor ``(slots, D)`` per entry of what it returns."""
         call = {k: v for k, v in pixels.items() if k in self.takes}
+        if "image_sizes" in pixels and any(p.kind is p.VAR_KEYWORD for p in self.takes.values()):
+            call["image_sizes"] = pixels["image_sizes"]  # 4.57's LLaVA hands them to its tower
         if "pixel_values_videos" in pixels and "pixel_values_videos" not in self.takes:
             call["pixel_values"] = pixels["pixel_values_videos"]
         for key in ("vision_feature_layer", "vision_feature_select_strategy"):
