@@ -9,9 +9,11 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import random
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -19,15 +21,26 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
+from fakes import fake_executor
 from hypothesis import strategies as st
 from PIL import Image
+from rich.console import Console
+from stores import bless
 
 from vtc import cli, doors, inspect
 from vtc.errors import VtcError
 from vtc.eval import config, questions, sweepfile
+from vtc.eval.browser import browse
 from vtc.eval.config import TaskConfig
+from vtc.eval.report import render_report
+from vtc.eval.results import collect
+from vtc.eval.run import Sweep
+from vtc.eval.store import CellResult, Store
+from vtc.eval.sweepfile import parse_sweep
+from vtc.eval.tables import render
 
 SECONDS = 20
 """Longest that one input may take of a processor, and three times as long by the clock: machines are shared."""
@@ -615,3 +628,140 @@ def configs(draw: st.DrawFn, good: dict[str, Any]) -> dict[str, Any]:
 def config_door(folder: Path) -> None:
     """Hold that a model folder is described or refused."""
     answer(inspect.examine, str(folder))
+
+
+# ------------------------------------------------------------------------------------------------------------ a store's files
+SECRET = "the reader's own secret"
+STORED = ("store.json", "sweep.json", "config.json", "env.json", "metrics.json", "samples.jsonl", "speed.json", "status.json")
+"""Files of a store: the first two, and those of a cell."""
+
+_ODD = st.sampled_from(
+    [None, True, False, 0, 1, -1, 2, 0.5, -0.5, 1e308, 10**400, 2**63, float("nan"), float("inf"), "", "x" * 3000]
+    + ["\x1b[2J", "\ud800", "<script>alert(1)</script>", "../../../etc/passwd", "/dev/zero", "[/x]", "done", "failed", "0" * 64]
+    + [[], {}, [[]], [1], {"a": {}}, {"value": 1.0}]
+)
+_BYTES = (b"", b"{}", b"[]", b"null", b"{", b"\xff\xfe{}", b"[" * 50_000, b'{"a": NaN}', b'{"a": 1e999}', b"9" * 5000, b"\x00")
+_LINKS = ("link", "pipe", "zero", "folder", "absent")
+
+
+@st.composite
+def store_changes(draw: st.DrawFn) -> list[tuple[str, Any]]:
+    """What is done to a store: a file's name with what happens to its JSON, its bytes, or the file itself."""
+    changes = []
+    for _ in range(draw(st.integers(1, 2))):
+        name = draw(st.sampled_from(STORED))
+        kind = draw(st.integers(0, 9))
+        if kind < 6:  # where, what, and how
+            changes.append((name, (draw(st.integers(0, 10_000)), draw(_ODD), draw(st.sampled_from(["put", "add", "remove"])))))
+        elif kind < 8:
+            changes.append((name, draw(st.sampled_from(_BYTES) | st.binary(max_size=40))))
+        else:
+            changes.append((name, draw(st.sampled_from(_LINKS))))
+    return changes
+
+
+def _changed(text: bytes, where: int, what: Any, how: str) -> bytes:
+    """JSON (or lines of it) with one place changed."""
+    lines = [json.loads(line) for line in text.decode().splitlines()] if text.count(b"\n{") else [json.loads(text)]
+    places = [p for p in _places(lines) if p]
+    at = places[where % len(places)]
+    holder = lines
+    for step in at[:-1]:
+        holder = holder[step]
+    if how == "remove":
+        del holder[at[-1]]
+    elif how == "add" and isinstance(holder[at[-1]], dict):
+        holder[at[-1]]["x"] = what
+    elif how == "add" and isinstance(holder[at[-1]], list):
+        holder[at[-1]] += [what, *holder[at[-1]][:1]]
+    else:
+        holder[at[-1]] = what
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
+
+
+class StoreDoor:
+    """A finished store that is changed in a copy, read, and gone on with.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the store and its copies lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        text = "data: {scenes: {n: 2}}\nbudgets: [49]\nreducers: []\nthreads: 1\nbootstrap: {resamples: 100}\n"
+        self.sweep = Sweep(parse_sweep(text + "speed: {repeats: 3, warmup: 1}\n"), "s.yaml")
+        self.good = Store(folder / "good", create=True)
+        assert self._go_on(self.good) == 0
+        self.wanted = self.table(self.good)
+        (folder / "secret").write_text(SECRET)
+
+    def _go_on(self, store: Store) -> int:
+        return self.sweep.run(store, Console(quiet=True), executor=fake_executor(), only=self.sweep.planned[:2]).failed
+
+    @staticmethod
+    def table(store: Store) -> str:
+        """What a store's table says."""
+        return render(collect(store), "csv", by_type=True)
+
+    @staticmethod
+    def page(store: Store) -> str:
+        """A store's report, without plots."""
+        with mock.patch("vtc.eval.report.available", lambda _: ()):  # a second of drawing
+            return render_report(collect(store), browser=browse(store, 4, overlays=False))
+
+    def __call__(self, changes: list[tuple[str, Any]], fitting: bool) -> None:
+        """Hold what must hold of a changed store; where ``fitting``, the checksums are made to fit the changed files."""
+        root = self.folder / "copy"
+        shutil.rmtree(root, ignore_errors=True)
+        shutil.copytree(self.good.root, root)
+        cell = root / "cells" / self.sweep.planned[1].id
+        for name, change in changes:
+            path = root / name if name in STORED[:2] else cell / name
+            self._change(path, change)
+            if fitting and name not in (*STORED[:2], "status.json"):
+                bless(cell)
+        store = answer(Store, root)
+        if store is None:
+            return
+        said = f"{answer(self.table, store)}{answer(self.page, store)}"
+        assert SECRET not in said and "<script>alert" not in said, "a file outside the store is shown, or text is code"
+        for item in self.sweep.planned[:2]:
+            if (found := answer(store.get, item.id)) is not None:
+                self._hold(found)
+        failed = answer(self._go_on, store)
+        if failed is None:  # refused as a whole, with a sentence
+            return
+        assert failed == 0, "a damaged cell was not measured again"
+        again = answer(self.table, store)
+        assert again is not None, "a sweep ran, and its store cannot be read"
+        assert fitting or again == self.wanted, "damage with wrong checksums is in the table"
+
+    @staticmethod
+    def _change(path: Path, change: Any) -> None:
+        if not path.is_file() or path.is_symlink():
+            return  # the change before this one took it away
+        if isinstance(change, tuple):
+            with contextlib.suppress(ValueError, RecursionError, IndexError):
+                path.write_bytes(_changed(path.read_bytes(), *change))
+        elif isinstance(change, bytes):
+            path.write_bytes(change)
+        else:
+            path.unlink()
+            if change in ("link", "zero"):
+                path.symlink_to("/dev/zero" if change == "zero" else next(p for p in path.parents if p.name == "copy").parent / "secret")
+            elif change == "pipe":
+                os.mkfifo(path)
+            elif change == "folder":
+                path.mkdir()
+
+    @staticmethod
+    def _hold(found: CellResult) -> None:
+        """Numbers that are accepted follow from the answers beside them."""
+        if not found.metrics:
+            return
+        scores = [s["score"] if s.get("score") is not None else s["correct"] for s in found.samples]
+        assert found.metrics["n"] == len(scores) and abs(found.metrics["accuracy"] - sum(scores) / len(scores)) < 1e-6
+        assert "Infinity" not in json.dumps(found.metrics) and "NaN" not in json.dumps([found.metrics, found.samples, found.speed])

@@ -861,7 +861,7 @@ def test_json_is_json_on_an_ascii_output(call, tmp_path, monkeypatch):
 
 
 def test_the_bounds_are_where_the_docs_say():
-    text = (Path(__file__).parent.parent / "docs" / "reliability-doors.md").read_text()
+    text = (Path(__file__).parent.parent / "docs" / "reliability.md").read_text()
     for value in (
         yamlfile.ENTRIES,
         yamlfile.DEPTH,

@@ -182,7 +182,29 @@ def test_configs_of_models(root):
     run()
 
 
-@pytest.mark.parametrize("door", ["sweep", "table", "picture"])
+@pytest.fixture(scope="module")
+def stored(root):
+    return cases.StoreDoor(root / "inside" / "stores")
+
+
+def test_files_of_stores(stored):
+    @examples(100)
+    @given(cases.store_changes(), st.booleans())
+    @example([("metrics.json", (9, float("nan"), "put"))], True)
+    @example([("samples.jsonl", (0, {}, "put"))], True)
+    @example([("samples.jsonl", (0, None, "remove"))], True)
+    @example([("sweep.json", (3, "../../../etc/passwd", "put"))], False)
+    @example([("status.json", "zero")], False)
+    @example([("samples.jsonl", "zero")], False)
+    @example([("sweep.json", "link")], False)
+    @example([("metrics.json", "pipe")], False)
+    def run(changes, fitting):
+        stored(changes, fitting)
+
+    run()
+
+
+@pytest.mark.parametrize("door", ["sweep", "table", "picture", "store"])
 def test_the_corpus(root, pics, door):
     """What the coverage-guided fuzzer found worth keeping (``python tests/fuzz_doors.py``)."""
     import fuzz_doors
