@@ -16,7 +16,7 @@ from vtc.counts import count
 from vtc.errors import ConfigError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval import env
 from vtc.eval.config import ModelConfig
-from vtc.inspect import SIDE, InputFileError, device_named, load_config, locate, skeleton
+from vtc.inspect import SIDE, InputFileError, answering, device_named, load_config, locate, skeleton
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def _outline(name: str) -> Outline:
     try:
         skeletal = skeleton(config)
         parameters = sum(p.numel() for p in skeletal.parameters())
-        family = family_of(skeletal)
+        family = answering(name, family_of(skeletal))
     except UnsupportedModelError as error:
         return Outline(config, None, None, parameters, "; ".join([*notes, f"budgets cannot be checked: {error}"]))
     facts = family.facts
@@ -250,7 +250,9 @@ def load(model: ModelConfig) -> tuple[Any, Any]:
     where = {"revision": model.revision} if model.revision else {}
     attention = {"attn_implementation": model.attention} if model.attention else {}
     try:
-        family_of(skeleton(AutoConfig.from_pretrained(place, **where)))  # refuse before gigabytes are read
+        answering(
+            model.name, family_of(skeleton(AutoConfig.from_pretrained(place, **where)))
+        )  # refuse before gigabytes are read
         processor = AutoProcessor.from_pretrained(place, **where, **model.processor)
         loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype or "auto", **where, **attention)
     except OSError:

@@ -200,6 +200,17 @@ def skeleton(config: Any) -> Any:
         ) from None
 
 
+def answering(model: str, family: Any) -> Family:
+    """Return the description of a model that writes text; raise :class:`UnsupportedModelError` for a retriever."""
+    from vtc.families.base import Family
+
+    if not isinstance(family, Family):
+        raise UnsupportedModelError(
+            f"'{model}' is a retriever and answers nothing: patch it in Python, or pool vectors with vtc.retrieval.pool_vectors"
+        )
+    return family
+
+
 def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[Any, Any]:
     """Load a model and its processor, without touching the network.
 
@@ -229,11 +240,12 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto") -> tuple[A
 
     from vtc.families import family_of
 
-    family_of(skeleton(load_config(model)))  # refuse before gigabytes are read
+    answering(model, family_of(skeleton(load_config(model))))  # refuse before gigabytes are read
     place = locate(model)
     try:
-        processor = AutoProcessor.from_pretrained(place, local_files_only=True)
-        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=kind or "auto", local_files_only=True)
+        offline = {"local_files_only": True, "trust_remote_code": False}
+        processor = AutoProcessor.from_pretrained(place, **offline)
+        loaded = AutoModelForImageTextToText.from_pretrained(place, dtype=kind or "auto", **offline)
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise InputFileError(f"the model '{model}' cannot be loaded ({first}): save or download it again, complete") from None
