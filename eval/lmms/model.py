@@ -124,6 +124,14 @@ class Measured:
             for (*_, number, task, split), output in zip((r.args for r in requests), outputs, strict=True)
         ]
 
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answer as the base class does, in a form that lmms-eval takes: 0.7 makes a text of a bare pair, and then fails."""
+        try:
+            answers = super().loglikelihood(requests)
+        except Exception as error:
+            _fail(error)
+        return [answer if isinstance(answer, GenerationResult) else GenerationResult(answer) for answer in answers]
+
 
 def _options(reducer: Reducer) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(reducer).items() if not k.startswith("_")}
@@ -447,13 +455,6 @@ class SimpleModel(Measured, _Simple):
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> lmms:
         """Build from ``--model_args``."""
         return _from_command_line(arg_string, additional_config, base="vtc_hf", force_simple=True)
-
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Answer as the base class does; on the command line the first error ends the process."""
-        try:
-            return super().loglikelihood(requests)
-        except Exception as error:
-            _fail(error)
 
 
 class ChatModel(Measured, _Chat):
