@@ -21,11 +21,22 @@ from vtc.engine import parallel
 from vtc.engine.patch import handle_of
 from vtc.errors import UnsupportedFeatureError
 
-TEXT_READERS = ("aim", "corematching", "dart", "fastv", "ptp", "pyramiddrop", "sparsevlm", "todre", "transprune")
+TEXT_READERS = ("aim", "corematching", "dart", "fastv", "framefusion", "holitom", "ptp", "pyramiddrop", "sparsevlm", "todre")
+TEXT_READERS += ("transprune",)
 """Reducers that read attention, keys or neurons of decoder layers."""
 # the CLIP of 4.57 takes all heads for its own: it cannot be split, patched or not
 SPLITS_TOWERS = int(transformers.__version__.split(".")[0]) >= 5
-TOWER_READERS = ("fastervlm", "flowcut", "globalcom2", "hiprune", "prumerge", "prumerge_plus", "skipspan", "tokencorr")
+TOWER_READERS = (
+    "fastervlm",
+    "fastvid",
+    "flowcut",
+    "globalcom2",
+    "hiprune",
+    "prumerge",
+    "prumerge_plus",
+    "skipspan",
+    "tokencorr",
+)
 TOWER_READERS += ("tokenpooling", "tome", "visionzip", "vispruner", "zooprune")
 """Reducers that read attention of the vision tower, or the projector, and nothing of decoder layers."""
 SPLIT = "whose weights are split over ranks"
