@@ -751,7 +751,9 @@ class StoreDoor:
         else:
             path.unlink()
             if change in ("link", "zero"):
-                path.symlink_to("/dev/zero" if change == "zero" else next(p for p in path.parents if p.name == "copy").parent / "secret")
+                path.symlink_to(
+                    "/dev/zero" if change == "zero" else next(p for p in path.parents if p.name == "copy").parent / "secret"
+                )
             elif change == "pipe":
                 os.mkfifo(path)
             elif change == "folder":
@@ -764,4 +766,6 @@ class StoreDoor:
             return
         scores = [s["score"] if s.get("score") is not None else s["correct"] for s in found.samples]
         assert found.metrics["n"] == len(scores) and abs(found.metrics["accuracy"] - sum(scores) / len(scores)) < 1e-6
-        assert "Infinity" not in json.dumps(found.metrics) and "NaN" not in json.dumps([found.metrics, found.samples, found.speed])
+        assert "Infinity" not in json.dumps(found.metrics) and "NaN" not in json.dumps(
+            [found.metrics, found.samples, found.speed]
+        )
