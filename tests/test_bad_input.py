@@ -33,8 +33,9 @@ BUDGETS = [
     (1.5, "a float is a share in (0, 1], an int is a number of tokens"),
     (0.0, "a float is a share in (0, 1]"),
     (-0.5, "a float is a share in (0, 1]"),
-    (True, "use a positive int (tokens) or a float in (0, 1]"),
-    ("64", "use a positive int (tokens) or a float in (0, 1]"),
+    (True, "use tokens, as in 64, or a share, as in 0.25 or 25%"),
+    ("many", "use tokens, as in 64, or a share, as in 0.25 or 25%"),
+    ("17", "use at most 16, or a share such as keep=0.25"),
     (17, "use at most 16, or a share such as keep=0.25"),
 ]
 REQUESTS = [
@@ -165,14 +166,14 @@ def test_not_a_transformers_model():
 
 
 def test_unsupported_tower():
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, PixtralVisionConfig
+    from transformers import Dinov2Config, LlavaConfig, LlavaForConditionalGeneration
 
     small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = transformers.LlamaConfig(**small, vocab_size=32)
-    config = LlavaConfig(vision_config=PixtralVisionConfig(**small, image_size=28, patch_size=14), text_config=text)
+    config = LlavaConfig(vision_config=Dinov2Config(**small, image_size=28, patch_size=14), text_config=text)
     with pytest.raises(vtc.UnsupportedModelError) as caught:
         vtc.patch(LlavaForConditionalGeneration(config), "uniform", keep=2)
-    assert "CLIP and SigLIP towers are" in one_sentence(caught.value)
+    assert "CLIP, SigLIP and Pixtral towers are" in one_sentence(caught.value)
 
 
 @pytest.fixture
@@ -474,7 +475,7 @@ def test_command_line_budgets(refused, image, command, keep, fix):
     [
         (("--reducer", "fastvv", "--keep", "9"), "did you mean 'fastv'"),
         (("--reducer", "fastv.papers"), "did you mean 'paper'"),
-        (("--reducer", "fastv"), "give exactly one of keep="),
+        (("--reducer", "fastv", "--keep", "9", "--avg-tokens", "9"), "give exactly one of"),
         (("--reducer", "fastv", "--keep", "9", "-o", "layr=2"), "did you mean 'layer'"),
         (("--reducer", "fastv", "--keep", "9", "-o", "layer"), "is not name=value"),
         (("--reducer", "fastv", "--keep", "9", "--model", "/no/such/folder"), "there is no folder"),
@@ -482,7 +483,7 @@ def test_command_line_budgets(refused, image, command, keep, fix):
         (("--reducer", "fastv", "--keep", "9", "--device", "warp"), "use --device auto or cpu"),
         (("--reducer", "fastv", "--keep", "9", "--dtype", "int8"), "use auto, float32"),
         (("--reducer", "fastv", "--keep", "9", "--show", "kept.txt"), "use a name such as kept.png"),
-        (("--reducer", "fastv", "--keep", "9", "--show", "no/folder/kept.png"), "create the folder"),
+        (("--reducer", "fastv", "--keep", "9", "--show", "image.png/kept.png"), "its folder cannot be made"),
     ],
 )
 def test_command_line_requests(refused, image, tmp_path, monkeypatch, arguments, fix):
@@ -496,7 +497,7 @@ def test_command_line_budget_above_the_tokens_there_are(image, capsys):
         with pytest.raises(SystemExit) as stop:
             cli.main([*arguments, "--keep", "197"])
         assert stop.value.code == 1
-        assert "use at most 196, or a share such as keep=0.25" in capsys.readouterr().err
+        assert "use at most 196, or a share such as --keep 0.25" in capsys.readouterr().err
 
 
 def test_command_line_layer_out_of_range(image, capsys):
@@ -524,7 +525,7 @@ def test_command_line_models(refused, tmp_path):
     config.save_pretrained(tmp_path / "blip")
     assert "models of type 'blip-2' are not supported" in refused("check", str(tmp_path / "blip"))
     (empty / "config.json").write_text('{"model_type": "from_the_future"}')
-    assert "cannot be read by this transformers" in refused("check", str(empty))
+    assert "does not have: use a release that has it" in refused("check", str(empty))
     (empty / "config.json").write_text("{")
     assert "config.json of" in refused("check", str(empty))
     assert "write for example --image-size 672x448" in refused("check", "pocket", "--image-size", "672")
