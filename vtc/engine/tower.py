@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -100,6 +101,12 @@ class TowerRun:
     def clock(self) -> Clock:
         """Time spent on signals and selection."""
         return self.encoder.clock
+
+
+def nested(made: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether pieces of features hold whole images (all of a batch row, which may have none), or images whole pieces."""
+    ends, wanted = list(itertools.accumulate(made)), list(itertools.accumulate(expected))
+    return ends[-1:] == wanted[-1:] and (set(ends) <= {0, *wanted} or set(wanted) <= {0, *ends})
 
 
 class TowerSide:
@@ -195,7 +202,7 @@ class TowerSide:
         lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
         record.video = video
-        if lengths != record.lengths and (len(lengths) == len(record.lengths) or sum(lengths) != sum(record.lengths)):
+        if not nested(lengths, record.lengths):
             raise UnsupportedFeatureError(
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
