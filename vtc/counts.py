@@ -147,7 +147,7 @@ def _placeholders(family: Family, size: tuple[int, int], model: Any) -> int:
         raise UncountableError(f"its processor cannot be built or run here ({_first(error)})") from None
     found = sum(int((ids == token).sum()) for token in family.image_token_ids)
     if found < 2:  # the text itself
-        raise UncountableError("its processor leaves the placeholders to the model")
+        raise UncountableError("its processor, as it is here, writes no placeholders of the model")
     return found
 
 
