@@ -20,7 +20,7 @@ from vtc.engine import upstream
 from vtc.errors import ConfigError, InputFileError, UnsupportedModelError, VtcError, did_you_mean
 from vtc.eval.config import ModelConfig
 from vtc.eval.digests import folder_digest
-from vtc.inspect import SIDE, device_named, explained, load_config, locate, read_config, skeleton
+from vtc.inspect import SIDE, answering, device_named, explained, load_config, locate, read_config, skeleton
 from vtc.pocket import POCKET_MODELS, load_pocket, pocket_path
 
 if TYPE_CHECKING:
@@ -197,7 +197,7 @@ def _outline(name: str, trusted: bool) -> Outline:
         skeletal = skeleton(config, trust_remote_code=trusted)
         parameters = sum(p.numel() for p in skeletal.parameters())
         with explained(name, "the configuration"):
-            family = family_of(skeletal)
+            family = answering(name, family_of(skeletal))
             facts = family.facts
     except UnsupportedModelError as error:
         return Outline(config, None, None, parameters, "; ".join([*notes, f"budgets cannot be checked: {error}"]))
@@ -427,7 +427,7 @@ def _load(model: ModelConfig) -> tuple[Any, Any]:
     try:
         config = read_config(model.name, place, trust_remote_code=trusted, **where)
         with explained(model.name, "the configuration"):
-            family_of(skeleton(config, trust_remote_code=trusted))  # refuse before gigabytes are read
+            answering(model.name, family_of(skeleton(config, trust_remote_code=trusted)))  # refuse before gigabytes are read
         processor = load_processor(model)
         with explained(model.name, "the model"):
             loaded = AutoModelForImageTextToText.from_pretrained(

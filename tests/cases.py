@@ -68,6 +68,7 @@ CASES: dict[str, Case] = {
         {"keep": 10},
         {"keep": 0.2, "layer": 0},
         count="at_most",
+        waits=("measure",),
         presets={
             f"{model}-{part}": {"keep": 1.0, "adaptive": True, "spatial": spatial, "temporal": temporal}
             for model, part, spatial, temporal in (
@@ -83,6 +84,7 @@ CASES: dict[str, Case] = {
         {"keep": 10},
         {"keep": 0.2, "queries": 4},
         count="at_most",
+        waits=("add_newlines",),
         presets={"release": {"avg_tokens": 0.3}, "qwen2vl": {"avg_tokens": 0.3, "similar": 0.5, "queries": 4}},
     ),
     # whole frames
@@ -112,6 +114,7 @@ CASES: dict[str, Case] = {
         {"keep": 0.2, "inner": 0.0},
         {"keep": 1.0, "inner": 0.0},
         "at_most",
+        waits=("add_newlines",),
         presets={
             "r10": {"keep": 0.1, "tau": 0.65},
             "outer-r10": {"keep": 0.1, "tau": 0.65, "inner": 0.0},

@@ -81,6 +81,14 @@ FOUND: tuple[Case, ...] = (
         "sdpa",
         first=1,
     ),
+    # as many rows as pictures, but not one in each: where a model packs the tiles of a row together, it was refused
+    Case(
+        "idefics3",
+        (BoundaryPicker(keep=4), DecoderPicker(keep=2)),
+        ((Row(2, 1), Row(0, 1)),),
+        "2-D",
+        "sdpa",
+    ),
 )
 """Cases that failed once, as small as they were made."""
 

@@ -19,7 +19,7 @@ from vtc import cli, counts
 from vtc.errors import UnsupportedModelError
 from vtc.eval import models as outlines
 from vtc.eval.config import ModelConfig
-from vtc.inspect import examine
+from vtc.inspect import examine, load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:models of type")
 
@@ -232,3 +232,6 @@ def test_retrievers_are_described(tmp_path, call):
     code, out, _ = call("check", folder)
     assert code == 0 and "pool_vectors" in out
     assert call("check", folder, "hierpool")[0] == 0 and call("check", folder, "fastv")[0] == 1
+    with pytest.raises(UnsupportedModelError, match="is a retriever and answers nothing"):
+        load_model(folder)
+    assert "is a retriever" in outlines.outline(ModelConfig(name=folder)).note

@@ -320,6 +320,104 @@ def test_the_stop_strings_of_a_task_end_its_answers(pocket):
         del model.generate
 
 
+# --------------------------------------------------------------------------------------------------------- likelihood
+def likelihoods(lm, answers, questions):
+    """What lmms-eval asks of a simple model for tasks of several choices."""
+    lm.task_dict = {"t": {"test": questions}}
+    requests = [
+        types.SimpleNamespace(args=(question.prompt, answer, lambda q: [q.image], number, "t", "test"))
+        for number, question in enumerate(questions)
+        for answer in answers
+    ]
+    return [result.text for result in lm.loglikelihood(requests)]
+
+
+@pytest.mark.parametrize("reducer", [{}, {"reducer": "fastv", "keep": 20}, {"reducer": "cdpruner", "keep": 20}])
+def test_an_answer_is_as_likely_as_generating_it(reducer):
+    """The reducer sees the question and never the answer: the numbers are those of the logits that generate gives."""
+    from vtc.eval.lmms.model import build
+
+    lm = build({"pretrained": "pocket", **reducer}, force_simple=True)
+    assert lm.is_simple
+    for question in scene_questions("test", 3):
+        inputs = lm._inputs([lm._turn([question.image], question.prompt)])
+        out = lm.model.generate(**inputs, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True)
+        new = out.sequences[0, inputs["input_ids"].shape[1] :]
+        said = lm.tokenizer.decode(new[:1])
+        other = "red" if said.strip() != "red" else "blue"
+        (loss, greedy), (worse, not_greedy) = likelihoods(lm, [" " + said.strip(), " " + other], [question])
+        assert greedy and not not_greedy and loss < worse
+        assert abs(loss - float(torch.nn.functional.cross_entropy(out.logits[0].float(), new[:1]))) < 1e-4
+    assert lm.handle is None or lm.handle.prompt_length is None
+
+
+def test_answers_of_several_tokens_are_averaged_and_empty_ones_refused():
+    from vtc.eval.lmms.model import build
+
+    lm = build({"pretrained": "pocket", "reducer": "fastv", "keep": 20}, force_simple=True)
+    (question,) = scene_questions("test", 1)
+    (both, _), (first, _) = likelihoods(lm, [" red blue", " red"], [question])
+    inputs = lm._inputs([lm._turn([question.image], question.prompt)])
+    ids = torch.tensor([[lm.tokenizer.convert_tokens_to_ids(w) for w in ("red", "blue")]])
+    lm.handle.prompt_length = inputs["input_ids"].shape[1]
+    inputs |= {"input_ids": torch.cat([inputs["input_ids"], ids], 1)}
+    inputs |= {"attention_mask": torch.ones_like(inputs["input_ids"])}
+    with torch.no_grad():
+        second = torch.nn.functional.cross_entropy(lm.model(**inputs).logits[0, -2].float(), ids[0, 1])
+    assert abs(2 * both - first - float(second)) < 1e-4
+    with pytest.raises(ConfigError, match="has no tokens"):
+        likelihoods(lm, [""], [question])
+    with pytest.raises(ConfigError, match="acc_mutual_info"):
+        lm.loglikelihood([types.SimpleNamespace(args=("", "red"))])
+
+
+@pytest.fixture(scope="module")
+def choices(tmp_path_factory):
+    """A task of several choices, in a folder of its own."""
+    folder = tmp_path_factory.mktemp("choices")
+    rows = [{"n": n, "choices": ["red", "blue", "green"], "answer": n % 3} for n in range(4)]
+    (folder / "rows.json").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "utils.py").write_text(
+        "from vtc.pocket import scene_questions\n"
+        "def visual(doc):\n    return [scene_questions('test', 4)[doc['n']].image]\n"
+        "def text(doc):\n    return scene_questions('test', 4)[doc['n']].prompt\n"
+        "def options(doc):\n    return doc['choices']\n"
+        "def target(doc):\n    return doc['answer']\n"
+    )
+    (folder / "vtc_test_choices.yaml").write_text(
+        "task: vtc_test_choices\ndataset_path: json\ndataset_kwargs: {data_files: {test: rows.json}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_visual: !function utils.visual\ndoc_to_text: !function utils.text\n"
+        "doc_to_choice: !function utils.options\ndoc_to_target: !function utils.target\nmetric_list: [{metric: acc}]\n"
+    )
+    return folder
+
+
+def test_a_task_of_several_choices_runs_in_lmms_eval(choices):
+    from lmms_eval.evaluator import simple_evaluate
+    from lmms_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(choices), include_defaults=False, model_name="vtc")
+    with own_locks():
+        result = simple_evaluate(
+            model="vtc", model_args="pretrained=pocket,reducer=fastv,keep=49", tasks=["vtc_test_choices"],
+            task_manager=manager, bootstrap_iters=0, force_simple=True,
+        )  # fmt: skip
+    rows = samples(result, "vtc_test_choices")
+    assert len(rows) == 4 and 0 <= result["results"]["vtc_test_choices"]["acc,none"] <= 1
+    assert all(len(row["filtered_resps"]) == 3 for row in rows)
+
+
+def test_a_sweep_says_how_to_run_a_task_that_is_scored_by_likelihood(choices, monkeypatch):
+    from lmms_eval.tasks import TaskManager
+
+    from vtc.eval.lmms import run
+
+    manager = TaskManager(include_path=str(choices), include_defaults=False, model_name="default")
+    monkeypatch.setattr(run, "_manager", lambda everything: manager)
+    with pytest.raises(ConfigError, match="is of type multiple_choice, and sweeps ask for generated answers: .*--force_simple"):
+        run.load_task.__wrapped__("vtc_test_choices")
+
+
 # --------------------------------------------------------------------------------------------------------------- video
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):

@@ -33,7 +33,7 @@ from vtc.errors import (
 from vtc.registry import create, info, list_reducers, register
 
 if TYPE_CHECKING:
-    from vtc.engine.patch import Handle, bind, patch, unpatch
+    from vtc.engine.patch import Handle, bind, patch, patch_from, unpatch
     from vtc.families import list_families
     from vtc.pocket import load_pocket
     from vtc.retrieval import maxsim, pool_vectors
@@ -45,6 +45,7 @@ from vtc._version import __version__
 _LAZY = {
     "bind": "vtc.engine.patch",
     "patch": "vtc.engine.patch",
+    "patch_from": "vtc.engine.patch",
     "unpatch": "vtc.engine.patch",
     "Handle": "vtc.engine.patch",
     "list_families": "vtc.families",
@@ -91,6 +92,7 @@ __all__ = [
     "load_pocket",
     "maxsim",
     "patch",
+    "patch_from",
     "pool_vectors",
     "register",
     "unpatch",

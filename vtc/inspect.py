@@ -316,6 +316,17 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> Any:
         watch.remove()
 
 
+def answering(model: str, family: Any) -> Family:
+    """Return the description of a model that writes text; raise :class:`UnsupportedModelError` for a retriever."""
+    from vtc.families.base import Family
+
+    if not isinstance(family, Family):
+        raise UnsupportedModelError(
+            f"'{model}' is a retriever and answers nothing: patch it in Python, or pool vectors with vtc.retrieval.pool_vectors"
+        )
+    return family
+
+
 def load_model(model: str, device: str = "auto", dtype: str = "auto", *, trust_remote_code: bool = False) -> tuple[Any, Any]:
     """Load a model and its processor, without touching the network.
 
@@ -349,7 +360,7 @@ def load_model(model: str, device: str = "auto", dtype: str = "auto", *, trust_r
 
     config = load_config(model, trust_remote_code=trust_remote_code)
     with explained(model, "the configuration"):
-        family_of(skeleton(config, trust_remote_code=trust_remote_code))  # refuse before gigabytes are read
+        answering(model, family_of(skeleton(config, trust_remote_code=trust_remote_code)))  # refuse before gigabytes are read
     place = locate(model)
     try:
         with offline():

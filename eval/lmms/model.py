@@ -124,6 +124,14 @@ class Measured:
             for (*_, number, task, split), output in zip((r.args for r in requests), outputs, strict=True)
         ]
 
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Answer as the base class does, in a form that lmms-eval takes: 0.7 makes a text of a bare pair, and then fails."""
+        try:
+            answers = super().loglikelihood(requests)
+        except Exception as error:
+            _fail(error)
+        return [answer if isinstance(answer, GenerationResult) else GenerationResult(answer) for answer in answers]
+
 
 def _options(reducer: Reducer) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(reducer).items() if not k.startswith("_")}
@@ -250,20 +258,21 @@ class _Chat(lmms):
         order = utils.Collator(
             [request.args for request in requests],
             lambda a: (len(a[0].split()), a[3]),
-            group_fn=lambda a: {**a[2], "task": a[4]},
+            group_fn=lambda a: {**self._asked(a), "task": a[4]},
             grouping=True,
         )
         answers: list[str] = []
         seconds, tokens = 0.0, 0
         bar = tqdm(total=len(requests), desc="vtc", disable=self.rank != 0 or self.progress is not None)
         for chunk in order.get_batched(n=self.batch_size):
-            inputs = self._inputs([to_messages(self.task_dict[t][s][d]) for _, to_messages, _, d, t, s in chunk])
+            inputs = self._inputs([self._messages(arguments) for arguments in chunk])
+            asked = self._asked(chunk[0])
             start = time.perf_counter()
-            output = self.model.generate(**inputs, **self._generation(chunk[0][2], chunk[0][4]))
+            output = self.model.generate(**inputs, **self._generation(asked, chunk[0][4]))
             seconds += time.perf_counter() - start
             new = output[:, inputs[upstream.IDS].shape[1] :]
             tokens += new.numel() if self._pad is None else int((new != self._pad).sum())
-            answers += self._answers(new, _stops(chunk[0][2]))
+            answers += self._answers(new, _stops(asked))
             bar.update(len(chunk))
             if self.progress is not None:
                 self.progress(len(answers), len(requests))
@@ -275,6 +284,16 @@ class _Chat(lmms):
             additional_metrics={"num_requests": len(requests), "rank": self.rank},
         )
         return order.get_original(answers)
+
+    @staticmethod
+    def _asked(arguments: tuple[Any, ...]) -> Mapping[str, Any]:
+        """Return what a request asks of ``generate``."""
+        return arguments[2]
+
+    def _messages(self, arguments: tuple[Any, ...]) -> list[Mapping[str, Any]]:
+        """Return a request's conversation."""
+        _, to_messages, _, number, task, split = arguments
+        return to_messages(self.task_dict[task][split][number])
 
     @property
     def _pad(self) -> int | None:
@@ -301,21 +320,17 @@ class _Chat(lmms):
         """Prompts, images and videos of a batch as arguments of ``generate``."""
         images, videos, prompts = [], [], []
         for messages in conversations:
-            turns, shown = [], []
-            for message in messages:
-                content = []
-                for part in message["content"]:
-                    kind = part["type"]
-                    if kind == "image":
-                        shown.append(_image(part["url"]))
-                    elif kind == "video":
-                        videos.append(_video(part["url"], self.max_frames))
-                    elif kind != "text":
-                        raise ConfigError(f"this task shows the model {kind}, and vtc_hf takes text, images and video")
-                    content.append({"type": "text", "text": part["text"]} if kind == "text" else {"type": kind})
-                turns.append({"role": message["role"], "content": content})
-            prompts.append(self.processor.apply_chat_template(turns, add_generation_prompt=True))
-            images.append(shown)
+            pictures = []
+            for part in (part for message in messages for part in message["content"]):
+                kind = part["type"]
+                if kind == "image":
+                    pictures.append(_image(part["url"]))
+                elif kind == "video":
+                    videos.append(_video(part["url"], self.max_frames))
+                elif kind != "text":
+                    raise ConfigError(f"this task shows the model {kind}, and vtc_hf takes text, images and video")
+            prompts.append(self.processor.apply_chat_template(_placed(messages), add_generation_prompt=True))
+            images.append(pictures)
         # one list per row, empty where there is no picture: some processors compare them with the prompts row by row
         extra: dict[str, Any] = {"images": images} if any(images) else {}
         if videos:
@@ -327,12 +342,119 @@ class _Chat(lmms):
         return dict(inputs.to(self._device, self.model.dtype))
 
     def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        """Not offered: 643 of lmms-eval's 692 task files generate."""
-        raise NotImplementedError("vtc_hf answers by generating: use a task of output_type generate_until")
+        """Not offered: lmms-eval makes no such requests of chat models."""
+        raise NotImplementedError("tasks scored by likelihood are for lmms-eval's simple models: add --force_simple")
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         """Not offered."""
         raise NotImplementedError("vtc_hf answers one question at a time: use a task of output_type generate_until")
+
+
+class _Simple(_Chat):
+    """The same under ``--force_simple``: requests bring pictures and text apart, and may ask how likely an answer is."""
+
+    is_simple = True
+
+    @staticmethod
+    def _asked(arguments: tuple[Any, ...]) -> Mapping[str, Any]:
+        """Return what a request asks of ``generate``."""
+        return arguments[1]
+
+    def _messages(self, arguments: tuple[Any, ...]) -> list[Mapping[str, Any]]:
+        """Return a request's conversation."""
+        text, _, to_visual, number, task, split = arguments
+        return self._turn(to_visual(self.task_dict[task][split][number]) or (), text)
+
+    @staticmethod
+    def _turn(visuals: Sequence[Any], text: str) -> list[Mapping[str, Any]]:
+        """Return one question; a path names a video, as lmms-eval's tasks have it, unless its ending is a picture's."""
+        shown = []
+        for visual in visuals:
+            film = isinstance(visual, (list, tuple)) or (isinstance(visual, str) and not is_picture(visual))
+            shown.append({"type": "video" if film else "image", "url": visual})
+        return [{"role": "user", "content": [*shown, {"type": "text", "text": text}]}]
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """Return how likely each answer is, and whether it is the one greedy decoding gives.
+
+        The number is the mean negative logarithm per token, as lmms-eval's own models give and its tasks expect: the smallest wins.
+        Prompt and answer go through the model together, and reducers see the prompt alone (:attr:`vtc.Handle.prompt_length`): the
+        same tokens stay as where the answer is generated.
+        """
+        out = []
+        handle = getattr(self, "handle", None)
+        for request in tqdm(requests, desc="vtc", disable=self.rank != 0 or self.progress is not None):
+            if len(request.args) != 6:
+                raise ConfigError(
+                    "acc_mutual_info asks how likely an answer is without its question, which vtc_hf does not answer"
+                )
+            text, answer, to_visual, number, task, split = request.args
+            document = self.task_dict[task][split][number]
+            answer = answer if isinstance(answer, str) else answer(document)
+            messages = self._turn(to_visual(document) or (), text)
+            inputs = self._inputs([messages])
+            new = self._continuation(messages, answer)
+            start = inputs[upstream.IDS].shape[1]
+            try:
+                if handle is not None:
+                    handle.prompt_length = start
+                with torch.inference_mode():
+                    logits = self.model(**_with_answer(inputs, new)).logits[0, start - 1 : -1].float()
+            finally:
+                if handle is not None:
+                    handle.prompt_length = None
+            new = new.to(logits.device)
+            loss = torch.nn.functional.cross_entropy(logits, new)
+            out.append((float(loss), bool((logits.argmax(-1) == new).all())))
+            if self.progress is not None:
+                self.progress(len(out), len(requests))
+        return out
+
+    def _continuation(self, messages: Sequence[Mapping[str, Any]], answer: str) -> torch.Tensor:
+        """Token ids of an answer behind its prompt ``(n,)``: what it adds to the prompt's, where they stay as they were."""
+        prompt = self.processor.apply_chat_template(_placed(messages), add_generation_prompt=True)
+        before, both, alone = (
+            self.tokenizer(t, add_special_tokens=False)[upstream.IDS] for t in (prompt, prompt + answer, answer)
+        )
+        new = both[len(before) :] if both[: len(before)] == before else alone
+        if not new:
+            raise ConfigError(f"the answer {shown(answer)} has no tokens, so nothing can be said about it: mend the task")
+        return torch.tensor(new)
+
+
+def _placed(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation with placeholders for what is shown, as chat templates take it."""
+    return [
+        {
+            "role": message["role"],
+            "content": [
+                {"type": "text", "text": p["text"]} if p["type"] == "text" else {"type": p["type"]} for p in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+def _with_answer(inputs: Mapping[str, Any], new: torch.Tensor) -> dict[str, Any]:
+    """Return the inputs of one prompt with ``new (n,)`` tokens behind it; what else has a value per token says text of them."""
+    ids = inputs[upstream.IDS]
+    out = dict(inputs)
+    for name, value in inputs.items():
+        if isinstance(value, torch.Tensor) and value.shape == ids.shape:
+            fill = {upstream.IDS: new.to(value), upstream.MASK: torch.ones_like(new).to(value)}.get(
+                name, torch.zeros_like(new).to(value)
+            )
+            out[name] = torch.cat([value, fill[None]], 1)
+    return out
+
+
+class SimpleModel(Measured, _Simple):
+    """``vtc_hf`` under ``--force_simple``."""
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> lmms:
+        """Build from ``--model_args``."""
+        return _from_command_line(arg_string, additional_config, base="vtc_hf", force_simple=True)
 
 
 class ChatModel(Measured, _Chat):
@@ -352,6 +474,14 @@ def _batch_size(given: Any) -> int:
     if size < 1:
         raise ConfigError(f"batch_size={given}: give a positive number of questions")
     return size
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's ending is that of a picture."""
+    from PIL import Image
+
+    Image.init()
+    return os.path.splitext(name)[1].lower() in Image.registered_extensions()
 
 
 def _stops(asked: Mapping[str, Any]) -> list[str]:

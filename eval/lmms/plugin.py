@@ -16,7 +16,7 @@ def manifests() -> list[ModelManifest]:
 
     return [
         ModelManifest("vtc", simple_class_path=f"{_CLASSES}.PatchedSimple", chat_class_path=f"{_CLASSES}.PatchedChat"),
-        ModelManifest("vtc_hf", chat_class_path=f"{_CLASSES}.ChatModel"),
+        ModelManifest("vtc_hf", simple_class_path=f"{_CLASSES}.SimpleModel", chat_class_path=f"{_CLASSES}.ChatModel"),
     ]
 
 

@@ -247,12 +247,18 @@ def load_task(name: str, prompts: str = "default") -> tuple[Any, ...]:
     manager = _manager(known is None or known.kind != "offline")
     manager.model_name = prompts
     try:
-        return tuple(leaves(get_task_dict([name], manager, "chat")))
+        found = tuple(leaves(get_task_dict([name], manager, "chat")))
     except Exception as error:  # noqa: BLE001  tasks run code of their own while loading
         cause = error.last_attempt.exception() if isinstance(error, RetryError) else error
         raise ConfigError(
             f"task '{name}' cannot be loaded: {type(cause).__name__}: {cause} (`vtc tasks {name}` says what it needs)"
         ) from cause
+    if scored := sorted({task.OUTPUT_TYPE for task in found} & {"loglikelihood", "multiple_choice"}):
+        raise ConfigError(
+            f"task '{name}' is of type {scored[0]}, and sweeps ask for generated answers: run it as lmms-eval --model vtc "
+            f"--force_simple --model_args pretrained=MODEL,reducer=NAME,keep=N --tasks {name}"
+        )
+    return found
 
 
 @contextmanager

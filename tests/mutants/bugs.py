@@ -288,12 +288,26 @@ TABLE = (
     Mutant(
         "the check of packed lengths is gone",
         TOWER,
-        "if lengths != record.lengths and",
-        "if False and",
+        "if not agree(lengths, record.lengths):",
+        "if False:",
         (
             "test_corners.py::test_an_adapter_that_is_off_by_one_is_found_out",
             "test_corners.py::test_an_adapter_that_mixes_up_two_pictures_is_found_out",
         ),
+    ),
+    Mutant(
+        "as many rows as pictures taken for one picture each",
+        TOWER,
+        "theirs = set(accumulate(expected)), {end for end in accumulate(packed) if end}",
+        "theirs = set(accumulate(expected)), set(accumulate(packed))",
+        ("test_compositions.py::test_compositions_that_failed_once",),
+    ),
+    Mutant(
+        "gaps of positions stay where a row drops nothing",
+        TEXT,
+        "self.shorten(ctx, compact) if closes or ctx.alive() != ctx.held",
+        "self.shorten(ctx, compact) if ctx.alive() != ctx.held",
+        ("test_compositions.py::test_compositions_that_failed_once",),
     ),
     Mutant("a 4-D mask's columns of the cached prefix", TEXT, "mask[:, 0, -1, seen : seen + q]", "mask[:, 0, -1, :q]", TALK),
     Mutant(

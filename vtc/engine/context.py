@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -245,7 +246,8 @@ class Step:
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
         self.names, self.cache = names if names.roles.keys() >= given.keys() else None, names.roles["kv"]
         if self.names is not None:  # else some come with a layer's further keywords, where :meth:`again` does not look
-            self.by_name = [(names.roles[role], value) for role, value in given.items()]
+            self.given_names = [names.roles[role] for role in given]
+            self.given_values = list(given.values())
             self.keywords = {names.roles[role]: value for role, value in changed.items()}
 
     def again(self, names: Names, i: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
@@ -261,10 +263,8 @@ class Step:
             return None
         if layer.shift is not self.shift or layer.end != self.end or layer.skip != self.skip:
             return None
-        for name, value in self.by_name:
-            other = kwargs.get(name)
-            if other is not value and not (isinstance(value, tuple) and isinstance(other, tuple) and other[0] is value[0]):
-                return None
+        if not all(map(operator.is_, map(kwargs.get, self.given_names), self.given_values)):
+            return None
         again = {**kwargs, **self.keywords}
         del again[CONTEXT]
         return again

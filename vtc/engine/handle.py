@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import abc
 import copy
+import os
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from vtc import saved
 from vtc.core import Reducer
 from vtc.engine.undo import Undo
 from vtc.errors import PatchError
@@ -62,6 +65,19 @@ class BaseHandle(abc.ABC):
         finally:  # last: until nothing is left, ``unpatch`` finds it
             if not len(self._undo) and vars(model).get(ATTRIBUTE) is self:
                 object.__delattr__(model, ATTRIBUTE)
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
+        """Write reducer and options as ``vtc_config.json`` into a folder; :func:`vtc.patch_from` reads it.
+
+        Returns
+        -------
+        Path
+            The file.
+        """
+        model = self._model()
+        if model is None:
+            raise PatchError("the model is gone, and with it what the setting is for: keep a reference to the model")
+        return saved.save(self.reducer, self.strict, model, folder)
 
     @property
     def active(self) -> bool:

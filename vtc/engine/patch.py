@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vtc import _window
+from vtc import _window, saved
 from vtc.core import Compose, Facts, Need, Reducer, Stage, Usual
 from vtc.engine import parallel, upstream
 from vtc.engine.cache import check_cache
@@ -203,7 +203,8 @@ def patch(
         of timm (``"tome"``, ``"tokenpooling"``, ``"skipspan"``), or a multi-vector retriever (``"hierpool"``; see
         :mod:`vtc.retrieval`).
     reducer : str, Reducer or list
-        A method's name, ``"method.preset"``, a :class:`vtc.Reducer`, or a list of reducers of different stages.
+        A method's name, ``"method.preset"``, a :class:`vtc.Reducer`, a list of reducers of different stages, or a folder with a
+        setting in it (:func:`patch_from`).
     strict : bool, default True
         Raise :class:`vtc.errors.NotReducedError` when a call with images was not reduced; ``False`` warns instead.
     **options
@@ -229,7 +230,14 @@ def patch(
     _window.warn("transformers")
     parallel.check_copies(model)
     given, model = model, unwrap(model)
-    wanted = resolve(reducer, **options)  # type: ignore[arg-type]
+    if saved.is_saved(reducer):
+        if options:
+            raise UnknownArgumentError(
+                f"options {sorted(options)} came with the saved setting '{reducer}', which has its own: name the reducer instead"
+            )
+        wanted, strict = saved.load(reducer, saved.kind_of(model))  # type: ignore[arg-type]
+    else:
+        wanted = resolve(reducer, **options)  # type: ignore[arg-type]
     old: BaseHandle | None = vars(model).get(ATTRIBUTE)
     if old is not None:
         old.check_idle()
@@ -266,6 +274,31 @@ def patch(
             old.install(model)
         raise
     return handle
+
+
+def patch_from(folder: str | Path, model: nn.Module) -> BaseHandle:
+    """Patch a model as a folder's ``vtc_config.json`` says, which :meth:`Handle.save_pretrained` wrote.
+
+    Parameters
+    ----------
+    folder : str or Path
+        Its folder, for example the one the model was loaded from.
+    model : Module
+        As in :func:`patch`.
+
+    Returns
+    -------
+    Handle
+
+    Raises
+    ------
+    InputFileError, ConfigError
+        There is no such file, it is damaged, of another version of vtc, or for another kind of model.
+    VtcError
+        What :func:`patch` refuses.
+    """
+    reducer, strict = saved.load(folder, saved.kind_of(unwrap(model)))
+    return patch(model, reducer, strict=strict)
 
 
 def bind(reducer: Reducer, facts: Facts) -> Reducer:

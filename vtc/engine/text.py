@@ -217,27 +217,31 @@ class TextSide:
         That is the case without a reduced cache, and in the usual decode step: one token, no padding, and either original positions
         or one shift for all layers.
         """
-        cache = call["kv"]
-        layers = [layer for layer in getattr(cache, "layers", ()) if isinstance(layer, Pruned)]
-        if not layers:
+        layers = getattr(call["kv"], "layers", ())
+        first = next((layer for layer in layers if isinstance(layer, Pruned)), None)
+        if first is None:
             return True
-        first = layers[0]
         if (
             tokens.shape[1] != 1
             or call["mask"] is not None
             or not upstream.needs_no_mask(upstream.attention_of(self.family.text.config))
             or isinstance(first, FixedLayer)
-            or any(layer.valid is not None or getattr(layer, "is_sliding", False) for layer in layers)
         ):
             return False
-        if all(layer.shift is None for layer in layers):
+        shift, everywhere = first.shift, True
+        for layer in layers:  # one plain loop: it runs for every token
+            if not isinstance(layer, Pruned):
+                everywhere = False
+            elif layer.shift is not shift or layer.valid is not None or layer.is_sliding:
+                return False
+        if shift is None:
             return True
-        if len(layers) != len(cache.layers) or any(layer.shift is not first.shift for layer in layers):
+        if not everywhere:
             return False
         positions = call["positions"]
         if positions is None:
             positions = torch.full((tokens.shape[0], 1), first.get_seq_length(), device=tokens.device)
-        call.set("positions", positions - first.shift[:, None].to(positions.device))
+        call.set("positions", positions - shift[:, None].to(positions.device))
         return True
 
     def reduce_inputs(self, ctx: Context, embeds: Tensor) -> Tensor:

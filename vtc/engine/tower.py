@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -196,7 +196,7 @@ class TowerSide:
         lengths = [f.reshape(-1, f.shape[-1]).shape[0] + run.call.appended for f in features]
         record = self.finish(run, features[0].device if len(features) else torch.device("cpu"))
         record.video = video
-        if not (_refines(lengths, record.lengths) or _refines(record.lengths, lengths)):  # one entry a row, image or view
+        if not agree(lengths, record.lengths):
             raise UnsupportedFeatureError(
                 f"the model packed {lengths} visual tokens where its adapter expected {record.lengths}: this checkpoint's "
                 "image settings are not supported"
@@ -602,9 +602,10 @@ def covering_cells(small: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return (rows[:, None] * small[1] + cols[None]).flatten()
 
 
-def _refines(fine: Sequence[int], coarse: Sequence[int]) -> bool:
-    """Whether parts of these lengths, one after the other, are those of ``coarse``, each cut into some."""
-    return sum(fine) == sum(coarse) and set(itertools.accumulate(coarse)) <= {0, *itertools.accumulate(fine)}
+def agree(packed: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a model packed its images as expected: one by one, or several together (those of a row, the frames of a clip)."""
+    ours, theirs = set(accumulate(expected)), {end for end in accumulate(packed) if end}
+    return sum(packed) == sum(expected) and (theirs <= ours or ours <= theirs)
 
 
 def fingerprints(call: VisionCall) -> list[int]:

@@ -93,7 +93,10 @@ def likeness(frame: Tensor, grid: tuple[int, int], *, weighted: bool, official: 
     sizes, down, across = pyramid(*grid)
     child, found = frame.double().view(*grid, -1), []
     for level in range(len(sizes) - 2, -1, -1):
-        up, left = down.parent[level].to(frame.device), across.parent[level].to(frame.device)
+        up, left = (
+            down.parent[level].to(frame.device, non_blocking=True),
+            across.parent[level].to(frame.device, non_blocking=True),
+        )
         rows, cols = sizes[level]
         tall, broad = (torch.zeros(k, dtype=torch.float64, device=frame.device).index_add_(0, p, torch.ones_like(p).double())
                        for k, p in ((rows, up), (cols, left)))  # fmt: skip
@@ -192,8 +195,8 @@ def node_features(features: Tensor, tokens: Tensor, forest: Forest, frame: int) 
     """Return the number of the frame's first node, and the features ``(m, D)`` float64 of its nodes."""
     owner = forest.owner[frame]
     low, high = int(owner.min()), int(owner.max())
-    x = features[tokens[frame]].double() * forest.weight[frame].to(features.device)[:, None]
-    return low, x.new_zeros(high - low + 1, x.shape[1]).index_add_(0, (owner - low).to(x.device), x)
+    x = features[tokens[frame]].double() * forest.weight[frame].to(features.device, non_blocking=True)[:, None]
+    return low, x.new_zeros(high - low + 1, x.shape[1]).index_add_(0, (owner - low).to(x.device, non_blocking=True), x)
 
 
 def link(features: Tensor, tokens: Tensor, forest: Forest) -> Links:
@@ -373,12 +376,12 @@ class Sttm(ClipReducer):
             weight = forest.weight / nodes[mine]
         device = tokens.device
         owner = torch.full((signals.shape[1],), -1, device=device)
-        owner[tokens.flatten()] = rank[mine].flatten().to(device)
+        owner[tokens.flatten()] = rank[mine].flatten().to(device, non_blocking=True)
         share = torch.zeros(signals.shape[1], dtype=torch.float64, device=device)
-        share[tokens.flatten()] = weight.flatten().to(device)
+        share[tokens.flatten()] = weight.flatten().to(device, non_blocking=True)
         wide = widened(signals.features)
         merged = merge_scatter(wide, owner[None], len(kept), weight=share[None].to(wide.dtype), mean=False)
-        index = tokens.flatten()[forest.first[rep[kept]].to(device)]
+        index = tokens.flatten()[forest.first[rep[kept]].to(device, non_blocking=True)]
         return Selection(index[None], merged.to(signals.features.dtype), owner[None])
 
 

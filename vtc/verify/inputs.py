@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtc.errors import UnverifiableError
+from vtc.errors import UnsupportedModelError, UnverifiableError
 from vtc.families.base import Family
 from vtc.verify.twin import GRID, Twin, levels, said, side_of, vision_of
 
@@ -122,6 +122,8 @@ class _Feeding:
         for pixels in self.drafts():
             try:
                 lengths = self.lengths(pixels)
+            except UnsupportedModelError:
+                raise
             except Exception as error:
                 why.append(f"{self.what}({', '.join(pixels.call)}) raised {said(error)}")
                 continue
@@ -313,6 +315,11 @@ class _Feeding:
             if getattr(out, name, None) is not None:
                 out = getattr(out, name)
                 break
+        if isinstance(out, Mapping):
+            raise UnsupportedModelError(
+                f"{self.what} of {type(self.model).__name__} returns features for decoder layers ({', '.join(out)}) and none for "
+                "the placeholders, which vtc would have to shorten with them: this model is not supported"
+            )
         if isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], list):  # features, and those of deeper layers
             out = out[0]
         if isinstance(out, Tensor) and out.dim() == 2:
