@@ -1,4 +1,4 @@
-"""Prompt and answer in one forward: only the prompt decides what stays, as in ``generate``."""
+"""Prompt and answer in one forward: only the prompt decides what stays, as in ``generate``. And features merged beforehand."""
 
 from __future__ import annotations
 
@@ -135,3 +135,42 @@ def test_the_length_reads_as_it_was_given_and_ends_with_the_patch():
         assert handle.prompt_length == 30
         handle.prompt_length = None
         assert handle.prompt_length is None
+
+
+# --------------------------------------------------------------------------------------------------- merged beforehand
+def merged(model, inputs):
+    """Embeddings with the picture's features at their places, as some callers prepare them."""
+    features = model.get_image_features(inputs["pixel_values"])
+    features = torch.cat(list(getattr(features, "pooler_output", features)))
+    embeds = model.get_input_embeddings()(inputs["input_ids"]).detach().clone()
+    embeds[inputs["input_ids"] == model.config.image_token_id] = features.detach().reshape(-1, embeds.shape[-1])
+    return embeds
+
+
+def test_features_merged_into_embeddings_are_not_passed_over_in_silence():
+    model = shared("llava")
+    inputs = make_inputs("llava", model)
+    embeds, mask = merged(model, inputs), inputs["attention_mask"]
+    with vtc.patch(model, "uniform", keep=5) as handle:
+        with pytest.warns(UserWarning, match="inputs_embeds came without pixel_values: .* not reduced") as seen:
+            model(inputs_embeds=embeds, attention_mask=mask)
+            model(inputs_embeds=embeds, attention_mask=mask)
+        assert len([w for w in seen if "inputs_embeds" in str(w.message)]) == 1 and handle.stats.last.text_only
+    with (
+        vtc.patch(model, "uniform", keep=5),
+        pytest.raises(vtc.NotReducedError, match="has 16 visual tokens whose features are"),
+    ):
+        model.generate(input_ids=inputs["input_ids"], inputs_embeds=embeds, attention_mask=mask, max_new_tokens=1)
+    with vtc.patch(model, "uniform", keep=5, strict=False), pytest.warns(UserWarning, match="has 16 visual tokens"):
+        model.generate(input_ids=inputs["input_ids"], inputs_embeds=embeds, attention_mask=mask, max_new_tokens=1)
+
+
+def test_embeddings_of_text_with_its_ids_are_fine(recwarn):
+    model = shared("llava")
+    text = make_inputs("llava", model, images=[0])
+    embeds = model.get_input_embeddings()(text["input_ids"]).detach()
+    with vtc.patch(model, "uniform", keep=5):
+        model.generate(
+            input_ids=text["input_ids"], inputs_embeds=embeds, attention_mask=text["attention_mask"], max_new_tokens=2
+        )
+    assert not [w for w in recwarn if "inputs_embeds" in str(w.message)]

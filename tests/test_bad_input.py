@@ -524,6 +524,14 @@ def test_command_line_models(refused, tmp_path):
     config.vision_config.num_hidden_layers = config.qformer_config.num_hidden_layers = config.text_config.num_hidden_layers = 1
     config.save_pretrained(tmp_path / "blip")
     assert "models of type 'blip-2' are not supported" in refused("check", str(tmp_path / "blip"))
+    small = {"text_config": {"num_hidden_layers": 2, "cross_attention_layers": [1]}}
+    small["vision_config"] = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0]}
+    transformers.MllamaConfig(**small).save_pretrained(tmp_path / "mllama")
+    said = refused("check", str(tmp_path / "mllama"))
+    assert (
+        "look at pictures through cross-attention, so no visual tokens stand in the prompt" in said
+        and "did you mean" not in said
+    )
     (empty / "config.json").write_text('{"model_type": "from_the_future"}')
     assert "does not have: use a release that has it" in refused("check", str(empty))
     (empty / "config.json").write_text("{")

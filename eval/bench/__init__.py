@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import typer
 
-app = typer.Typer(name="bench", help="Measure vtc's own arithmetic on this machine.", no_args_is_help=True)
+app = typer.Typer(
+    name="bench",
+    help="Measure vtc's own arithmetic on this machine: the quick one is `bars`, all that vtc promises in less than ten minutes.",
+    no_args_is_help=True,
+)
 
 
 @app.callback()

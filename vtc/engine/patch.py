@@ -28,7 +28,15 @@ from vtc.engine.text import TextSide
 from vtc.engine.tower import MADE, TowerSide
 from vtc.engine.undo import sweep
 from vtc.engine.vit import VitHandle, bind_vit
-from vtc.errors import PatchError, UnknownArgumentError, UnsupportedFeatureError, UnsupportedSignalError, VtcError, shown
+from vtc.errors import (
+    NotReducedError,
+    PatchError,
+    UnknownArgumentError,
+    UnsupportedFeatureError,
+    UnsupportedSignalError,
+    VtcError,
+    shown,
+)
 from vtc.families import family_of, unwrap
 from vtc.families.base import Family, Retriever, Transformer
 from vtc.registry import create, entries, resolve
@@ -47,6 +55,7 @@ class Handle(BaseHandle):
         self.tower = TowerSide(family, parts)
         self.text = TextSide(family, parts, self.tower, self.stats, strict)
         self.neurons = NeuronSide(family, parts, self.text)
+        self._told = False  # whether embeddings without pictures need no (further) remark
 
     def attach(self, model: nn.Module) -> None:
         """Put all hooks on."""
@@ -54,7 +63,7 @@ class Handle(BaseHandle):
         undo.step(_forget_graphs)
         for side in (self.tower, self.text, self.neurons):
             side.install(undo)
-        undo.pre_hook(model, self.note_labels, with_kwargs=True)
+        undo.pre_hook(model, self.before_model, with_kwargs=True)
         undo.hook(model, self.forget_labels, always_call=True)
         for name, guard in {
             upstream.GENERATE: self.guard_generate,
@@ -101,8 +110,15 @@ class Handle(BaseHandle):
             value = tuple(given.reshape(-1).tolist())
         self.text.prompt_length = value
 
-    def note_labels(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep the labels of a call of the whole model for its base, which is not given them."""
+    def before_model(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the labels of a call of the whole model for its base, which is not given them; say once if embeddings come alone."""
+        if not self._told and kwargs.get(upstream.EMBEDS) is not None and upstream.brings_nothing(kwargs):
+            self._told = True
+            warnings.warn(
+                "inputs_embeds came without pixel_values: if image features are merged into them already, this call is not "
+                "reduced (it counts as text_only): pass input_ids and pixel_values instead",
+                stacklevel=2,
+            )
         labels = kwargs.get(upstream.LABELS)
         if labels is None and len(args) > 1:
             names = list(inspect.signature(module.forward).parameters)
@@ -168,12 +184,40 @@ class Handle(BaseHandle):
         """Refuse what cannot work before anything runs; otherwise ``generate`` as it is."""
         check_cache(upstream.check_generation(self._model(), original, args, kwargs))
         self.text.check_implementation()
+        told = self.check_merged(args, kwargs)
         token = MADE.set([])
         try:
             with self.running():
                 return original(*args, **kwargs)
         finally:
+            self._told = told
             MADE.reset(token)
+
+    def check_merged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Refuse embeddings whose ids show placeholders where no pictures are given: these are in the embeddings already.
+
+        Returns
+        -------
+        bool
+            What ``_told`` is to be afterwards; meanwhile it is True where the ids show that there is no picture.
+        """
+        told, ids = self._told, kwargs.get(upstream.IDS, args[0] if args else None)
+        if ids is None or kwargs.get(upstream.EMBEDS) is None or not upstream.brings_nothing(kwargs):
+            return told
+        marks = torch.tensor([token for tokens in self.text.token_ids.values() for token in tokens])
+        count = int(torch.isin(ids.cpu(), marks).sum())
+        if count:
+            self._unreduced(
+                f"the prompt has {count} visual tokens whose features are already in inputs_embeds, where nothing can be reduced: "
+                "pass input_ids and pixel_values instead"
+            )
+        self._told = True
+        return told
+
+    def _unreduced(self, message: str) -> None:
+        if self.strict:
+            raise NotReducedError(message)
+        warnings.warn(message, stacklevel=4)
 
     @staticmethod
     def refuse_batching(original: Callable[..., Any], *_args: Any, **_kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from vtc.errors import UnsupportedModelError, did_you_mean
 from vtc.families.base import Family, UnshortenableError, VisionCall, assemble, find, multimodal_parts, placeholder, refused
 
 _UNKNOWN = "the vision side of this kind of model is not known to vtc, only that it makes features for placeholder tokens"
+_CROSS = ("cross_attention_layers", "cross_layer_interval")
 _DEEP = ("visual_pos_masks", "deepstack_visual_embeds")
 
 
@@ -34,6 +35,11 @@ def probe(model: nn.Module) -> Family:
 
     config = model.config
     kind = config.model_type
+    if any(getattr(c, name, None) for c in (config, config.get_text_config()) for name in _CROSS):
+        raise UnsupportedModelError(
+            f"models of type '{kind}' look at pictures through cross-attention, so no visual tokens stand in the prompt that a "
+            f"reducer could drop: use a model that puts them there (supported: {', '.join(list_families())})"
+        )
     close = did_you_mean(kind, list_families())
     unknown = f"models of type '{kind}' are not supported{close} (supported: {', '.join(list_families())})"
 
