@@ -222,7 +222,8 @@ class FusionStage(ClipReducer):
     def state(self, rule: Rule, history: Sequence[tuple[int, int]]) -> State:
         """Return what a clip's earlier calls have come to; layers without a call count as calls that found nothing."""
         state = State()
-        for i, (shown, kept) in enumerate(history):
+        told = [*history, *[(1, 1)] * (self.number - len(history))]  # what is not told has found nothing
+        for i, (shown, kept) in enumerate(told):
             if state.merged:
                 state = State(state.shares, True, True)
                 continue
