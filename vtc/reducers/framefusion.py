@@ -219,10 +219,13 @@ class FusionStage(ClipReducer):
         amount = self.budget.amount
         return Rule(self.similar, self.dry, amount if isinstance(amount, float) else min(1.0, amount / slots), self.layers)
 
-    def state(self, rule: Rule, history: Sequence[tuple[int, int]]) -> State:
-        """Return what a clip's earlier calls have come to; layers without a call count as calls that found nothing."""
-        state = State()
-        for i, (shown, kept) in enumerate(history):
+    def state(self, rule: Rule, signals: Signals) -> State:
+        """Return what the earlier calls on one clip have come to; layers without a call count as calls that found nothing."""
+        state, n = State(), signals.shape[1]
+        if not signals.layout.video:  # nothing comes before a picture: the first call that knows attention prunes
+            return State((0.0,) * self.calls[min(self.number, 1)], self.number > 0, self.number > 1)
+        history = signals.history[0] if signals.history else ()
+        for i, (shown, kept) in enumerate([*history, *[(n, n)] * (self.number - len(history))]):
             if state.merged:
                 state = State(state.shares, True, True)
                 continue
@@ -239,7 +242,7 @@ class FusionStage(ClipReducer):
         if self.budget.exceeds(signals.slots) and self.number == 0 and signals.budget == n:
             return Selection(whole.index, note=SHORT)
         rule = self.rule(signals.slots)
-        state = self.state(rule, signals.history[0] if signals.history else ())
+        state = self.state(rule, signals)
         if state.merged:
             return whole if state.pruned else self.prune(signals, rule.kept(state.shares, n))
         if not signals.layout.video or n == 0:
