@@ -178,7 +178,7 @@ class TextTaps:
         if positions is None:
             held = getattr(call["kv"], "layers", ())
             past = held[i].get_seq_length() if i < len(held) else 0
-            positions = torch.arange(past, past + ctx.q, device=hidden.device)[None]
+            positions = past + (ctx.real.to(hidden.device).cumsum(1) - 1).clamp(min=0)  # a choice: padding has no number
         axes = positions[-3:] if positions.dim() == 3 else positions[None]  # (a fourth, in front, numbers the text)
         axes = axes.expand(-1, hidden.shape[0], -1).to(hidden.device)
         if seg is not None:
