@@ -73,6 +73,15 @@ CASES: dict[str, Case] = {
             "qwen25vl-3b": {"keep": 0.5, "layer": 22, "rule": "fill"},
         },
     ),
+    # as many as lie within a distance of each other
+    "pact": Case(
+        {"keep": 10, "layer": 2},
+        {"keep": 0.2, "layer": 1},
+        {"keep": 1.0, "share": 1.0, "cutoff": 0.0},
+        "at_most",
+        waits=("whole", "reduce", "select"),
+        presets={"paper": {"keep": 1.0, "layer": 4}},
+    ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool

@@ -103,6 +103,7 @@ class Context:
     clock: Clock | None = None  # prefill only: dynamo cannot trace its construction, and decode must compile
     rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
     positions: Tensor | None = None  # (B or 1, q) or (axes, B, q), as the model numbers the tokens; None: one after the other
+    bias: Tensor | None = None  # (B, q) what is added to the attention logits of each logical column's key; None: nothing
     static: bool = False  # its keys come with empty slots behind them
     step: Step | None = None  # what the layer before was given
     peers: Peers | None = None  # the ranks that share the model; None: there is one rank
@@ -116,6 +117,12 @@ class Context:
         for it in self.instances:
             counts[it.row] += len(it.entries)
         return counts
+
+    def weigh(self, row: int, columns: Tensor, weight: Tensor, hidden: Tensor) -> None:
+        """Let the keys of some logical columns of a row count for ``weight`` tokens from here on."""
+        if self.bias is None:
+            self.bias = torch.zeros(hidden.shape[0], self.q, dtype=torch.float32, device=hidden.device)
+        self.bias[row, columns] = weight.to(self.bias.dtype).log()
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -206,6 +213,7 @@ class Step:
         changed: dict[str, Any],
     ) -> None:
         self.cols, self.valid, self.shift, self.end = layer.cols, layer.valid, layer.shift, layer.end
+        self.bias = layer.bias
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
         self.names, self.cache = names, names.roles["kv"]
         self.by_name = [(names.roles[role], value) for role, value in given.items()]
@@ -222,7 +230,7 @@ class Step:
         layer = held[i] if i < len(held) else None
         if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
             return None
-        if layer.shift is not self.shift or layer.end != self.end:
+        if layer.shift is not self.shift or layer.bias is not self.bias or layer.end != self.end:
             return None
         for name, value in self.by_name:
             other = kwargs.get(name)
@@ -238,6 +246,7 @@ class Step:
             layer.cols is self.cols
             and layer.valid is self.valid
             and layer.shift is self.shift
+            and layer.bias is self.bias
             and layer.end == self.end
             and seg is self.seg
             and before is self.before

@@ -30,6 +30,8 @@ class Segment:
         ``(B,)`` the same for tokens that come later.
     kept : Tensor
         ``(B, q)`` bool, the same tokens as a table.
+    bias : Tensor or None
+        ``(B, P)`` float32 added to the attention logits of each token's key; ``None``: nothing.
     """
 
     rows: Tensor
@@ -37,6 +39,7 @@ class Segment:
     delta: Tensor | None
     shift: Tensor | None
     kept: Tensor = field(repr=False)
+    bias: Tensor | None = None
 
     @functools.cached_property
     def rank(self) -> Tensor:
@@ -113,6 +116,7 @@ def remap_mask(
     dtype: torch.dtype,
     device: torch.device,
     static: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
     """Turn the logical attention mask into that of a layer whose keys are ``cols`` and whose queries are ``seg.rows`` (or all).
 
@@ -126,16 +130,19 @@ def remap_mask(
         Logical key length; a sliding window's mask covers only its last columns.
     q : int
         Logical query length.
+    bias : Tensor or None
+        ``(B, K)`` added to the logits of the keys: the result is additive then.
     """
     kv = cols.shape[1]
     nq = q if seg is None else seg.rows.shape[1]
     own = torch.arange(nq, device=device) + (0 if static else kv - nq)  # key slots of the queries themselves
     if mask is None:
-        if valid is None:
+        if valid is None and bias is None:
             return None
         if upstream.is_flash(implementation):
             return valid
-        out = valid[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
+        real = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
+        out = real.to(device)[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
     elif not isinstance(mask, Tensor):
         raise UnsupportedFeatureError(
             f"attention masks of type {type(mask).__name__} (flex_attention) cannot be shortened: load the model with "
@@ -159,6 +166,6 @@ def remap_mask(
         pad[:, torch.arange(nq, device=out.device), own.to(out.device)] = ~seg.valid.to(out.device)
         pad = pad[:, None]
         out = out | pad if out.dtype == torch.bool else out.masked_fill(pad, 0.0)
-    if upstream.is_eager(implementation) and out.dtype == torch.bool:
+    if (bias is not None or upstream.is_eager(implementation)) and out.dtype == torch.bool:
         out = torch.zeros((), dtype=dtype, device=out.device).masked_fill(~out, torch.finfo(dtype).min)
-    return out
+    return out if bias is None else out + bias[:, None, None, :].to(out.device, out.dtype)

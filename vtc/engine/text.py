@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -192,7 +193,7 @@ class TextSide:
             or call["mask"] is not None
             or not upstream.needs_no_mask(upstream.attention_of(self.family.text.config))
             or isinstance(first, FixedLayer)
-            or any(layer.valid is not None or getattr(layer, "is_sliding", False) for layer in layers)
+            or any(layer.valid is not None or layer.bias is not None or getattr(layer, "is_sliding", False) for layer in layers)
         ):
             return False
         if all(layer.shift is None for layer in layers):
@@ -222,6 +223,8 @@ class TextSide:
         """Let the layers from here on hold the tokens alive; return their segment, and their places in the one before."""
         ctx.held = ctx.alive()
         ctx.current, relative = cut(keep_table(ctx), ctx.held, ctx.real if ctx.padded else None, ctx.current, compact)
+        if ctx.bias is not None:
+            ctx.current = replace(ctx.current, bias=ctx.bias.gather(1, ctx.current.rows))
         return ctx.current, relative
 
     def after_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -377,8 +380,14 @@ class TextSide:
         given = {role: call[role] for role in roles}
         hidden, mask = call["hidden"], given["mask"]
         cols, valid, total = self.columns(ctx, layer, seg, mask)
-        if mask is not None or valid is not None:
-            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer)))
+        bias = seg.bias if layer is None else layer.bias  # one tensor for all layers that share it
+        if mask is not None or valid is not None or bias is not None:
+            bias = (
+                bias
+                if layer is None or bias is None
+                else ctx.once(("bias", cols.shape[1]), (bias,), lambda: layer.biases(cols.shape[1]))
+            )
+            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, isinstance(layer, FixedLayer), bias))
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
         call.set("positions", None)  # inside a layer these only serve packed-sequence detection: never right here
         if layer is not None and not isinstance(layer, FixedLayer):  # (those run compiled: nothing to save there)
@@ -392,7 +401,7 @@ class TextSide:
         if seg is not None:
             return layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
         total = layer.get_mask_sizes(ctx.q)[0]
-        if mask is None and layer.valid is None:
+        if mask is None and layer.valid is None and layer.bias is None:
             return layer.cols, None, total  # nothing to remap: the columns are not looked at
         made = functools.partial(layer.columns, ctx.q)
         return *ctx.once(("columns", layer.stored()), (layer.cols,), made), total
@@ -407,16 +416,22 @@ class TextSide:
         total: int,
         seg: Segment | None,
         static: bool,
+        bias: Tensor | None,
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
+        if bias is not None and upstream.is_flash(implementation):
+            raise UnsupportedFeatureError(
+                "FlashAttention cannot count a merged token as often as it has members: load the model with "
+                f"attn_implementation='{upstream.SDPA}', or switch the counting off with proportional=False"
+            )
         if static and upstream.is_flash(implementation):
             raise UnsupportedFeatureError(
                 "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
             )
         return ctx.once(
             ("mask", hidden.device),
-            (mask, cols, seg),
+            (mask, cols, seg, bias),
             lambda: remap_mask(
                 mask,
                 seg,
@@ -428,6 +443,7 @@ class TextSide:
                 dtype=hidden.dtype,
                 device=hidden.device,
                 static=static,
+                bias=bias,
             ),
         )
 

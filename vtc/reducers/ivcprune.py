@@ -149,7 +149,7 @@ class IVCPrune(Reducer):
     def count(self, n: int, facts: Facts) -> int:
         """Return the tokens an image keeps, with ``"union"`` the most."""
         budget = super().count(n, facts) if self.keep is None else self.budget.tokens(n)
-        if self.rule != "union" or not isinstance(self.keep, float):
+        if self.rule != "union" or not isinstance(self.keep, float) or budget == n:
             return budget
         seeds, coordinates, foreground = self.sizes(budget, n)
         return min(n, seeds + 2 * coordinates + foreground)
