@@ -18,10 +18,11 @@ import torch
 import typer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import vtc
-from vtc.engine import parallel, upstream
+from vtc.engine import upstream
 from vtc.eval.env import versions
 from vtc.eval.hooks import markdown
 from vtc.pocket import load_pocket
@@ -75,30 +76,29 @@ def split(model: nn.Module, ranks: int) -> nn.Module:
 @contextmanager
 def counted() -> Iterator[dict[str, list[int]]]:
     """Count the collectives that are called by name while it lasts; the model's own run inside torch and are not among them."""
-    found: dict[str, list[int]] = {"gather": [], "broadcast": [], "all_reduce": []}
-    real = {name: getattr(distributed, name) for name in list(found)[1:]}
-    gather = parallel.gather
+    found: dict[str, list[int]] = {"all_gather": [], "broadcast": [], "all_reduce": []}
+    real = {name: getattr(distributed, name) for name in found}
+    whole = DTensor.full_tensor
 
     def counting(name: str) -> Callable[..., Any]:
-        def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            found[name].append(tensor.numel() * tensor.element_size())
-            return real[name](tensor, *args, **kwargs)
+        def call(first: Tensor | list[Tensor], *args: Any, **kwargs: Any) -> Any:
+            parts = first if isinstance(first, list) else [first]
+            found[name].append(sum(t.numel() * t.element_size() for t in parts))
+            return real[name](first, *args, **kwargs)
 
         return call
 
-    def gathering(part: Tensor, *args: Any) -> Tensor | None:
-        whole = gather(part, *args)
-        if whole is not part and whole is not None:
-            found["gather"].append(whole.numel() * whole.element_size())
-        return whole
+    def gathering(part: DTensor, **options: Any) -> Tensor:
+        found["all_gather"].append(part.numel() * part.element_size())
+        return whole(part, **options)
 
-    parallel.gather = gathering
+    DTensor.full_tensor = gathering  # type: ignore[method-assign]
     for name in real:
         setattr(distributed, name, counting(name))
     try:
         yield found
     finally:
-        parallel.gather = gather
+        DTensor.full_tensor = whole  # type: ignore[method-assign]
         for name, function in real.items():
             setattr(distributed, name, function)
 
