@@ -387,7 +387,7 @@ LAWS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     **{helper: (("vtc.core", "vtc.kernels", "vtc.errors"), ("torch",)) for helper in HELPERS},
     "vtc.video": (("vtc.core", "vtc.kernels", "vtc.errors", "vtc.views"), ("torch",)),
     "vtc.core": (("vtc.errors", "vtc.kernels"), ("torch",)),
-    "vtc.families": (("vtc.core", "vtc.errors", "vtc.families", "vtc.kernels"), ("torch", "transformers")),
+    "vtc.families": (("vtc.core", "vtc.errors", "vtc.families"), ("torch", "transformers")),
     "vtc.saved": (("vtc._window", "vtc._version", "vtc.core", "vtc.doors", "vtc.errors", "vtc.registry"), ("torch",)),
     "vtc.engine.project": (("vtc.engine", "vtc.core", "vtc.errors"), ("torch", "accelerate")),  # weights kept elsewhere
     "vtc.engine": (

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from vtc.core import Facts, Stage
 from vtc.errors import UnsupportedModelError
 from vtc.families.base import Observe, Transformer
-from vtc.kernels import widened
 
 TYPES = ("timm",)
 _BLOCK = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
@@ -53,7 +52,8 @@ def tap(attention: nn.Module, observe: Observe, hook: Callable[[nn.Module, Calla
 def average(head: int, whole: bool, tokens: Tensor, weight: Tensor) -> Tensor:
     """Mean of tokens ``(B, head + n, D)`` by the ``weight (B, n)`` of the patches; ``whole``: those in front count once."""
     own = torch.cat([weight.new_ones(len(weight), head), weight], 1) if whole else weight
-    tokens = widened(tokens if whole else tokens[:, head:])
+    tokens = tokens if whole else tokens[:, head:]
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
     return (tokens * own[..., None]).sum(1) / own.sum(1, keepdim=True)
 
 

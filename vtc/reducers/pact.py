@@ -109,10 +109,10 @@ class PACT(Reducer):
 
     *Pruning.* A token's weight is the attention that the mean query gives its key (both without rotation, over all tokens up to
     the last visual one) times the norm of its hidden state. The best ``share`` survive. *Clustering.* Survivors are taken by the
-    density of their rotated keys; one becomes a centre if it is farther than ``cutoff`` (one minus the cosine) from all centres so
-    far. Then each survivor joins its nearest centre, and so does each dropped token within ``coefficient`` times the cutoff. A
-    centre becomes the mean of its members and keeps its position. *Proportional attention.* From this layer on the logarithm of the number
-    of members is added to the attention logits of its key.
+    density of their rotated keys; one becomes a centre if it is farther than ``cutoff`` (one minus the cosine) from all centres
+    so far. Then each survivor joins its nearest centre, and so does each dropped token within ``coefficient`` times the cutoff. A
+    centre becomes the mean of its members and keeps its position. *Proportional attention.* From this layer on the logarithm of
+    the number of members is added to the attention logits of its key.
 
     The number of tokens follows from the picture. ``keep`` is the most: where there would be more centres, the cutoff is raised to
     the smallest one found that gives no more.
