@@ -48,12 +48,12 @@ def there(name: str) -> bool:
 def test_check_says_what_the_list_says(name, monkeypatch):
     monkeypatch.setenv("VTC_VERIFY", "off")
     found, wanted = released.structure(name), {k: v for k, v in known(name).items() if k != "reducers"}
-    if hf.__version__ in KNOWN:
+    if hf.__version__ in KNOWN or wanted.get("retriever"):
         assert found == wanted
     elif "refused" in found or "refused" in wanted:
         assert "refused" in wanted or not there(name)
-    else:
-        assert isinstance(found.get("counts"), str) or found == wanted  # another release may not have the processor
+    else:  # another release may lack the processor, or a stage
+        assert found["family"] == wanted["family"] and (isinstance(found["counts"], str) or found["counts"] == wanted["counts"])
 
 
 @pytest.mark.parametrize("name", sample(SERVED, 4))
@@ -63,7 +63,8 @@ def test_small_copies_equal_the_reference(name):
         return
     found, wanted = released.small_copy(name), known(name)["reducers"]
     for reducer, said in wanted.items():
-        assert found[reducer] == said or (hf.__version__ not in KNOWN and found[reducer].startswith("refused: ")), reducer
+        elsewhere = hf.__version__ not in KNOWN and found[reducer].startswith(("refused: ", "not checked: "))
+        assert found[reducer] == said or elsewhere, (reducer, found[reducer])
 
 
 def test_the_list_is_made_of_what_was_found():
