@@ -375,7 +375,7 @@ def test_doctor_finds_an_lmms_eval_that_breaks_while_it_evaluates(monkeypatch):
     installed = _window.installed
     monkeypatch.setattr(_window, "installed", lambda name: "4.3.1" if name == "filelock" else installed(name))
     (found,) = doctor._lmms()
-    assert found.state == "problem" and found.text.endswith("pip install 'filelock>=3.16,<4.3'")
+    assert found.state == "problem" and found.text.endswith("pip install 'filelock>=3.20,<4.3'")
     monkeypatch.setattr("importlib.metadata.entry_points", lambda group: [])
     (found,) = doctor._lmms()
     assert found.state == "problem" and "not registered" in found.text

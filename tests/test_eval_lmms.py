@@ -821,7 +821,7 @@ def test_a_filelock_that_lmms_eval_breaks_on_is_refused_before_anything_is_loade
     from vtc.eval.lmms.model import ChatModel
 
     monkeypatch.setattr("vtc._window.installed", lambda name: version)
-    said = rf"cannot run with filelock {version} .*private module.*: pip install 'filelock>=3.16,<4.3'"
+    said = rf"cannot run with filelock {version} .*private module.*: pip install 'filelock>=3.20,<4.3'"
     with pytest.raises(ConfigError, match=said):
         check_task("vtc_scenes")
     with pytest.raises(ConfigError, match=said):

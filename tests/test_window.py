@@ -241,7 +241,7 @@ def test_the_newest_of_everything_is_tried_and_taken_when_the_suite_is_green(scr
     assert newest.newest(1, ()) == (0 if green else 1)
     out = capsys.readouterr().out
     (given,) = resolved
-    assert '"timm>=1.0.16"' in given[0] and '"filelock>=3.16,<4.3"' in given[0] and given[1] == ("dev",)
+    assert '"timm>=1.0.16"' in given[0] and '"filelock>=3.20.3,<4.3"' in given[0] and given[1] == ("dev",)
     assert "held: filelock stays below 4.3" in out and "newer than the lock: timm 1.9.9\n" in out
     assert [c[3] for c in commands[1:3]] == ["install"] * 2 and "--no-deps" in commands[2]
     assert raised == ([({"timm": "1.9.9"}, lock.cleaned(tomorrow))] if green else [])
