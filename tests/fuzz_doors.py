@@ -63,6 +63,7 @@ def main() -> None:
     run = doors(root / "in", root / "own")[name]
     (CORPUS / name).mkdir(parents=True, exist_ok=True)
     atheris.Setup([sys.argv[0], str(CORPUS / name), *sys.argv[2:]], run)
+    run(b"")  # makes what the door needs
     with cases.no_programs():
         atheris.Fuzz()
 

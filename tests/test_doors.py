@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from door_cases import bounded
 from fakes import fake_executor
 from PIL import Image
 from rich.console import Console
@@ -297,10 +298,8 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 
     ],
 )
 def test_sweep_files_without_an_end_or_a_meaning(text, parts):
-    start = time.monotonic()
-    with pytest.raises(ConfigError) as caught:
+    with bounded(), pytest.raises(ConfigError) as caught:
         parse_sweep(text, source="s.yaml")
-    assert time.monotonic() - start < 20
     message = str(caught.value)
     assert "\n" not in message and len(message) < 1000
     for part in parts:
