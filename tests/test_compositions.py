@@ -85,7 +85,7 @@ FOUND: tuple[Case, ...] = (
     Case(
         "idefics3",
         (BoundaryPicker(keep=4), DecoderPicker(keep=2)),
-        ((Row(2, 1), Row(0, 1)),),
+        ((Row(0, 1), Row(2, 1), Row(1, 1)),),
         "2-D",
         "sdpa",
     ),
