@@ -121,6 +121,15 @@ CASES: dict[str, Case] = {
             "release-r25": {"keep": 0.25, "official": True},
         },
     ),
+    # as many as lie within a distance of each other
+    "pact": Case(
+        {"keep": 10, "layer": 2},
+        {"keep": 0.2, "layer": 1},
+        {"keep": 1.0, "share": 1.0, "cutoff": 0.0},
+        "at_most",
+        waits=("whole", "reduce", "select"),
+        presets={"paper": {"keep": 1.0, "layer": 4}},
+    ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),
     "prumerge_plus": Case({"keep": 10}, {"keep": 0.2}),
     # crops share by salience; newlines as in flexpool

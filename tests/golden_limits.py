@@ -62,6 +62,7 @@ def differences(params: dict[str, Any]) -> Limit:
 RULES = (
     Rule("zooprune", "sensitivity", differences),
     Rule("flowcut", "merged", alike(DEEP, "what the last tower layer returns, merged two by two")),
+    Rule("pact", "log_weights", alike(2e-3, "the release rounds them to float16")),
     Rule("", "hidden|feature|logits", alike(DEEP, "behind several layers of a network")),
     Rule("", "", alike(PLAIN, "float32 a few steps behind exact inputs")),
 )

@@ -92,34 +92,30 @@ FACTS = Facts(
 )
 
 
-def _late(inputs: Tensors, params: dict[str, Any]) -> Tensors:
-    """Queries and keys as the layer's attention gets them, then the measure and the selection of the patched model."""
-    hidden, heads, kv, width = inputs["hidden"], params["heads"], params["kv_heads"], params["head_dim"]
-    start, n, length = params["start"], params["n"], len(inputs["hidden"])
-    normed = hidden * (hidden.square().mean(1, keepdim=True) + params["rms_eps"]).rsqrt() * inputs["norm_weight"]
-    frequency = params["rope_theta"] ** -(torch.arange(0, width, 2, dtype=hidden.dtype) / width)
+def decoder_tap(inputs: Tensors, params: dict[str, Any], weights: tuple[str, ...], visual: Tensor) -> AttentionTap:
+    """Queries and keys of one row as a layer's attention gets them; ``weights`` name norm, projections and their biases."""
+    hidden, width, length = inputs["hidden"], params["head_dim"], len(inputs["hidden"])
+    norm, wq, wk, *biases = (inputs[name] for name in weights)
+    normed = hidden * (hidden.square().mean(1, keepdim=True) + params["rms_eps"]).rsqrt() * norm
+    frequency = params.get("rope_theta", params.get("rope_base")) ** -(torch.arange(0, width, 2, dtype=hidden.dtype) / width)
     angle = torch.arange(length, dtype=hidden.dtype)[:, None] * frequency
     cos, sin = (torch.cat([t, t], 1) for t in (angle.cos(), angle.sin()))
 
-    def rotated(weight: Tensor, count: int) -> Tensor:
-        t = (normed @ weight.T).view(length, count, width).transpose(0, 1)
+    def rotated(weight: Tensor, bias: Tensor | int) -> Tensor:
+        t = (normed @ weight.T + bias).view(length, -1, width).transpose(0, 1)
         return (t * cos + torch.cat([-t[..., width // 2 :], t[..., : width // 2]], -1) * sin)[None]
 
+    query, key = (rotated(w, b) for w, b in zip((wq, wk), biases or (0, 0), strict=True))
+    last, valid = torch.tensor([length - 1]), torch.ones_like(visual)[None]
+    return AttentionTap(query, key, key, width**-0.5, None, True, last, visual[None], valid, rope=(cos[None], sin[None]))
+
+
+def _late(inputs: Tensors, params: dict[str, Any]) -> Tensors:
+    """The measure on the file's queries and keys, and the selection."""
+    hidden, start, n, length = inputs["hidden"], params["start"], params["n"], len(inputs["hidden"])
     part = VScanLate(keep=n, course=Course(cuts=(1,), late=(params["keep"],)), rotary=params["rotary"])
-    query, key = rotated(inputs["wq"], heads), rotated(inputs["wk"], kv)
     at = torch.arange(length)
-    visual = ((at >= start) & (at < start + n))[None]
-    tap = AttentionTap(
-        query,
-        key,
-        key,
-        width**-0.5,
-        causal=True,
-        last=torch.tensor([length - 1]),
-        visual=visual,
-        valid=torch.ones_like(visual),
-        rope=(cos[None], sin[None]),
-    )
+    tap = decoder_tap(inputs, params, ("norm_weight", "wq", "wk"), (at >= start) & (at < start + n))
     (need,) = part.needs
     scores = need.measure(tap)[:, start : start + n]
     index = part.select(signals_of(hidden[None, start : start + n], part.count(n, FACTS), **{need.name: scores})).index[0]

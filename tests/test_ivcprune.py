@@ -51,6 +51,7 @@ def test_other_budgets_scale_the_shares() -> None:
     assert IVCPrune(keep=100, layer=2, rule="fill").sizes(100, 1000) == (2, 20, 0)
     assert IVCPrune(avg_tokens=100, layer=2, rule="fill").sizes(100, 1000) == (2, 20, 0)
     assert IVCPrune(keep=1.0, layer=2, rule="fill").sizes(4, 4)[0] == 1
+    assert IVCPrune(keep=1.0, layer=2, rule="union").count(88, facts()) == 88
 
 
 @pytest.mark.parametrize("rule", ["union", "fill"])

@@ -110,6 +110,7 @@ BUDGETS: dict[str, set[int | float]] = {
     "hiprune": {192, 128, 64, 640, 320, 160, 0.334, 0.223, 0.112},
     "holov": {192, 128, 64},
     "ivcprune": {0.31, 0.5},
+    "pact": {1.0},
     "prumerge": {1.0, 73, 32},
     "prumerge_plus": {1.0, 145, 144},
     "ptp": {0.5},

@@ -14,8 +14,8 @@ import vtc
 from vtc.core import Budget, Facts, Layout, Signals
 from vtc.errors import BudgetError, UnknownArgumentError
 from vtc.families import family_of
-from vtc.reducers.vscan import Course, VScanBoundary, VScanLate, placeless_last_attn, turned_back
-from vtc.signals import AttentionTap, next_last_attn
+from vtc.reducers.vscan import Course, VScanBoundary, VScanLate, placeless_last_attn
+from vtc.signals import AttentionTap, next_last_attn, turned_back
 
 
 def facts(**other: object) -> Facts:

@@ -391,6 +391,9 @@ class Selection:
         ``(B, K)`` bool, where images keep different numbers: False entries of ``index`` are padding. ``None``: all count.
     note : str
         Anything the user should read in the statistics (for example a substituted signal).
+    weight : Tensor or None
+        ``DECODER`` only: ``(B, K)`` float32 of at least 1, how many tokens each survivor counts for: its logarithm is added to the
+        attention logits of the survivor's key from this layer on. ``None``: one.
     slotted : bool
         Promise that no survivor is a padding patch (one without a slot): otherwise the host must wait for a GPU to count them.
     """
@@ -401,6 +404,7 @@ class Selection:
     valid: Tensor | None = None
     note: str = ""
     slotted: bool = False
+    weight: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Check shapes early, so that a faulty reducer fails at its own door."""

@@ -416,6 +416,18 @@ class _PeakTextAttention:
         return best
 
 
+def turned_back(t: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Return queries or keys ``(B, H, Q, d)`` as they were before the layer rotated them."""
+    if rope is None:
+        return t
+    full = widened(t)
+    cos, sin = (x.to(full.dtype)[:, None] for x in rope)
+    turned, half = full[..., : cos.shape[-1]], cos.shape[-1] // 2
+    other = torch.cat([-turned[..., half:], turned[..., :half]], -1)
+    size = cos.square() + sin.square()  # some models scale their rotations
+    return torch.cat([(turned * cos - other * sin) / size, full[..., cos.shape[-1] :]], -1)
+
+
 # ---------------------------------------------------------------------------------------------------------------- needs
 def cls_attn(layer: int = -2, *, substitute: bool = True) -> Need:
     """CLS attention of a tower layer, mean over heads, ``(B, N)``.

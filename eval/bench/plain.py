@@ -485,6 +485,35 @@ def vscan(part: Any, s: Signals) -> Selection:
     return Selection(index[None], _grouped(x, owner, len(index))[None])
 
 
+@plain("pact", matrices=2)
+def pact(part: Any, s: Signals) -> Selection:
+    """Full matrix of distances; survivors one by one, densest first; a larger cutoff where too many would be centres."""
+    x, key, n = s.features[0], _unit(s.all_keys[0]), s.shape[1]
+    alive = _best(s.importance[0] * x.norm(dim=1), max(1, int(part.share * n))).index[0]
+    distance = (1 - key[alive] @ key[alive].T).clamp(min=0).fill_diagonal_(0)
+    order = (-(distance.double() / 2).square()).exp().sum(1).sort(descending=True, stable=True).indices.tolist()
+
+    def centres(cutoff: float) -> list[int]:
+        found: list[int] = []
+        for token in order:
+            if all(float(distance[token, c]) > cutoff for c in found):
+                found.append(token)
+        return sorted(found)
+
+    low, cutoff = part.cutoff, part.cutoff
+    if len(centres(cutoff)) > s.budget:
+        cutoff = 2.0
+        for _ in range(24):
+            middle = (low + cutoff) / 2
+            low, cutoff = (low, middle) if len(centres(middle)) <= s.budget else (middle, cutoff)
+    found = alive[centres(cutoff)]
+    far, owner = (1 - key @ key[found].T).min(1)
+    lost = far > part.coefficient * cutoff
+    lost[alive] = False
+    owner[found] = torch.arange(len(found))
+    return Selection(found[None], _grouped(x, owner.masked_fill(lost, -1), len(found))[None])
+
+
 @plain("ivcprune", matrices=0.1)
 def ivcprune(part: Any, s: Signals) -> Selection:
     """Union of tokens chosen by position, by the text's values, and by those of the seeds as well."""

@@ -33,6 +33,8 @@ class Pruned:
         ``(B, P)``, False on padding slots; ``None`` when there is none.
     shift : Tensor or None
         ``(B,)`` number subtracted from later tokens' position ids in this layer (compact positions); ``None`` means 0.
+    bias : Tensor or None
+        ``(B, P)`` float32 added to the attention logits of each mapped slot's key; later slots have 0. ``None``: nothing is added.
     end : int
         Logical length at the end of the mapped prefix.
     skip : int
@@ -43,6 +45,7 @@ class Pruned:
     cols: Tensor | None = None
     valid: Tensor | None = None
     shift: Tensor | None = None
+    bias: Tensor | None = None
     end: int = 0
     skip: int = 0
 
@@ -81,11 +84,18 @@ class Pruned:
             valid = torch.cat([self.valid[:, self.skip :], torch.ones_like(tail, dtype=torch.bool)], 1)
         return torch.cat([self.cols[:, self.skip :], tail], 1), valid
 
+    def biases(self, slots: int) -> Tensor | None:
+        """Return what is added to the logits of the first ``slots`` physical keys, ``(B, slots)``; ``None``: nothing."""
+        if self.bias is None:
+            return None
+        bias = self.bias[:, self.skip :]
+        return torch.nn.functional.pad(bias, (0, slots - bias.shape[1]))
+
     def begin(self, seg: Segment, q: int) -> None:
         """Prepare for a forward of ``q`` logical tokens that will append ``seg.rows`` physical ones."""
         seen = self.get_seq_length()
         if seen == 0:  # layers of one segment share its tensors, so that one mask serves them all
-            self.cols, self.valid = seg.rows, seg.valid
+            self.cols, self.valid, self.bias = seg.rows, seg.valid, seg.bias
         else:
             if self.cols is None:  # everything so far is one to one (or the last slots of a sliding window)
                 cols = torch.arange(seen - self.stored(), seen, device=seg.rows.device).expand(seg.rows.shape[0], -1)
@@ -97,13 +107,17 @@ class Pruned:
                 old = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
                 new = torch.ones_like(seg.rows, dtype=torch.bool) if seg.valid is None else seg.valid
                 valid = torch.cat([old, new], 1)
+            if self.bias is not None or seg.bias is not None:
+                old = seg.rows.new_zeros(cols.shape, dtype=torch.float32) if self.bias is None else self.biases(cols.shape[1])
+                new = seg.rows.new_zeros(seg.rows.shape, dtype=torch.float32) if seg.bias is None else seg.bias
+                self.bias = torch.cat([old, new], 1)
             self.cols, self.valid = torch.cat([cols, seg.rows + seen], 1), valid
         self.end = seen + q
         if seg.shift is not None:
             self.shift = seg.shift if self.shift is None else self.shift + seg.shift
 
     def _each(self, fn: Any) -> None:
-        for name in ("cols", "valid", "shift"):
+        for name in ("cols", "valid", "shift", "bias"):
             value = getattr(self, name)
             if value is not None:
                 setattr(self, name, fn(value))
@@ -138,12 +152,13 @@ class Pruned:
                 )
             self.cols, self.end = self.cols[:, :-into], self.end - into
             self.valid = None if self.valid is None else self.valid[:, :-into]
+            self.bias = None if self.bias is None else self.bias[:, :-into]
         self.keys, self.values = self.keys[..., :-n, :], self.values[..., :-n, :]
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.cols = self.valid = self.shift = None
+        self.cols = self.valid = self.shift = self.bias = None
         self.end = self.skip = 0
 
 
@@ -298,6 +313,7 @@ class PrunedStaticLayer(Pruned, FixedLayer):
         self.cols = torch.cat([seg.rows, tail + self.gone], 1)
         self.valid = None if seg.valid is None else torch.cat([seg.valid, torch.ones_like(tail, dtype=torch.bool)], 1)
         self.shift, self.end = seg.shift, q
+        self.bias = None if seg.bias is None else torch.nn.functional.pad(seg.bias, (0, tail.shape[1]))
 
     def reset(self) -> None:
         """Forget everything; buffers are made anew, as long as they were."""

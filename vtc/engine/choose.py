@@ -76,9 +76,13 @@ class Chooser:
             valid = None if selection.valid is None else selection.valid.cpu()
             for j, it in enumerate(members):
                 at, values = selection.index[j], None if selection.features is None else selection.features[j]
+                weight = None if selection.weight is None else selection.weight[j]
                 if valid is not None:
                     real = valid[j].nonzero()[:, 0].to(at.device, non_blocking=True)
                     at, values = at[real], None if values is None else values[real]
+                    weight = None if weight is None else weight[real]
+                if weight is not None:
+                    ctx.weigh(it.row, group.columns[j][at], weight, hidden)
                 if values is not None:
                     writes.append((it.row, group.places(ctx.current)[j][at], values))
                 if selection.owner is not None:

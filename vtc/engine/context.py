@@ -141,6 +141,7 @@ class Context:
         self.per_layer: list[list[int]] = []  # [layer][instance] visual tokens
         self.positions: Tensor | None = None  # (B or 1, q) or (axes, B, q), as the text model was given them; None: one by one
         self.rope: tuple[Tensor, Tensor] | None = None  # rotations of the layer that runs
+        self.bias: Tensor | None = None  # (B, q) what is added to the attention logits of each logical column's key
         self.static = False  # its keys come with empty slots behind them
         self.windows: list[PrunedSlidingLayer] = []  # cache layers that were shortened and will throw tokens away
         self.step: Step | None = None  # what the layer before was given
@@ -152,6 +153,12 @@ class Context:
         for it in self.instances:
             counts[it.row] += len(it.entries)
         return counts
+
+    def weigh(self, row: int, columns: Tensor, weight: Tensor, hidden: Tensor) -> None:
+        """Let the keys of some logical columns of a row count for ``weight`` tokens from here on."""
+        if self.bias is None:
+            self.bias = torch.zeros(hidden.shape[0], self.q, dtype=torch.float32, device=hidden.device)
+        self.bias[row, columns] = weight.to(self.bias.dtype).log()
 
     def once(self, key: Any, refs: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """Make a value once per forward: consecutive layers need the same mask and RoPE rows. Compared by identity."""
@@ -241,7 +248,7 @@ class Step:
         given: dict[str, Any],
         changed: dict[str, Any],
     ) -> None:
-        self.cols, self.valid, self.shift = layer.cols, layer.valid, layer.shift
+        self.cols, self.valid, self.shift, self.bias = layer.cols, layer.valid, layer.shift, layer.bias
         self.end, self.skip = layer.end, layer.skip
         self.seg, self.before, self.given, self.changed = seg, before, given, changed
         self.names, self.cache = names if names.roles.keys() >= given.keys() else None, names.roles["kv"]
@@ -261,7 +268,7 @@ class Step:
         layer = held[i] if i < len(held) else None
         if not isinstance(layer, Pruned) or layer.cols is not self.cols or layer.valid is not self.valid:
             return None
-        if layer.shift is not self.shift or layer.end != self.end or layer.skip != self.skip:
+        if layer.shift is not self.shift or layer.bias is not self.bias or layer.end != self.end or layer.skip != self.skip:
             return None
         if not all(map(operator.is_, map(kwargs.get, self.given_names), self.given_values)):
             return None
@@ -275,6 +282,7 @@ class Step:
             layer.cols is self.cols
             and layer.valid is self.valid
             and layer.shift is self.shift
+            and layer.bias is self.bias
             and layer.end == self.end
             and layer.skip == self.skip
             and seg is self.seg

@@ -406,12 +406,13 @@ class Peers:
             told = torch.tensor([index.shape[1], valid is not None], device=index.device)
             distributed.broadcast(told, first, group=group)
             kept, ragged = told.tolist()
-            features, owner = selection.features, selection.owner
+            features, owner, weight = selection.features, selection.owner, selection.weight
             index = _from(first, group, index, (len(index), kept))
             valid = _from(first, group, valid if valid is not None else index.bool(), index.shape) if ragged else None
             features = None if features is None else _from(first, group, features, (*index.shape, features.shape[2]))
             owner = None if owner is None else _from(first, group, owner, owner.shape)
-            selection = replace(selection, index=index, valid=valid, features=features, owner=owner)
+            weight = None if weight is None else _from(first, group, weight, index.shape)
+            selection = replace(selection, index=index, valid=valid, features=features, owner=owner, weight=weight)
         return selection
 
     def ask(self) -> None:

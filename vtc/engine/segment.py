@@ -32,6 +32,8 @@ class Segment:
         ``(B, q)`` bool, the same tokens as a table.
     gaps : bool
         Whether positions keep gaps where tokens were dropped.
+    bias : Tensor or None
+        ``(B, P)`` float32 added to the attention logits of each token's key; ``None``: nothing.
     """
 
     rows: Tensor
@@ -40,6 +42,7 @@ class Segment:
     shift: Tensor | None
     kept: Tensor = field(repr=False)
     gaps: bool = True
+    bias: Tensor | None = None
 
     @functools.cached_property
     def rank(self) -> Tensor:
@@ -119,6 +122,7 @@ def remap_mask(
     dtype: torch.dtype,
     device: torch.device,
     static: bool = False,
+    bias: Tensor | None = None,
 ) -> Tensor | None:
     """Turn the logical attention mask into that of a layer whose keys are ``cols`` and whose queries are ``seg.rows`` (or all).
 
@@ -132,16 +136,19 @@ def remap_mask(
         Logical key length; a sliding window's mask covers only its last columns.
     q : int
         Logical query length.
+    bias : Tensor or None
+        ``(B, K)`` added to the logits of the keys: the result is additive then.
     """
     kv = cols.shape[1]
     nq = q if seg is None else seg.rows.shape[1]
     own = torch.arange(nq, device=device) + (0 if static else kv - nq)  # key slots of the queries themselves
     if mask is None:
-        if valid is None:
+        if valid is None and bias is None:
             return None
         if upstream.is_flash(implementation):
             return valid
-        out = valid[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
+        real = torch.ones_like(cols, dtype=torch.bool) if valid is None else valid
+        out = real.to(device)[:, None, None, :] & (torch.arange(kv, device=device) <= own[:, None])
     elif not isinstance(mask, Tensor):
         raise UnsupportedFeatureError(
             f"attention masks of type {type(mask).__name__} (flex_attention) cannot be shortened: load the model with "
@@ -165,6 +172,6 @@ def remap_mask(
         pad[:, torch.arange(nq, device=out.device), own.to(out.device)] = ~seg.valid.to(out.device)
         pad = pad[:, None]
         out = out | pad if out.dtype == torch.bool else out.masked_fill(pad, 0.0)
-    if upstream.is_eager(implementation) and out.dtype == torch.bool:
+    if (bias is not None or upstream.is_eager(implementation)) and out.dtype == torch.bool:
         out = torch.zeros((), dtype=dtype, device=out.device).masked_fill(~out, torch.finfo(dtype).min)
-    return out
+    return out if bias is None else out + bias[:, None, None, :].to(out.device, out.dtype)

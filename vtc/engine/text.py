@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -232,7 +233,7 @@ class TextSide:
         for layer in layers:  # one plain loop: it runs for every token
             if not isinstance(layer, Pruned):
                 everywhere = False
-            elif layer.shift is not shift or layer.valid is not None or layer.is_sliding:
+            elif layer.shift is not shift or layer.valid is not None or layer.bias is not None or layer.is_sliding:
                 return False
         if shift is None:
             return True
@@ -261,6 +262,8 @@ class TextSide:
         """Let the layers from here on hold the tokens alive; return their segment, and their places in the one before."""
         ctx.held = ctx.alive()
         ctx.current, relative = cut(keep_table(ctx), ctx.held, ctx.real if ctx.padded else None, ctx.current, compact)
+        if ctx.bias is not None:
+            ctx.current = replace(ctx.current, bias=ctx.bias.gather(1, ctx.current.rows))
         return ctx.current, relative
 
     def after_text(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
@@ -436,9 +439,13 @@ class TextSide:
         window, flash = self.windows[i], upstream.is_flash(upstream.attention_of(self.family.text.config))
         if flash and window is not None and total > window:
             cols, valid = self.in_window(ctx, i, layer, window, total)
-        if mask is not None or valid is not None:
+        bias = seg.bias if layer is None else layer.bias  # one tensor for all layers that share it
+        if bias is not None and layer is not None:
+            slots = cols.shape[1]
+            bias = ctx.once(("bias", slots, layer.skip), (bias,), functools.partial(layer.biases, slots))
+        if mask is not None or valid is not None or bias is not None:
             static = isinstance(layer, FixedLayer)
-            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, window, static))
+            call.set("mask", self.mask(ctx, hidden, mask, cols, valid, total, seg, window, static, bias))
         rotate(self.family.text, ctx, i, call, hidden, seg, before)
         call.set("positions", positions_for(self.family.text, ctx, given["positions"], seg, before))
         told_alike = not flash or self.alike  # else masks say nothing of windows
@@ -497,7 +504,7 @@ class TextSide:
         if seg is not None:
             return layer.cols, layer.valid, getattr(layer, "logical_max", layer.end)
         total = layer.total(ctx.q)
-        if mask is None and layer.valid is None:
+        if mask is None and layer.valid is None and layer.bias is None:
             return layer.cols, None, total  # nothing to remap: the columns are not looked at
         made = functools.partial(layer.columns, ctx.q)
         return *ctx.once(("columns", layer.stored(), layer.skip), (layer.cols,), made), total
@@ -513,6 +520,7 @@ class TextSide:
         seg: Segment | None,
         window: int | None,
         static: bool,
+        bias: Tensor | None,
     ) -> Tensor | None:
         """Return the attention mask of a layer with these keys, made once for all layers that share them."""
         implementation = upstream.attention_of(self.family.text.config)
@@ -522,13 +530,18 @@ class TextSide:
                 f"an attention mask covers {mask.shape[-1]} tokens where there are {total}: pass one for all tokens, those in the "
                 "KV cache included"
             )
+        if bias is not None and upstream.is_flash(implementation):
+            raise UnsupportedFeatureError(
+                "FlashAttention cannot count a merged token as often as it has members: load the model with "
+                f"attn_implementation='{upstream.SDPA}', or switch the counting off with proportional=False"
+            )
         if static and upstream.is_flash(implementation):
             raise UnsupportedFeatureError(
                 "a static cache with FlashAttention cannot hold a reduced sequence: use the default DynamicCache"
             )
         return ctx.once(
             ("mask", hidden.device),
-            (mask, cols, seg),
+            (mask, cols, seg, bias),
             lambda: remap_mask(
                 mask,
                 seg,
@@ -540,6 +553,7 @@ class TextSide:
                 dtype=hidden.dtype,
                 device=hidden.device,
                 static=static,
+                bias=bias,
             ),
         )
 

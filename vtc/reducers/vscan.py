@@ -26,23 +26,11 @@ from vtc.core import (
     check_bounds,
 )
 from vtc.errors import BudgetError, UnknownArgumentError
-from vtc.kernels import compacted, merge_scatter, pairwise_top1, topk_mask, topk_per_group, widened
+from vtc.kernels import compacted, merge_scatter, pairwise_top1, topk_mask, topk_per_group
 from vtc.registry import register
 from vtc.schedule import TOLERANCE, checked, closest_count, layer_average, place_cuts
-from vtc.signals import AttentionTap, cls_attn, next_last_attn, received_attn
+from vtc.signals import AttentionTap, cls_attn, next_last_attn, received_attn, turned_back
 from vtc.views import each_view, on_host
-
-
-def turned_back(t: Tensor, rope: tuple[Tensor, Tensor] | None) -> Tensor:
-    """Return queries or keys ``(B, H, Q, d)`` as they were before the layer rotated them."""
-    if rope is None:
-        return t
-    full = widened(t)
-    cos, sin = (x.to(full.dtype)[:, None] for x in rope)
-    turned, half = full[..., : cos.shape[-1]], cos.shape[-1] // 2
-    other = torch.cat([-turned[..., half:], turned[..., :half]], -1)
-    size = cos.square() + sin.square()  # some models scale their rotations
-    return torch.cat([(turned * cos - other * sin) / size, full[..., cos.shape[-1] :]], -1)
 
 
 def _placeless_last_attention(tap: AttentionTap) -> Tensor:
