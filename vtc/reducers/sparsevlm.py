@@ -91,6 +91,9 @@ class RaterAttention:
     def __call__(self, tap: AttentionTap) -> Tensor:
         """Gather the raters' rows only."""
         chosen = tap.given["raters"]
+        # no words behind the picture: its last token stood in, and an earlier cut may have dropped it
+        at = torch.arange(chosen.shape[1], device=chosen.device)
+        chosen = torch.where(chosen.any(1, keepdim=True), chosen, at == tap.last[:, None])
         count = chosen.sum(1)
         index, _ = compacted(chosen, None if tap.text is None else tap.text[1])  # no more than the question's tokens
         rows, mask = tap.rows(index)
@@ -331,8 +334,9 @@ class SparseVLM(Schedule):
     seeded here. The very first commit's adaptive number (rank of the attention, tuned per benchmark), which the paper
     describes, is not offered, nor is the video branch, whose one cut uses that number, too; versions 1 and 1.5 differ in how
     attention is obtained, not in what is kept. A question without any word above the mean uses all words; the release has no
-    rater then. Batches, padding and grouped-query models, which the release refuses, work; with several images in a row the
-    raters, and in version 2 the heads, are those of the whole row.
+    rater then. Without any word behind the picture the prompt's last token that is left rates. Batches, padding and
+    grouped-query models, which the release refuses, work; with several images in a row the raters, and in version 2 the heads,
+    are those of the whole row.
 
     Parameters
     ----------
