@@ -119,20 +119,20 @@ def centres_of(
 class PACT(Reducer):
     """Before an early decoder layer drop unimportant tokens, and merge the others with all that lie within a distance of a centre.
 
-    *Pruning.* A token's weight is the attention that the mean query gives its key (both without rotation, over all tokens up to
-    the last visual one) times the norm of its hidden state. The best ``share`` survive. *Clustering.* Survivors are taken by the density
-    of their rotated keys; one becomes a centre if it is farther than ``cutoff`` (one minus the cosine) from all centres so far.
-    Then each survivor joins its nearest centre, and so does each dropped token within ``coefficient`` times the cutoff. A centre
-    becomes the mean of its members and keeps its position. *Proportional attention.* From this layer on the logarithm of the number
-    of members is added to the attention logits of its key.
+    *Pruning.* A token's weight is the attention that the mean query gives its key (both without rotation, over all tokens up to the
+    last visual one) times the norm of its hidden state. The best ``share`` survive. *Clustering.* Survivors are taken by the
+    density of their rotated keys; one becomes a centre if it is farther than ``cutoff`` (one minus the cosine) from all centres so
+    far. Then each survivor joins its nearest centre, and so does each dropped token within ``coefficient`` times the cutoff. A
+    centre becomes the mean of its members and keeps its position. *Proportional attention.* From this layer on the logarithm of the
+    number of members is added to the attention logits of its key.
 
     The number of tokens follows from the picture. ``keep`` is the most: where there would be more centres, the cutoff is raised to
     the smallest one found that gives no more.
 
     Deviates: images and clips of a prompt are clustered each by itself, where the release makes one pool of them; batches and
     padded rows work, at least one token survives, equal densities and weights go to the lowest index, and the logarithms are not
-    rounded to float16. AnyRes newline tokens stay, as in the release; the one that ends the prompt's last image counts as visual in the mean
-    query. The layer of other depths is a seventh of the model's, as in the release's 28. The alternatives of the release's
+    rounded to float16. AnyRes newline tokens stay, as in the release; the one that ends the prompt's last image counts as visual in
+    the mean query. The layer of other depths is a seventh of the model's, as in the release's 28. The alternatives of the release's
     configuration (other pruning scores, other clusterings) are not included. FlashAttention takes no such bias: refused unless
     ``proportional=False``.
 
@@ -179,7 +179,7 @@ class PACT(Reducer):
 
     @property
     def decides_itself(self) -> bool:  # type: ignore[override]
-        """Whether the number of tokens follows from the picture: unless nothing is pruned, and nothing merged but for the budget."""
+        """Whether the number of tokens follows from the picture: it does where tokens are pruned, or merged for being close."""
         return self.share < 1 or self.cutoff > 0
 
     def bind(self, facts: Facts) -> Reducer:
