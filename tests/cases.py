@@ -127,7 +127,7 @@ CASES: dict[str, Case] = {
         {"keep": 0.2, "layer": 1},
         {"keep": 1.0, "share": 1.0, "cutoff": 0.0},
         "at_most",
-        waits=("whole", "reduce", "select"),
+        waits=("rows", "reduce"),
         presets={"paper": {"keep": 1.0, "layer": 4}},
     ),
     "prumerge": Case({"keep": 10}, {"keep": 0.2}),

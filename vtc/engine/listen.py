@@ -181,6 +181,10 @@ class TextTaps:
             positions = past + (ctx.real.to(hidden.device).cumsum(1) - 1).clamp(min=0)  # a choice: padding has no number
         axes = positions[-3:] if positions.dim() == 3 else positions[None]  # (a fourth, in front, numbers the text)
         axes = axes.expand(-1, hidden.shape[0], -1).to(hidden.device)
+        if ctx.padded:  # a model that is told no positions numbers padding, too: a row's own must not depend on the others
+            first = ctx.real.int().argmax(1)[None, :, None]
+            start = axes.gather(2, first.expand(len(axes), -1, -1))
+            axes = axes - torch.where(start - axes[..., :1] == first, first, 0)
         if seg is not None:
             axes = take(axes, seg.rows, 2)
             axes = axes if seg.delta is None else axes - seg.delta.to(axes.device)

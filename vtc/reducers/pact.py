@@ -16,7 +16,10 @@ from vtc.kernels import attention_rows, dot, merge_scatter, topk_sorted, unit_ro
 from vtc.registry import register
 from vtc.schedule import place_cuts
 from vtc.signals import AttentionTap, all_keys, turned_back
+from vtc.views import complement
 
+_WHOLE = 1 << 26
+"""Distances of an image that are held at once; of a larger one only those of centres, and of a few rows at a time."""
 _BLOCK = 1024
 """Rows of distances looked at in one go."""
 _STEPS = 24
@@ -53,7 +56,7 @@ class Clusters:
 
 
 class Distances:
-    """Distances ``max(0, 1 - cos)`` between the keys of the survivors of one image.
+    """Distances ``max(0, 1 - cos)`` between the keys of the survivors of one image, for the host: row by row, all of few tokens.
 
     Parameters
     ----------
@@ -62,28 +65,37 @@ class Distances:
     """
 
     def __init__(self, keys: Tensor) -> None:
-        self.unit = unit_rows(keys.clone(memory_format=torch.contiguous_format))
+        self.unit, n = unit_rows(keys.clone(memory_format=torch.contiguous_format)), len(keys)
+        self.kept: dict[int, np.ndarray] = {}
+        if n * n <= _WHOLE:
+            self.kept.update(enumerate(self.rows(0, n)))
 
-    def rows(self, at: Tensor) -> Tensor:
-        """Return the distances ``(M, n)`` of some survivors to all; none to itself."""
-        rows = (1 - dot(self.unit[at], self.unit)).clamp_(min=0)
-        rows[torch.arange(len(at), device=at.device), at] = 0
-        return rows
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Return the distances ``(stop - start, n)`` of some survivors to all; none to itself."""
+        at = torch.arange(start, stop, device=self.unit.device)
+        far = (1 - dot(self.unit[start:stop], self.unit)).clamp_(min=0)
+        far[at - start, at] = 0
+        return far.cpu().numpy()
 
-    def whole(self) -> np.ndarray:
-        """Return all of them on the host, ``(n, n)``."""
-        every = torch.arange(len(self.unit), device=self.unit.device)
-        return torch.cat([self.rows(some) for some in every.split(_BLOCK)]).cpu().numpy()
+    def __getitem__(self, token: int) -> np.ndarray:
+        """Return the distances of one survivor to all, ``(n,)``."""
+        if token not in self.kept:
+            self.kept[token] = self.rows(token, token + 1)[0]
+        return self.kept[token]
+
+    def densest_first(self) -> np.ndarray:
+        """Return the survivors by falling density, ``(n,)``; among equals, up to the rounding of float32, the lowest index."""
+        n, density = len(self.unit), []
+        for start in range(0, n, _BLOCK):
+            stop = min(start + _BLOCK, n)
+            rows = np.stack([self.kept[i] for i in range(start, stop)]) if len(self.kept) == n else self.rows(start, stop)
+            density.append(np.exp(-((rows.astype(np.float64) / 2) ** 2)).sum(1))
+        return np.argsort(-np.round(np.concatenate(density), 6), kind="stable")
 
 
-def densest_first(distance: np.ndarray) -> np.ndarray:
-    """Return the survivors by falling density, ``(n,)``; among equals, up to the rounding of float32, the lowest index."""
-    blocks = np.array_split(distance, -(-len(distance) // _BLOCK))
-    density = np.concatenate([np.exp(-((rows.astype(np.float64) / 2) ** 2)).sum(1) for rows in blocks])
-    return np.argsort(-np.round(density, 6), kind="stable")
-
-
-def centres_of(distance: np.ndarray, order: np.ndarray, cutoff: float, most: int | None = None) -> np.ndarray | None:
+def centres_of(
+    distance: np.ndarray | Distances, order: np.ndarray, cutoff: float, most: int | None = None
+) -> np.ndarray | None:
     """Return the ascending centres: in ``order``, whoever is farther than ``cutoff`` from all before. ``None``: over ``most``."""
     found, left = [], np.ones(len(order), dtype=bool)
     for token in order:
@@ -147,7 +159,6 @@ class PACT(Reducer):
     stage: ClassVar[Stage] = Stage.DECODER
     default_positions: ClassVar[Positions] = "original"
     default_newlines: ClassVar[Newlines] = "all"
-    decides_itself: ClassVar[bool] = True
     kind: ClassVar[str] = "merge"
 
     layer: int | float = 1 / 7  # type: ignore[assignment]
@@ -165,6 +176,11 @@ class PACT(Reducer):
             value = getattr(self, option)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
                 raise UnknownArgumentError(f"pact: {option}={value!r} is out of range; use a number in {least}..{most}")
+
+    @property
+    def decides_itself(self) -> bool:  # type: ignore[override]
+        """Whether the number of tokens follows from the picture: it does where tokens are pruned, or merged for being close."""
+        return self.share < 1 or self.cutoff > 0
 
     def bind(self, facts: Facts) -> Reducer:
         """Place the layer."""
@@ -197,9 +213,8 @@ class PACT(Reducer):
         """
         n, device = len(keys), keys.device
         survivors = topk_sorted(score[None], max(1, int(self.share * n)))[0]
-        near = Distances(keys[survivors])
-        distance, cutoff = near.whole(), self.cutoff
-        order = densest_first(distance)
+        distance, cutoff = Distances(keys[survivors]), self.cutoff
+        order = distance.densest_first()
         found = centres_of(distance, order, cutoff, most)
         if found is None:
             low, cutoff = cutoff, 2.0  # nothing is farther away than that
@@ -208,12 +223,12 @@ class PACT(Reducer):
                 middle = (low + cutoff) / 2
                 fewer = centres_of(distance, order, middle, most)
                 low, cutoff, found = (middle, cutoff, found) if fewer is None else (low, middle, fewer)
-        centres = torch.from_numpy(found).to(device)
+        centres = torch.from_numpy(found).to(device, non_blocking=True)
         owner = torch.full((n,), -1, device=device)
-        owner[survivors] = torch.from_numpy(distance[:, found].argmin(1)).to(device)
+        owner[survivors] = torch.from_numpy(np.stack([distance[c] for c in found]).argmin(0)).to(device, non_blocking=True)
         if self.recover and len(survivors) < n:
-            dropped = torch.ones(n, dtype=torch.bool, device=device).index_fill(0, survivors, False).nonzero()[:, 0]
-            far, joined = (1 - dot(unit_rows(keys[dropped]), near.unit[centres])).min(1)
+            dropped = complement(survivors, n)
+            far, joined = (1 - dot(unit_rows(keys[dropped]), distance.unit[centres])).min(1)
             owner[dropped] = torch.where(far <= self.coefficient * cutoff, joined, -1)
         return Clusters(survivors, survivors[centres], owner)
 
@@ -231,7 +246,7 @@ class PACT(Reducer):
         index = torch.stack([torch.nn.functional.pad(c.centres, (0, most - len(c.centres))) for c in found])
         valid = None
         if min(count) < most:
-            valid = torch.arange(most, device=device) < torch.tensor(count).to(device)[:, None]
+            valid = torch.arange(most, device=device) < torch.tensor(count).to(device, non_blocking=True)[:, None]
         size = merge_scatter(torch.ones_like(owner, dtype=torch.float32)[..., None], owner, most, mean=False)[..., 0]
         merged = merge_scatter(signals.features, owner, most) if self.mean else None
         weight = size.clamp(min=1) if self.proportional else None
