@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import vtc
 from vtc.core import Kind, Layout, Reducer, Selection, Signals, Stage
-from vtc.errors import BudgetError
 
 REDUCERS = vtc.list_reducers()
 FAMILIES = ("llava", "llava_next")
