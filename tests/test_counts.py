@@ -81,7 +81,7 @@ def test_settings_inside_those_of_the_processor_are_read(tmp_path):
     assert examine(folder, (1000, 1000)).count.tokens == 64
 
 
-@pytest.mark.parametrize("name", ["Qwen/Qwen3-VL-8B-Instruct", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"])
+@pytest.mark.parametrize("name", ["Qwen/Qwen2-VL-2B-Instruct", "mistralai/Mistral-Small-3.2-24B-Instruct-2506"])
 def test_without_settings_the_number_is_unknown(name, tmp_path, call):
     folder = written(tmp_path, name, processor_config={"processor_class": "AProcessor", "patch_size": 14})
     report = examine(folder, (640, 480))

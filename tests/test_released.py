@@ -14,7 +14,8 @@ import pytest
 import released
 import torch
 import transformers as hf
-from models import where
+from family_cases import CASES, TEXT, VISION
+from models import make_inputs, where
 
 import vtc
 from vtc.families import family_of
@@ -51,16 +52,15 @@ def test_check_says_what_the_list_says(name, monkeypatch):
     if hf.__version__ in KNOWN or wanted.get("retriever"):
         assert found == wanted
     elif "refused" in found or "refused" in wanted:
-        assert "refused" in wanted or not there(name)
+        assert "refused" in wanted or not there(name) or "not complete" in found["refused"]
     else:  # another release may lack the processor, or a stage
         assert found["family"] == wanted["family"] and (isinstance(found["counts"], str) or found["counts"] == wanted["counts"])
 
 
 @pytest.mark.parametrize("name", sample(SERVED, 4))
 def test_small_copies_equal_the_reference(name):
-    if not there(name):
-        assert hf.__version__ not in KNOWN
-        return
+    if hf.__version__ not in KNOWN and "refused" in released.structure(name):
+        return  # said above
     found, wanted = released.small_copy(name), known(name)["reducers"]
     for reducer, said in wanted.items():
         elsewhere = hf.__version__ not in KNOWN and found[reducer].startswith(("refused: ", "not checked: "))
@@ -124,9 +124,10 @@ def test_features_that_only_enter_decoder_layers_are_refused(tmp_path, monkeypat
 
 @where(hasattr(hf, "Qwen3VLConfig"))
 def test_fastv_acts_at_the_first_layer_it_can_by_default():
-    from models import build, make_inputs
-
-    model = build("qwen3_vl", vision=dict(deepstack_visual_indexes=[0, 1, 2]))
+    kind, config = CASES["qwen3_vl"].make(TEXT, VISION, {})
+    config.vision_config.deepstack_visual_indexes = [0, 1, 2]
+    model = kind(config).eval()
+    model.tiny_case = "qwen3_vl"
     with vtc.patch(model, "fastv", keep=0.5) as handle, torch.no_grad():
         model(**make_inputs("qwen3_vl", model))
     assert handle.reducer.layer == 3 and [s.layer for s in handle.stats.calls[-1].images[0].stages] == [3]
