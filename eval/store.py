@@ -707,7 +707,8 @@ class Store:
 
     def _damaged(self, cell: str, why: str) -> DamagedCellError:
         return DamagedCellError(
-            f"the cell {cell} of {self.root} is damaged ({doors.short(why, 500)}): run the sweep again, it moves the cell aside and redoes it"
+            f"the cell {cell} of {self.root} is damaged ({doors.short(why, 500)}): run the sweep again, it moves the cell "
+            "aside and redoes it"
         )
 
     def _understand(self, cell: str, content: Mapping[str, bytes], status: Mapping[str, Any] | None = None) -> CellResult:
