@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from vtc.errors import short
+from vtc.errors import short, shown
 from vtc.eval.cells import CELLS
 
 SCHEMA = 1
@@ -280,7 +280,7 @@ def _first(error: ValidationError) -> tuple[tuple[Any, ...], str]:
 
 def _current(schema: int, name: str) -> None:
     if schema != SCHEMA:
-        raise ContentError(f"{name} has schema version {schema}, and this vtc reads version {SCHEMA}")
+        raise ContentError(f"{name} has schema version {shown(schema)}, and this vtc reads version {SCHEMA}")
 
 
 def check_status(status: Any) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from typing import Any, ParamSpec, TypeVar
 from filelock import FileLock, Timeout
 
 from vtc import doors
-from vtc.errors import DamagedCellError, StoreError
+from vtc.errors import DamagedCellError, StoreError, shown
 from vtc.eval.contents import (
     ADDRESS,
     SCHEMA,
@@ -276,7 +276,7 @@ class Store:
             raise StoreError(f"{marker} is damaged: move {self.root} away and run the sweep again") from None
         if found != SCHEMA:
             raise StoreError(
-                f"the results store {self.root} has schema version {found!r}, and this vtc reads version {SCHEMA}: sweep into "
+                f"the results store {self.root} has schema version {shown(found)}, and this vtc reads version {SCHEMA}: sweep into "
                 "another folder with --out, or read it with the vtc that wrote it"
             )
         if create or os.path.lexists(self.cells):
@@ -488,7 +488,8 @@ class Store:
                 f"the results store {self.root} holds no sweep yet: run `vtc sweep FILE.yaml --out {self.root}`"
             ) from None
         except ContentError as error:
-            raise StoreError(f"{path} is damaged ({error}): run the sweep again, finished cells are not repeated") from None
+            why = doors.short(error, 500)
+            raise StoreError(f"{path} is damaged ({why}): run the sweep again, finished cells are not repeated") from None
         except OSError as error:
             raise StoreError(f"{path} cannot be read ({error.strerror or error}): run the sweep again") from None
 
@@ -696,7 +697,7 @@ class Store:
         content = {}
         for name, checksum in status["files"].items():
             if name not in FILES:
-                raise ContentError(f"no cell has a file {name!r}")
+                raise ContentError(f"no cell has a file {shown(name)}")
             data = read_plain(folder / name, FILE_BYTES)
             if _sum(data) == checksum:
                 content[name] = data
@@ -706,7 +707,8 @@ class Store:
 
     def _damaged(self, cell: str, why: str) -> DamagedCellError:
         return DamagedCellError(
-            f"the cell {cell} of {self.root} is damaged ({why}): run the sweep again, it moves the cell aside and redoes it"
+            f"the cell {cell} of {self.root} is damaged ({doors.short(why, 500)}): run the sweep again, it moves the cell "
+            "aside and redoes it"
         )
 
     def _understand(self, cell: str, content: Mapping[str, bytes], status: Mapping[str, Any] | None = None) -> CellResult:
