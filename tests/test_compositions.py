@@ -130,7 +130,9 @@ def cases(draw: Any, family: str) -> Case:
     row = st.builds(Row, st.integers(0, 2), st.integers(1, 4))
     turn = st.lists(row, min_size=batch, max_size=batch).map(tuple)
     turns = (*draw(st.lists(turn, max_size=1)), draw(turn.filter(lambda rows: any(r.pictures for r in rows))))
-    impl = draw(st.sampled_from(["sdpa", "eager64", "fake_flash"]))
+    # the tower of 4.57's Idefics3 makes its mask by the name of the implementation, which the stand-in does not have
+    stands_in = STATIC or not facts.tiles
+    impl = draw(st.sampled_from(["sdpa", "eager64", *(["fake_flash"] if stands_in else [])]))
     static = STATIC and impl != "fake_flash" and len(turns) == 1 and draw(st.booleans())  # others are refused
     mask = draw(st.sampled_from(["2-D", "bool", "additive"] if impl == "sdpa" and not static else ["2-D"]))
     return Case(family, tuple(parts), turns, mask, impl, static, draw(st.integers(0, POOL - 1)))
