@@ -97,6 +97,7 @@ class DecoderPicker(Picker):
 class TwoLayerPicker(Schedule):
     """Two reductions inside the decoder."""
 
+    stage: ClassVar[Stage] = Stage.DECODER  # (hypothesis prints every field that the class declares)
     name: ClassVar[str] = "two_layer_picker"
 
     ragged: bool = False

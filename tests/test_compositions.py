@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from models import CASES as FAMILIES
 from models import DECODER_LAYERS, image_features, image_ids, make_inputs, shared, visual_of
@@ -131,7 +131,8 @@ def cases(draw: Any, family: str) -> Case:
     turn = st.lists(row, min_size=batch, max_size=batch).map(tuple)
     turns = (*draw(st.lists(turn, max_size=1)), draw(turn.filter(lambda rows: any(r.pictures for r in rows))))
     # the tower of 4.57's Idefics3 makes its mask by the name of the implementation, which the stand-in does not have
-    stands_in = STATIC or not facts.tiles
+    # and Pixtral's, which packs pictures in one sequence, tells FlashAttention where they end by positions that ours does not read
+    stands_in = (STATIC or not facts.tiles) and family != "mistral3"
     impl = draw(st.sampled_from(["sdpa", "eager64", *(["fake_flash"] if stands_in else [])]))
     static = STATIC and impl != "fake_flash" and len(turns) == 1 and draw(st.booleans())  # others are refused
     mask = draw(st.sampled_from(["2-D", "bool", "additive"] if impl == "sdpa" and not static else ["2-D"]))
@@ -259,6 +260,7 @@ drawn = settings(
     derandomize="VTC_ORACLE" not in os.environ,
     suppress_health_check=list(HealthCheck),
     print_blob=True,
+    phases=[p for p in Phase if "VTC_ORACLE" in os.environ or p is not Phase.shrink],  # (which takes minutes)
 )
 
 

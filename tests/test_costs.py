@@ -140,11 +140,11 @@ def test_tokens_that_a_budget_promises(name, options, expected):
 )
 def test_an_estimate_is_the_formula_of_a_prompt_with_64_words(reducer, visual, patches):
     config = shared("llava").config
-    known = SimpleNamespace(config=config, facts=FACTS, slots=16)
+    known = SimpleNamespace(config=config, facts=FACTS, slots=16, pieces=1)
     layers = [patches + 1] * (FACTS.feature_layer + 1)
     wanted = patches * PATCH + tower(layers, layers) + patches * PROJECTOR + decoder([n + 64 for n in visual]) + HEAD
     assert cost.prompt_flops(reducer, known) == wanted and cost.TEXT == 64
-    assert cost.prompt_flops(reducer, SimpleNamespace(config=config, facts=FACTS, slots=None)) is None
+    assert cost.prompt_flops(reducer, SimpleNamespace(config=config, facts=FACTS, slots=None, pieces=1)) is None
 
 
 YAML = """\

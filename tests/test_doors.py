@@ -785,7 +785,7 @@ def test_options_of_the_right_type_are_taken():
         (("check", "pocket", "--image-size", "²x²"), "is not WxH"),
         (("check", "pocket", "--image-size", "9" * 5000 + "x1"), "is not WxH"),
         (("check", "pocket", "--image-size", "100000x100000"), "sides of 1 to"),
-        (("check", "pocket", "fastv", "--keep", "9" * 5000), "keep="),
+        (("check", "pocket", "fastv", "--keep", "9" * 5000), "is not a number: write tokens"),
         (("sweep", "FILE", "--shard", "1/" + "9" * 5000), "is not of the form I/N"),
         (("sweep", "FILE", "--shard", "²/²"), "is not of the form I/N"),
         (("tune", "pocket", "--reducers", "uniform", "--target-drop", "nan"), "the target nan"),

@@ -15,7 +15,7 @@ from pathlib import Path
 import door_cases as cases
 import pytest
 from fakes import fake_executor
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -37,6 +37,7 @@ def examples(count: int) -> settings:
         deadline=None,
         derandomize=not MORE,
         database=None,
+        phases=[p for p in Phase if MORE or p is not Phase.shrink],  # (which takes minutes)
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )

@@ -347,8 +347,10 @@ def test_an_answer_counts_what_it_scores():
 
 def test_seeds_are_averaged_question_by_question_or_put_side_by_side(tmp_path):
     reader, same = Reader(Store(tmp_path / "s", create=True)), [("q/0/0", "q/0", "x"), ("q/1/0", "q/1", "x")]
-    asked, other = reader._questions(same), reader._questions([("q/2/0", "q/2", "x")])
-    assert reader._questions(list(same)) is asked
+    words = [("which colour?", "red"), ("how many?", "2")]
+    asked, other = reader._questions(same, words), reader._questions([("q/2/0", "q/2", "x")], words[:1])
+    assert reader._questions(list(same), list(words)) is asked
+    assert reader._questions(same, [*words[:1], ("how many?", "3")]) is not asked, "what was asked counts, not its number only"
     questions, found = reader.join(
         [(asked, np.array([1.0, 0.0])), (asked, np.array([0.5, 0.0])), (asked, np.array([0.0, 0.0]))]
     )

@@ -102,14 +102,15 @@ def test_timings_of_another_machine_are_measured_again(sweep, local, tmp_path, m
     assert counts(sweep.run(store, QUIET, executor=local)) == (5, 0, 0)
     monkeypatch.setattr(env, "machine", lambda: {**here, "torch_threads": 77, "system": "Other"})
     assert {sweep.state(store, p) for p in sweep.planned} == {"done"}
-    monkeypatch.setattr(env, "machine", lambda: {**here, changed: "another"})
+    another = 999 if changed == "cores" else "another"
+    monkeypatch.setattr(env, "machine", lambda: {**here, changed: another})
     assert {sweep.state(store, p) for p in sweep.planned} == {"speed missing"}
     monkeypatch.setattr(sweep, "anywhere", True)
     assert {sweep.state(store, p) for p in sweep.planned} == {"done"}
     local.worker.asked.clear()
     assert counts(sweep.run(store, QUIET, executor=local)) == (5, 0, 0)
     assert local.worker.asked == [(n, "speed") for n in LABELS]
-    assert store.get(sweep.planned[0].id).speed["host"][changed] == "another"
+    assert store.get(sweep.planned[0].id).speed["host"][changed] == another
 
 
 # ------------------------------------------------------------------------------------------------------- shared features

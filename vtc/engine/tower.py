@@ -520,6 +520,12 @@ class TowerSide:
                 "image settings are not supported"
             )
         for slots, patches in zip(run.call.slots, run.call.patches, strict=True):
+            there = sum(rows * cols for rows, cols in slots.grids)
+            if there > len(patches):
+                raise UnsupportedFeatureError(
+                    f"the visual tokens of an image lie on grids of {there} patches where its views have {len(patches)}: this "
+                    "checkpoint's image settings are not supported"
+                )
             source, patch = sources(slots, values.device)
             mine = values[start + source]
             out.append(torch.where(patch.view(-1, *[1] * (values.dim() - 1)), mine, torch.zeros_like(mine)))
