@@ -24,6 +24,7 @@ ALLOWED = {
         "vtc/families/base.py",
         "_can_record_outputs",
     ): "what transformers 4.57 marks a tower with whose layers it records too early",
+    ("eval/executors.py", "_exit"): "os._exit is documented, and the way to end a process in the middle of what it does",
     ("vtc/families/__init__.py", "_orig_mod"): "what torch.compile wrapped; there is no other way to it",
 }
 """(file, name) -> why there is no public way."""

@@ -299,7 +299,7 @@ def test_unsupported_models():
         ("uniform", {"keep": 1.5}, BudgetError, "out of range"),
         ("uniform", {"keep": float("nan")}, BudgetError, "nan"),
         ("uniform", {"keep": True}, BudgetError, "not a number"),
-        ("uniform", {"keep": "5"}, BudgetError, "not a number"),
+        ("uniform", {"keep": "five"}, BudgetError, "not a number"),
         ("fastv", {"keep": 5, "layer": DECODER_LAYERS}, UnknownArgumentError, "layer 5 is out of range, use 1..4"),
         ("fastv", {"keep": 5, "layer": 0}, UnknownArgumentError, "layer 0 is out of range"),
         ("fastv", {"keep": 5, "layer": -1}, UnknownArgumentError, "layer -1 is out of range"),

@@ -130,7 +130,7 @@ def test_fastv_acts_at_the_first_layer_it_can_by_default():
     model.tiny_case = "qwen3_vl"
     with vtc.patch(model, "fastv", keep=0.5) as handle, torch.no_grad():
         model(**make_inputs("qwen3_vl", model))
-    assert handle.reducer.layer == 3 and [s.layer for s in handle.stats.calls[-1].images[0].stages] == [3]
+    assert handle.reducer.layer == 3 and [s.layer for s in handle.stats.last.images[0].stages] == [3]
     with pytest.raises(vtc.errors.UnknownArgumentError, match=r"layer 2 is out of range, use 3\.\."):
         vtc.patch(model, "fastv", keep=0.5, layer=2)
     assert "Qwen3-VL" in vtc.info("fastv").cls.__doc__
