@@ -18,8 +18,27 @@ if "OMP_NUM_THREADS" not in os.environ:
 
 ONCE = {
     *("bench_bars", "bench_kernels", "bench_reducers", "core", "costs", "doors", "doors_fuzz", "files", "gpu_rules", "kernels"),
-    *("eval_config", "eval_executors", "eval_faults", "eval_numbers", "eval_plots", "eval_report", "eval_resume", "eval_shards"),
-    *("eval_stats", "eval_store", "eval_tables", "eval_trust", "eval_tune", "interrupts", "one_file", "packaging", "pocket_scenes"),
+    *(
+        "eval_config",
+        "eval_executors",
+        "eval_faults",
+        "eval_numbers",
+        "eval_plots",
+        "eval_report",
+        "eval_resume",
+        "eval_shards",
+    ),
+    *(
+        "eval_stats",
+        "eval_store",
+        "eval_tables",
+        "eval_trust",
+        "eval_tune",
+        "interrupts",
+        "one_file",
+        "packaging",
+        "pocket_scenes",
+    ),
     *("pocket_train", "presets", "ties", "timing", "window"),
 }
 """Modules of tests of our own arithmetic, kernels, files and processes: they say the same whatever transformers is installed, and

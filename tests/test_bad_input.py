@@ -528,10 +528,10 @@ def test_command_line_models(refused, tmp_path):
     small["vision_config"] = {"num_hidden_layers": 1, "num_global_layers": 1, "intermediate_layers_indices": [0]}
     transformers.MllamaConfig(**small).save_pretrained(tmp_path / "mllama")
     said = refused("check", str(tmp_path / "mllama"))
-    assert (
-        "look at pictures through cross-attention, so no visual tokens stand in the prompt" in said
-        and "did you mean" not in said
-    )
+    reason = "look at pictures through cross-attention, so no visual tokens stand in the prompt"
+    if transformers.__version__.startswith("4."):  # which cannot build the class from this configuration
+        reason = "is not complete, or cannot be read by this transformers"
+    assert reason in said and "did you mean" not in said
     (empty / "config.json").write_text('{"model_type": "from_the_future"}')
     assert "does not have: use a release that has it" in refused("check", str(empty))
     (empty / "config.json").write_text("{")

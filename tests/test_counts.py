@@ -156,7 +156,8 @@ def whole_processor(name: str, folder: str) -> Any:
     return getattr(hf, f"{kind}Processor")(**parts, **options)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+# (4.57's Qwen2-VL processor takes no other tokenizer than its own, whose vocabulary is not here)
+@pytest.mark.parametrize("name", [n for n in WHOLE if "Qwen2-VL" not in n or int(hf.__version__.split(".")[0]) >= 5])
 def test_counts_are_those_of_the_whole_processor(name, tmp_path):
     folder = written(tmp_path, name, preprocessor_config=settings(name))
     processor = whole_processor(name, folder)
@@ -215,6 +216,7 @@ def test_what_cannot_be_described_says_why(content, said, tmp_path, call, monkey
     assert code == 1 and out == "" and "unexpected" not in err and said in " ".join(err.split())
 
 
+@where(int(hf.__version__.split(".")[0]) >= 5)  # earlier ones do not list it as a model that writes text about pictures
 def test_video_llava_is_described(tmp_path, call):
     """Its towers have names of their own."""
     name = "LanguageBind/Video-LLaVA-7B-hf"

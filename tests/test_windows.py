@@ -272,7 +272,7 @@ def test_a_hybrid_cache_that_the_call_asks_for() -> None:
             model.generate(**inputs, max_new_tokens=2, cache_implementation="hybrid")
             assert ran
         except UnsupportedFeatureError as error:
-            assert not ran and "StaticSlidingWindowLayer" in str(error)
+            assert not ran and "cache layers of type Static" in str(error)
     hook.remove()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 import operator
@@ -247,7 +248,7 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
             "layer stored, and vtc does not follow which tokens are left of those: this model is not supported (those of its kind "
             "without shared layers are)"
         )
-    counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)}), None)
+    counting = next((a for a in attentions if _COUNTS & {*_names(type(a).forward)} or _scales_by_place(a)), None)
     if counting is not None:
         raise UnshortenableError(
             f"{type(counting).__name__} counts positions itself, from the length of the KV cache and the tokens it is given, and "
@@ -258,6 +259,12 @@ def multimodal_parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
 
 _COUNTS = {"get_seq_length", "get_query_offset", "get_mask_sizes"}
 """What an attention asks the KV cache that scales or biases by positions of its own count (Llama 4, Inkling)."""
+
+
+def _scales_by_place(attention: nn.Module) -> bool:
+    """Whether an attention scales queries by their place in the KV cache (Llama 4 of 4.57), which drops move."""
+    forward = inspect.signature(type(attention).forward).parameters
+    return bool(getattr(attention, "attn_temperature_tuning", False)) and "cache_position" in forward
 
 
 def _names(function: Any) -> tuple[str, ...]:
