@@ -14,6 +14,8 @@ from functools import partial
 
 import pytest
 import torch
+import transformers
+from models import where
 
 from vtc.pocket import (
     POCKET_MODELS,
@@ -141,6 +143,7 @@ def test_an_answer_takes_no_more_passes_than_it_has_tokens(pocket):
         assert 1 < len(lengths) <= 5 and lengths[0] > 196 and set(lengths[1:]) == {1}
 
 
+@where(int(transformers.__version__.split(".")[0]) >= 5)  # earlier ones draw numbers before they read weights
 def test_loading_reads_weights_and_makes_none_up():
     """No number is drawn for weights that are read from the file anyway, and every load has memory of its own."""
     load_pocket()  # what importing the classes draws is not meant

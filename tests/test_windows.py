@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers as hf
 from family_cases import CASES, OTHERS
-from models import build, make_inputs, set_attention, shared
+from models import build, make_inputs, set_attention, shared, where
 from pickers import BoundaryPicker, DecoderPicker, marks_of
 from reference import hidden_reference, plan_of
 from test_oracle import TOLERANCE, patched_generate
@@ -222,6 +223,7 @@ def test_cropping_comes_back_only_to_what_is_there() -> None:
         assert [layer.keys.shape[-2] for layer in other.layers] == sizes
 
 
+@where(int(transformers.__version__.split(".")[0]) >= 5)  # 4.57's reset() leaves zeros in place, reduced or not
 def test_an_emptied_cache_serves_text_and_pictures() -> None:
     """reset(): text with padding, longer than the window, then a prompt with a picture once more."""
     model = model_of("gemma3")

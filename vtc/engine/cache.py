@@ -160,8 +160,6 @@ class Pruned:
         super().reset()
         self.cols = self.valid = self.shift = self.bias = None
         self.end = self.skip = 0
-        if self.is_initialized and not isinstance(self, FixedLayer):  # 4.57 leaves zeros behind
-            self.keys, self.values = self.keys[..., :0, :], self.values[..., :0, :]
 
 
 _LAST = threading.local()
