@@ -97,22 +97,19 @@ def test_any_clip(name: str, kind: str, frames: int, rows: int, cols: int) -> No
             assert torch.equal(single, double)
 
 
-@methods
-def test_no_method_reads_the_layout_of_another_frame_size(name: str) -> None:
-    """Twelve tokens a frame in rows of three or of four: what is kept of a clip is of the right frames."""
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "sttm"])  # whose trees are of neighbours in the picture
+def test_the_shape_of_a_frame_does_not_matter(name: str) -> None:
+    """The same twelve tokens a frame in rows of three, four and six: the same choice."""
+    x, found = drawn(4, 3, 4, "moving")[None], []
     for rows, cols in ((3, 4), (4, 3), (2, 6)):
-        layout = clip(4, rows, cols)
         part = first_part(name, keep=20)
-        x = drawn(4, rows, cols, "moving")[None]
-        index = kept(part.select(shown(part, x, layout, 20)))
-        assert layout.view[index].unique().numel() >= 1 and int(index.max()) < 48
+        found.append(kept(part.select(shown(part, x, clip(4, rows, cols), 20))).tolist())
+    assert found[0] == found[1] == found[2], found
 
 
-@methods
+@pytest.mark.parametrize("name", [m for m in METHODS if m != "evs"])  # which compares what it is given
 def test_newlines_are_no_candidates(name: str) -> None:
     with pytest.raises(UnknownArgumentError, match="newline tokens are in no frame"):
-        if name == "evs":
-            pytest.skip("which compares what it is given")
         vtc.create(name, keep=5, newlines="compete")
 
 
