@@ -93,8 +93,8 @@ def cell_id(config: Mapping[str, Any]) -> str:
         if isinstance(settings.get("reducer"), Mapping):
             settings["reducer"] = {k: v for k, v in settings["reducer"].items() if k != "code"}
             code["reducer"] = config["reducer"].get("code")
-    address = hashlib.sha256(canonical(settings).encode()).hexdigest()[:16]
-    return f"{address}-{hashlib.sha256(canonical(code).encode()).hexdigest()[:8]}" if code else address
+    address = hashlib.sha256(canonical(settings).encode(errors="surrogatepass")).hexdigest()[:16]
+    return f"{address}-{hashlib.sha256(canonical(code).encode(errors='surrogatepass')).hexdigest()[:8]}" if code else address
 
 
 def sweep_id(record: Mapping[str, Any]) -> str:
