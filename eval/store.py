@@ -93,8 +93,10 @@ def cell_id(config: Mapping[str, Any]) -> str:
         if isinstance(settings.get("reducer"), Mapping):
             settings["reducer"] = {k: v for k, v in settings["reducer"].items() if k != "code"}
             code["reducer"] = config["reducer"].get("code")
-    address = hashlib.sha256(canonical(settings).encode(errors="surrogatepass")).hexdigest()[:16]
-    return f"{address}-{hashlib.sha256(canonical(code).encode(errors='surrogatepass')).hexdigest()[:8]}" if code else address
+    def digest(part: Mapping[str, Any], length: int) -> str:
+        return hashlib.sha256(canonical(part).encode(errors="surrogatepass")).hexdigest()[:length]
+
+    return f"{digest(settings, 16)}-{digest(code, 8)}" if code else digest(settings, 16)
 
 
 def sweep_id(record: Mapping[str, Any]) -> str:
