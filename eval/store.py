@@ -93,6 +93,7 @@ def cell_id(config: Mapping[str, Any]) -> str:
         if isinstance(settings.get("reducer"), Mapping):
             settings["reducer"] = {k: v for k, v in settings["reducer"].items() if k != "code"}
             code["reducer"] = config["reducer"].get("code")
+
     def digest(part: Mapping[str, Any], length: int) -> str:
         return hashlib.sha256(canonical(part).encode(errors="surrogatepass")).hexdigest()[:length]
 
